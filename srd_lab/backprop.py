@@ -1,0 +1,208 @@
+"""One modified backward pass: a rule stands in for the derivative of every activation while the pass is live.
+
+The rule is live for exactly one backward pass. Differentiating a map differentiates the forward chain too, and that
+must use the true derivatives: a rule that stayed live would give second derivatives of the wrong sign.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab import rules
+from srd_lab.intercept import Call, Convolution, Interceptor, SmoothModel, function_name
+from srd_lab.types import SrdLabError
+
+
+Note = TypeVar("Note")
+T = torch.Tensor
+_GATES = (torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax)
+_NOT_AFFINE = (
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    F.conv1d,
+    F.conv3d,
+    F.layer_norm,
+    F.group_norm,
+    F.instance_norm,
+    F.local_response_norm,
+    F.normalize,
+    F.bilinear,
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    F.logsigmoid,
+    torch.exp,
+    T.exp,
+    torch.sqrt,
+    T.sqrt,
+    T.sigmoid_,
+    torch.sigmoid_,
+)
+
+
+class Switch:
+    """Whether the rule is live, and the relevance it left at each call. Holds no graph between passes."""
+
+    def __init__(self, rule: rules.Rule) -> None:
+        self.rule = rule
+        self.live = False
+        self.relevance: dict[int, Tensor] = {}
+
+
+class _Gate(torch.autograd.Function):
+    """Forward: the activation's output v. Backward: the rule while live, the true derivative otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, switch: Switch, index: int) -> Tensor:
+        ctx.switch, ctx.index = switch, index
+        ctx.save_for_backward(u, v)
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        switch: Switch = ctx.switch
+        if not switch.live:
+            return None, grads[0], None, None
+        u, v = ctx.saved_tensors
+        passed = switch.rule(u, v, grads[0])
+        if passed.relevance is not None:
+            switch.relevance[ctx.index] = passed.relevance
+        return passed.to_u, passed.through_v, None, None
+
+
+class _ShareBias(torch.autograd.Function):
+    """Forward: y as it is. Backward while live: the bias's share goes to the input x of its layer as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None, switch: Switch
+    ) -> Tensor:
+        ctx.switch, ctx.conv = switch, conv
+        ctx.save_for_backward(x, bias)
+        ctx.mark_dirty(y)  # a view of y would forbid the in-place activation that often follows
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        g = grads[0]
+        share = None
+        if ctx.switch.live:
+            x, bias = ctx.saved_tensors
+            share = rules.share_bias(x, bias, g, ctx.conv)
+        return g, share, None, None, None
+
+
+class _Hold(torch.autograd.Function):
+    """A multiplicative gate: constant while the rule is live, itself otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, switch: Switch) -> Tensor:
+        ctx.switch = switch
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None if ctx.switch.live else grads[0]), None
+
+
+class Gated(Interceptor):
+    """Runs a model with a gate at every activation call; ``live()`` turns the rule on for one backward pass."""
+
+    def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
+        super().__init__(model)
+        self.switch = Switch(rule)
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise SrdLabError(
+                f"activation {call.name!r} runs with gradients off (no_grad or reentrant checkpointing inside the model), "
+                "so nothing can be traced through it; switch that off"
+            )
+        return super().activate(call, x, inplace) if inplace else self.activation(call, x.clone()).clone()
+
+    def activation(self, call: Call, u: Tensor) -> Tensor:
+        return self.gate(call, u, call.function(u))
+
+    def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        return _Gate.apply(u, v, self.switch, call.index)  # type: ignore[no-untyped-call,no-any-return]
+
+    def share_bias(self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None) -> Tensor:
+        """``y``, whose layer added ``bias`` to what it made of its input ``x``."""
+        if not x.requires_grad:
+            return y
+        return _ShareBias.apply(y, x, bias, conv, self.switch)  # type: ignore[no-untyped-call,no-any-return]
+
+    def hold(self, y: Tensor) -> Tensor:
+        """``y`` as a constant of the live pass."""
+        return _Hold.apply(y, self.switch)  # type: ignore[no-untyped-call,no-any-return]
+
+    def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function in _NOT_AFFINE:
+            self.refuse(function)
+        out = function(*args, **kwargs)
+        return self.hold(out) if function in _GATES and isinstance(out, Tensor) and out.requires_grad else out
+
+    def refuse(self, function: Callable[..., Any]) -> None:
+        """Say which operation cannot be decomposed, and where."""
+        raise SrdLabError(
+            f"{function_name(function)} in {self.where()} is neither affine nor an activation, and there is no rule "
+            "for it; choose another network, or a method that needs gradients only"
+        )
+
+    @contextmanager
+    def live(self) -> Iterator[dict[int, Tensor]]:
+        """Within: the rule is live; yields the relevance by call index, filled by the backward pass."""
+        self.switch.live, self.switch.relevance = True, {}
+        try:
+            yield self.switch.relevance
+        finally:
+            self.switch.live, self.switch.relevance = False, {}
+
+
+class TensorNotes(Generic[Note]):
+    """Notes about tensor objects, void once the tensor is gone or was changed in place."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, tuple[weakref.ref[Tensor], int, Note]] = {}
+
+    def put(self, tensor: Tensor, note: Note) -> None:
+        self._notes[id(tensor)] = (weakref.ref(tensor), tensor._version, note)
+
+    def get(self, tensor: Tensor) -> Note | None:
+        found = self._notes.get(id(tensor))
+        if found is None or found[0]() is not tensor or found[1] != tensor._version:
+            return None
+        return found[2]
+
+    def clear(self) -> None:
+        self._notes.clear()
+
+
+def traced(x: Tensor) -> tuple[Tensor, bool]:
+    """A tensor to start a trace from, and whether the map must be differentiable in ``x``.
+
+    ``x`` itself where it asks for a gradient, otherwise a leaf that shares its memory.
+    """
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    return (x if differentiable else x.detach().requires_grad_()), differentiable
+
+
+def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The normalisation in front of a network, and the network.
+
+    Models of :func:`srd_lab.load_model` name them; any other model is taken to be a bare network.
+    """
+    if isinstance(model, SmoothModel):
+        normalise, network = split_normalisation(model.model)
+        return normalise, SmoothModel(network, model.beta)
+    normalise, network = getattr(model, "normalise", None), getattr(model, "network", None)
+    if isinstance(normalise, nn.Module) and isinstance(network, nn.Module):
+        return normalise, network
+    return nn.Identity(), model

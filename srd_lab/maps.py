@@ -1,0 +1,40 @@
+"""What is done to a raw map before it is looked at or scored."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from srd_lab.types import SrdLabError
+
+CHANNELS = ("sum", "abs_sum", "max_abs")
+
+
+def reduce_channels(attribution: Tensor, how: str) -> Tensor:
+    """(N, C, H, W) -> (N, H, W): ``sum`` keeps the sign, ``abs_sum`` is the l1 norm, ``max_abs`` Simonyan's choice."""
+    if how == "sum":
+        return attribution.sum(1)
+    if how == "abs_sum":
+        return attribution.abs().sum(1)
+    if how == "max_abs":
+        return attribution.abs().amax(1)
+    raise SrdLabError(f"channels={how!r} is not known; expected one of {', '.join(CHANNELS)}")
+
+
+def sum_to_one(maps: Tensor) -> Tensor:
+    """|map| divided by its sum per image, (N, H, W); a zero map stays zero (Dombrowski et al. 2019)."""
+    maps = maps.abs()
+    total = maps.sum((1, 2), keepdim=True)
+    return maps / total.masked_fill(total == 0, 1)
+
+
+def max_to_one(maps: Tensor) -> Tensor:
+    """|map| divided by its maximum per image, in [0, 1], (N, H, W); a zero map stays zero."""
+    maps = maps.abs()
+    top = maps.amax((1, 2), keepdim=True)
+    return maps / top.masked_fill(top == 0, 1)
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, h, w) -> (N, *size), bilinear, as the paper shows its low and high maps."""
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

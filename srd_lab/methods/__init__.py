@@ -1,0 +1,1 @@
+"""One short file per family of explanation methods; ``srd_lab.registry`` lists them by name."""

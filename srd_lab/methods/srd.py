@@ -1,0 +1,302 @@
+"""Sharing Ratio Decomposition (Han, Kim and Kwak, ICLR 2024).
+
+A pointwise feature vector (PFV) is the vector along channels at one position. The pre-activation PFV u_j of a layer
+is the sum of what the PFVs of the layer before contribute to it, u_j = sum_i vhat_ij, and PFV i takes the share
+``mu_ij = <vhat_ij, u_j> / ||u_j||^2`` of its relevance (Eq. 5-8; the printed Eq. 6 divides by ||vhat_ij||, which does
+not sum to 1). As one backward pass: an activation replaces its derivative by ``u R / ||u||^2`` with R = <v, G>, and
+everything affine keeps its vector-Jacobian product. Biases and batch-norm shifts are shared by Eq. 11.
+
+The pass starts at the encoder output with ``mu = relu(sum_k alpha_k A_k)``, alpha the spatial mean of the gradient of
+``y_c - mean_k y_k`` (Eq. 3, 4, 9).
+
+Example
+-------
+>>> SRD().explain(model, x)                          # (N, H, W)
+>>> SRD(level="high").explain(model, x, target=3)    # (N, H / 8, W / 8)
+>>> SRD(start="ones").relevance(model, x)["input"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab import rules
+from srd_lab.backprop import traced
+from srd_lab.encoder import SRDTrace
+from srd_lab.intercept import check_input, check_target
+from srd_lab.types import SrdLabError
+
+STARTS = ("contrastive", "gradcam", "ones")
+UNITS = ("vector", "scalar")
+VALUES = ("pre", "post")
+_RULES = {
+    ("vector", "pre"): rules.srd_vector,
+    ("vector", "post"): rules.srd_vector_post,
+    ("scalar", "pre"): rules.srd_scalar,
+    ("scalar", "post"): rules.srd_scalar_post,
+}
+
+
+@dataclass(frozen=True)
+class SRD:
+    """Sharing Ratio Decomposition.
+
+    encoder : dotted name of the submodule whose output is the encoder output, "" = the model itself, None = found
+        (the last map with spatial extent before global pooling or flattening).
+    start : relevance at the encoder output: "contrastive" (Eq. 4), "gradcam" (no class mean), "ones" (section 4.3,
+        class-agnostic).
+    level : resolution of the map: "input"; "high" = the last activation at 1/8 of the input (28 of 224); "low" = the
+        encoder output; or the name of an activation call or of a submodule (its last activation).
+    unit : "vector", or "scalar" for every neuron on its own (LRP-0, no bias shares; the ablation of Fig. 7).
+    values : "pre"- or "post"-activation reference vector (Fig. 7).
+    """
+
+    encoder: str | None = None
+    start: str = "contrastive"
+    level: str = "input"
+    unit: str = "vector"
+    values: str = "pre"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("start", STARTS), ("unit", UNITS), ("values", VALUES)):
+            if getattr(self, field) not in allowed:
+                raise SrdLabError(
+                    f"SRD {field}={getattr(self, field)!r} is not known; expected one of {', '.join(allowed)}"
+                )
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Signed relevance (N, h, w) at ``level``; (N, H, W) at the input. See :class:`srd_lab.types.Explainer`."""
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map and the model's output, from one forward pass."""
+        with _tracing(self, model, x) as run:
+            begin = run.begin(target, None)
+            return run.at_level(begin, self.level), run.finish(run.output)
+
+    def relevance(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor | int | None = None,
+        *,
+        start: str | Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Relevance of every layer: key "input" (N, H, W) and one key per activation call of the encoder in call
+        order (N, h, w). ``start`` overrides the start, by name or as a tensor (N, h, w) at the encoder output.
+
+        Input relevance refers to x, or to the normalised tensor where the model begins with a normalisation.
+        The sum is the same at every cut through the network, up to what dead receptive fields absorb.
+        """
+        with _tracing(self, model, x) as run:
+            return run.everywhere(run.begin(target, start))
+
+    def erf(
+        self, model: nn.Module, x: Tensor, layer: str | int, positions: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Effective receptive fields (Eq. 1-2) of the PFVs at ``positions`` (row, column) of an activation call:
+        (N, P, H, W). Each sums to 1, up to what dead receptive fields absorb."""
+        with _tracing(self, model, x) as run:
+            index = run.call_index(layer)
+            return torch.stack([run.at_input(run.single(index, position)) for position in positions], 1)
+
+    def sharing_ratio(self, model: nn.Module, x: Tensor, source: str | int, target: str | int) -> Tensor:
+        """Sharing ratios mu_{i->j} (Eq. 6) between neighbouring layers: (N, h_j, w_j, h_i, w_i), j in the activation
+        call ``target``, i in the activation call ``source`` or "input". Entry [n, j] is a map over i."""
+        with _tracing(self, model, x) as run:
+            j = run.call_index(target)
+            h, w = run.trace.u[j].shape[2:]
+            begins = (run.single(j, (row, column)) for row in range(h) for column in range(w))
+            if source == "input":
+                shares = [run.at_input(begin) for begin in begins]
+            else:
+                i = run.call_index(source)
+                if i >= j:
+                    raise SrdLabError(
+                        f"layer {source!r} does not come before {target!r}; swap source and target"
+                    )
+                shares = [run.at_call(begin, i) for begin in begins]
+            stacked = torch.stack(shares, 1)
+            return stacked.unflatten(1, (h, w))
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """Where a backward pass starts: a tensor of the trace, the signal there, and the relevance that it stands for."""
+
+    tensor: Tensor
+    signal: Tensor
+    relevance: Tensor
+    call: int | None
+
+
+class _Run:
+    """One traced forward pass and the backward passes made from it."""
+
+    def __init__(self, method: SRD, model: nn.Module, x: Tensor) -> None:
+        check_input(x)
+        self.method = method
+        self.leaf, self.differentiable = traced(x)
+        vector = method.unit == "vector"
+        self.trace = SRDTrace(model, _RULES[method.unit, method.values], method.encoder, with_bias=vector)
+        self.output, self.input = self.trace.trace(self.leaf)
+
+    def finish(self, t: Tensor) -> Tensor:
+        return t if self.differentiable else t.detach()
+
+    # starts --------------------------------------------------------------------------------------------
+    def begin(self, target: Tensor | int | None, start: str | Tensor | None) -> _Begin:
+        end = self.trace.end()
+        r = self._start_map(end.output, target, self.method.start if start is None else start)
+        if end.call is None:
+            return _Begin(end.output, _inject(end.output, r), r, None)
+        return self._at(end.call.index, r)
+
+    def single(self, index: int, position: tuple[int, int]) -> _Begin:
+        """Relevance 1 at one position of an activation call, for every image."""
+        u = self.trace.u[index]
+        row, column = position
+        if u.dim() != 4 or not (0 <= row < u.shape[2] and 0 <= column < u.shape[3]):
+            raise SrdLabError(
+                f"position {position} is outside the map of {self.trace.calls[index].name}, {tuple(u.shape[2:])}"
+            )
+        r = u.new_zeros(u.shape[0], *u.shape[2:])
+        r[:, row, column] = 1
+        return self._at(index, r)
+
+    def _at(self, index: int, r: Tensor) -> _Begin:
+        u = self.trace.u[index]
+        reference = u if self.method.values == "pre" else self.trace.v[index]
+        return _Begin(u, _inject(reference, r), r, index)
+
+    def _start_map(self, encoded: Tensor, target: Tensor | int | None, start: str | Tensor) -> Tensor:
+        shape = (encoded.shape[0], *encoded.shape[2:])
+        if isinstance(start, Tensor):
+            if start.shape != shape:
+                raise SrdLabError(
+                    f"start must hold the relevance at the encoder output, shape {shape}, got {tuple(start.shape)}"
+                )
+            return start.to(encoded)
+        if start == "ones":
+            return encoded.new_ones(shape)
+        if start not in STARTS:
+            raise SrdLabError(
+                f"start={start!r} is not known; expected a tensor or one of {', '.join(STARTS)}"
+            )
+        if self.output is encoded or self.output.dim() != 2:
+            raise SrdLabError(
+                f'start={start!r} needs class logits behind the encoder; use start="ones" or give a tensor'
+            )
+        score = self.output.gather(1, check_target(target, self.output)[:, None])[:, 0]
+        if start == "contrastive":
+            score = score - self.output.mean(1)
+        (slope,) = torch.autograd.grad(
+            score.sum(), encoded, create_graph=self.differentiable, retain_graph=True
+        )
+        mu = (slope.mean((2, 3), keepdim=True) * encoded).sum(1)
+        return mu * (mu > 0)
+
+    # backward passes -----------------------------------------------------------------------------------
+    def _back(self, begin: _Begin, to: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
+        with self.trace.live() as relevance:
+            (g,) = torch.autograd.grad(
+                begin.tensor,
+                to,
+                begin.signal,
+                create_graph=self.differentiable,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            found = dict(relevance)
+        if begin.call is not None:
+            found[begin.call] = begin.relevance
+        return g, found
+
+    def at_input(self, begin: _Begin) -> Tensor:
+        g, _ = self._back(begin, self.input)
+        return self.finish(self._input_relevance(g))
+
+    def _input_relevance(self, g: Tensor | None) -> Tensor:
+        return torch.zeros_like(self.input[:, 0]) if g is None else (self.input * g).sum(1)
+
+    def at_call(self, begin: _Begin, index: int) -> Tensor:
+        if index == begin.call:
+            return self.finish(begin.relevance)
+        u = self.trace.u[index]
+        _, relevance = self._back(begin, u)
+        return self.finish(relevance.get(index, u.new_zeros(u.shape[0], *u.shape[2:])))
+
+    def at_level(self, begin: _Begin, level: str) -> Tensor:
+        if level == "input":
+            return self.at_input(begin)
+        if level == "low":
+            return self.finish(begin.relevance)
+        return self.at_call(begin, self._high(begin) if level == "high" else self.call_index(level))
+
+    def everywhere(self, begin: _Begin) -> dict[str, Tensor]:
+        g, relevance = self._back(begin, self.input)
+        maps = {"input": self.finish(self._input_relevance(g))}
+        last = max(relevance, default=-1)
+        for call in self.trace.calls[: last + 1]:
+            u = self.trace.u[call.index]
+            maps[call.name] = self.finish(relevance.get(call.index, u.new_zeros(u.shape[0], *u.shape[2:])))
+        return maps
+
+    # layers --------------------------------------------------------------------------------------------
+    def call_index(self, layer: str | int) -> int:
+        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        names = [call.name for call in self.trace.calls]
+        if isinstance(layer, int):
+            if not -len(names) <= layer < len(names):
+                raise SrdLabError(
+                    f"activation call {layer} does not exist; the model makes {len(names)} calls"
+                )
+            return layer % len(names)
+        for suffix in ("", "."):
+            exact = [
+                i for i, name in enumerate(names) if name == layer or (suffix and name.endswith("." + layer))
+            ]
+            if exact:
+                return exact[0]
+        within = [
+            i
+            for i, name in enumerate(names)
+            if f".{name}".find(f".{layer}.") >= 0 or name.startswith(layer + "#")
+        ]
+        if not within:
+            raise SrdLabError(
+                f"no activation call is named {layer!r} or made inside it; the calls are: {', '.join(names)}"
+            )
+        return within[-1]
+
+    def _high(self, begin: _Begin) -> int:
+        size = tuple(-(-side // 8) for side in self.leaf.shape[2:])
+        last = len(self.trace.u) - 1 if begin.call is None else begin.call
+        fitting = [
+            i for i, u in enumerate(self.trace.u[: last + 1]) if u.dim() == 4 and tuple(u.shape[2:]) == size
+        ]
+        if not fitting:
+            raise SrdLabError(f"no activation has 1/8 of the input's size, {size}; name a layer with level=")
+        return fitting[-1]
+
+
+def _inject(u: Tensor, r: Tensor) -> Tensor:
+    """Signal u R / ||u||^2, so that the relevance of every position is R (per neuron, R is split as u^2 is)."""
+    return u * rules.divide(r[:, None], rules.squared_norm(u))
+
+
+@contextmanager
+def _tracing(method: SRD, model: nn.Module, x: Tensor) -> Iterator[_Run]:
+    with torch.enable_grad():
+        run = _Run(method, model, x)
+        try:
+            yield run
+        finally:
+            run.trace.release()

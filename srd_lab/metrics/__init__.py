@@ -1,0 +1,1 @@
+"""Scores per image: batched, exact, on the maps' device."""

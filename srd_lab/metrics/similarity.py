@@ -1,0 +1,80 @@
+"""How alike two maps are: structural similarity (SSIM) and Pearson correlation (PCC).
+
+Scores are per image, shape (N,), in [-1, 1], higher is more alike; computed in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srd_lab.types import SrdLabError
+
+
+@dataclass(frozen=True)
+class SSIM:
+    """Structural similarity (Wang et al. 2004) as ``skimage.metrics.structural_similarity`` computes it by default:
+    a uniform window, sample covariance, the mean over windows that lie inside the map.
+
+    window : odd side of the window in pixels, at most the map's side.
+    data_range : span of possible values; 1 for maps divided by their maximum.
+
+    Constant and zero maps have a defined score (the constants of the formula see to it).
+    """
+
+    window: int = 7
+    data_range: float = 1.0
+
+    def score(self, a: Tensor, b: Tensor) -> Tensor:
+        """Similarity of maps a and b, both (N, H, W), as (N,)."""
+        _check(a, b)
+        if self.window % 2 == 0 or self.window > min(a.shape[1:]):
+            raise SrdLabError(
+                f"SSIM window must be odd and at most the map's side {min(a.shape[1:])}, got {self.window}"
+            )
+        a, b = a.double()[:, None], b.double()[:, None]
+        stacked = torch.cat([a, b, a * a, b * b, a * b], 1)
+        mean_a, mean_b, aa, bb, ab = F.avg_pool2d(stacked, self.window, stride=1).unbind(1)
+        unbiased = self.window**2 / (self.window**2 - 1)
+        var_a, var_b = unbiased * (aa - mean_a**2), unbiased * (bb - mean_b**2)
+        covariance = unbiased * (ab - mean_a * mean_b)
+        c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
+        luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+        structure = (2 * covariance + c2) / (var_a + var_b + c2)
+        return (luminance * structure).mean((1, 2))
+
+
+@dataclass(frozen=True)
+class PCC:
+    """Pearson correlation over pixels, as ``scipy.stats.pearsonr``.
+
+    A constant map has no correlation: the score is 0, or 1 where both maps are equal.
+    """
+
+    def score(self, a: Tensor, b: Tensor) -> Tensor:
+        """Correlation of maps a and b, both (N, H, W), as (N,)."""
+        _check(a, b)
+        a, b = a.double().flatten(1), b.double().flatten(1)
+        equal = (a == b).all(1)
+        constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
+        a, b = _unit(a - a.mean(1, keepdim=True)), _unit(b - b.mean(1, keepdim=True))
+        r = (a * b).sum(1).clamp(-1, 1)
+        return torch.where(constant, 0.0, r).masked_fill(equal, 1.0)
+
+
+def _unit(t: Tensor) -> Tensor:
+    """Rows of length 1; scaled by the largest entry first, so that tiny maps do not underflow."""
+    top = t.abs().amax(1, keepdim=True)
+    t = t / top.masked_fill(top == 0, 1)
+    norm = t.norm(dim=1, keepdim=True)
+    return t / norm.masked_fill(norm == 0, 1)
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.dim() != 3 or a.shape != b.shape:
+        raise SrdLabError(
+            f"two batches of maps (N, H, W) of one shape are compared, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )

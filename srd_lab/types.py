@@ -1,0 +1,59 @@
+"""The few shapes that every room shares: one error class, one protocol, one sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:  # the command line imports this room, and must start quickly
+    from torch import Tensor, nn
+
+
+class SrdLabError(Exception):
+    """What was wrong, what was expected, and what to do: one line, shown to the user as it stands."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set.
+
+    image : (3, H, W) float32 pixels in [0, 1].
+    label : class index.
+    mask : (H, W) bool, True on the object; None where the data set has none.
+    name : what the data set calls it (a file, or ``scenes/test/17``).
+    """
+
+    image: Tensor
+    label: int
+    mask: Tensor | None
+    name: str
+
+
+class Dataset(Protocol):
+    """Random access to samples; ``labels`` are known without decoding an image."""
+
+    classes: list[str]
+    labels: Tensor  # (len,) int64
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class Explainer(Protocol):
+    """A frozen dataclass whose fields are its hyper-parameters."""
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Map of ``x`` (N, C, H, W) for classes ``target`` (N,), raw, as (N, H, W).
+
+        ``target=None`` is the predicted class. Differentiable if and only if ``x`` asks for a gradient.
+        The model, its flags, hooks and ``param.grad``, and ``x``, are left as they were.
+        """
+        ...
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map, and the model's output (N, K) from the same forward pass."""
+        ...

@@ -1,0 +1,213 @@
+"""Figures have the parts that their docstrings promise, for every size that the commands make."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+
+from srd_lab import render
+from srd_lab.render import PictureRow
+
+METHODS = ["srd", "gradient", "grad_input", "guided_backprop", "integrated_gradients", "lrp_zplus"]
+
+
+def png(figure: Figure) -> np.ndarray:
+    """The figure's pixels (H, W, 3), drawn as a file would be; a warning from the layout is an error."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    with Image.open(buffer) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def check_nothing_clipped(figure: Figure) -> None:
+    """The outermost pixels are all white: no text or box runs out of the figure."""
+    pixels = png(figure)
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == 255).all()
+
+
+def rows(n: int, height: int = 16, width: int = 16, with_target: bool = True) -> list[PictureRow]:
+    numbers = np.random.default_rng(0)
+    image = numbers.random((3, height, width))
+    raw = numbers.normal(size=(height, width))
+    target = torch.rand(3, height, width) if with_target else None
+    moved = torch.from_numpy(image + 0.008)
+    scores = "to original: SSIM 0.31, PCC 0.42\nto target: SSIM 0.71, PCC -0.82"
+    label = "pair 12 golden retriever → school bus, costs $5 or $6"
+    return [PictureRow(label, image, moved, raw, -raw, 0 * raw, target, scores) for _ in range(n)]
+
+
+def scores(methods: list[str], low: float = 0.2) -> dict[str, dict[str, np.ndarray]]:
+    numbers = np.random.default_rng(1)
+    return {
+        name: {"ssim": numbers.uniform(0.2, 1, 30), "pcc": numbers.uniform(low, 1, 30)} for name in methods
+    }
+
+
+def test_heat_endpoints_and_shape() -> None:
+    from matplotlib import colormaps
+
+    colours = render.heat(np.array([[0.0, 1.0, -3.0, 7.0, 0.5]]))
+    ends = [np.round(255 * np.array(colormaps["inferno"](end)[:3])) for end in (0.0, 1.0)]
+    assert colours.shape == (1, 5, 3)
+    assert colours.dtype == np.uint8
+    assert (colours[0, [0, 2]] == ends[0]).all()
+    assert (colours[0, [1, 3]] == ends[1]).all()
+    assert len(np.unique(colours[0], axis=0)) == 3
+
+
+def test_overlay_shows_image_where_the_map_is_silent() -> None:
+    image = np.zeros((3, 2, 2))
+    image[:, 0] = 1
+    picture = render.overlay(torch.from_numpy(image), np.array([[0.0, 1.0], [0.0, 1.0]]))
+    assert picture.shape == (2, 2, 3)
+    assert picture.dtype == np.uint8
+    assert (picture[0, 0] > picture[1, 0]).all()
+    assert picture[1, 1, 0] > picture[1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ([-2.0, 1.0, 0.0], [1.0, 0.5, 0.0]),
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
+        ([3.0, 3.0, 3.0], [1.0, 1.0, 1.0]),
+        ([np.nan, 2.0, np.inf], [0.0, 1.0, 0.0]),
+    ],
+)
+def test_strength_of_signed_zero_constant_and_broken_maps(raw: list[float], shown: list[float]) -> None:
+    assert render.strength(np.array([raw])).tolist() == [shown]
+
+
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("with_target", [True, False])
+def test_picture_grid_columns_and_texts(n: int, with_target: bool) -> None:
+    figure = render.picture_grid(rows(n, with_target=with_target))
+    pictures = [axes for axes in figure.axes if axes.images]
+    titles = [axes.get_title() for axes in pictures if axes.get_title()]
+    columns = 6 + with_target
+    assert len(pictures) == columns * n
+    assert titles[:3] == ["original", "adversarial", "difference × 50\n(grey = none)"]
+    assert len(titles) == columns
+    assert sum("SSIM 0.31" in axes.get_xlabel() for axes in pictures) == n
+    assert sum("golden" in text.get_text() for text in figure.texts) == n
+    check_nothing_clipped(figure)
+
+
+def test_picture_grid_keeps_the_shape_of_wide_images_and_shows_no_change_as_grey() -> None:
+    row = rows(1, height=20, width=40)[0]
+    same = PictureRow("same", row.original, row.original, row.map_original, row.map_original, row.map_target)
+    figure = render.picture_grid([same])
+    difference = figure.axes[2]
+    box = difference.get_window_extent()
+    assert box.width / box.height == pytest.approx(2)
+    assert "× 1\n" in difference.get_title()
+    assert np.all(np.asarray(difference.images[0].get_array()) == 0.5)
+
+
+@pytest.mark.parametrize(
+    ("largest", "factor"), [(0.0, 1), (0.5, 1), (0.9, 1), (0.25, 2), (0.01, 50), (1e-6, 1000)]
+)
+def test_magnification_never_clips(largest: float, factor: int) -> None:
+    assert render._magnification(largest) == factor
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize("with_control", [True, False])
+def test_box_plots(count: int, with_control: bool) -> None:
+    methods = METHODS[:count]
+    control = scores(methods) if with_control else None
+    title = "SSIM and PCC between the maps of the original and of the adversarial image, 100 pairs, vgg16"
+    figure = render.box_plots(scores(methods), control, title)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["SSIM", "PCC"]
+    for axes in figure.axes:
+        assert sum(isinstance(patch, PathPatch) for patch in axes.patches) == count * (1 + with_control)
+        shown = [text.get_text().replace("\n", "") for text in axes.get_xticklabels()]
+        assert shown == methods
+        assert axes.get_ylim() == pytest.approx((-0.02, 1.02))
+    assert bool(figure.legends) == with_control
+    check_nothing_clipped(figure)
+
+
+def test_box_plots_show_negative_correlation_and_leave_nan_out() -> None:
+    values = scores(["srd"], low=-0.75)
+    values["srd"]["pcc"][:5] = np.nan
+    ssim, pcc = render.box_plots(values).axes
+    assert ssim.get_ylim()[0] == pytest.approx(-0.02)
+    assert pcc.get_ylim()[0] < values["srd"]["pcc"][5:].min()
+    assert len(np.asarray(pcc.collections[0].get_offsets())) == 25
+
+
+def test_box_plots_are_the_same_each_time() -> None:
+    first, second = (png(render.box_plots(scores(METHODS[:2]))) for _ in range(2))
+    assert (first == second).all()
+
+
+def test_box_plots_of_nothing_finite() -> None:
+    check_nothing_clipped(render.box_plots({"srd": {"ssim": np.array([np.nan]), "pcc": np.array([])}}))
+
+
+@pytest.mark.parametrize("inputs", [["zeros"], ["zeros", "ones", "normal"]])
+def test_apop_bars(inputs: list[str]) -> None:
+    settings = ("original", "apop", "apop_relu")
+    table = {(name, setting): 0.25 * (k + 1) for name in inputs for k, setting in enumerate(settings)}
+    figure = render.apop_bars(table, 0.962, 0.1, "APOP, vgg16 on scenes")
+    axes = figure.axes[0]
+    assert [round(bar.get_height(), 2) for bar in axes.patches] == [0.25] * len(inputs) + [0.5] * len(
+        inputs
+    ) + [0.75] * len(inputs)
+    assert [text.get_text() for text in axes.get_xticklabels()] == inputs
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert legend == {"ordinary pass", "APOP", "APOP & ReLU", "real images (96.2 %)", "chance (10.0 %)"}
+    check_nothing_clipped(figure)
+
+
+@pytest.mark.parametrize("count", [1, 15, 94])
+def test_binarisation_curve(count: int) -> None:
+    names = [f"features.denseblock.{i}" for i in range(count)]
+    figure = render.binarisation_curve(names, list(np.linspace(0.1, 1, count)), 0.96, 0.1, "Binarised, vgg16")
+    axes = figure.axes[0]
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == list(range(1, count + 1))
+    shown = [text.get_text() for text in axes.get_xticklabels()]
+    assert (shown == names) == (count <= 24)
+    assert "order" in axes.get_xlabel()
+    check_nothing_clipped(figure)
+
+
+def test_curves() -> None:
+    mse = np.geomspace(1e-6, 1e-3, 30)
+    median = np.linspace(1, 0.2, 30)
+    traces = dict.fromkeys(METHODS, (mse, median, median - 0.1, median + 0.1))
+    figure = render.curves(traces, "vgg16, 100 pairs")
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    assert [line.get_label() for line in axes.lines] == METHODS
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == METHODS
+    check_nothing_clipped(figure)
+
+
+def test_curves_from_no_change_at_all() -> None:
+    zero = np.zeros(3)
+    check_nothing_clipped(render.curves({"srd": (zero, zero + 1, zero + 1, zero + 1)}))
+
+
+def test_import_is_lazy_and_drawing_leaves_no_global_state() -> None:
+    code = """
+import sys, srd_lab.render
+assert "matplotlib" not in sys.modules
+import matplotlib
+before = matplotlib.rcParams["font.size"]
+srd_lab.render.apop_bars({("zeros", "apop"): 0.5}, 1, 0.1).savefig("/dev/null", format="png")
+assert matplotlib.rcParams["font.size"] == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

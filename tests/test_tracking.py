@@ -1,0 +1,439 @@
+"""What a run stores is read back with MLflow's own client, or from the folder."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import math
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Run as StoredRun
+
+from srd_lab import tracking
+from srd_lab.tracking import Run, environment, open_run, store_uri
+from srd_lab.types import SrdLabError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("a project, with README")
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a store that the module shares, and mlruns/README.md as in the repository."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (folder / "mlruns").mkdir(exist_ok=True)
+    (folder / "mlruns" / "README.md").write_text("artifacts appear here\n")
+    return folder
+
+
+def client() -> MlflowClient:
+    return MlflowClient(tracking_uri=store_uri())
+
+
+def stored(run: Run) -> StoredRun:
+    return client().get_run(run.id)
+
+
+def fill(run: Run) -> None:
+    run.save_text("pairs.csv", "pair,ssim\n0,0.5\n")
+    run.save_arrays("parts/000.npz", {"ssim": np.arange(3.0), "name": np.array(["a", "b", "c"])})
+    run.save_arrays("parts/001.npz", {"ssim": np.arange(2.0)})
+    figure = Figure(figsize=(1, 1))
+    run.save_figure("figure.png", figure)
+
+
+def check_files(run: Run) -> None:
+    assert run.load_text("pairs.csv") == "pair,ssim\n0,0.5\n"
+    arrays = run.load_arrays("parts/000.npz")
+    assert arrays["ssim"].tolist() == [0, 1, 2]
+    assert arrays["name"].tolist() == ["a", "b", "c"]
+    assert run.list("parts") == ["parts/000.npz", "parts/001.npz"]
+    assert {"figure.png", "pairs.csv"} <= set(run.list())
+    assert run.list("nowhere") == []
+
+
+def test_content_of_a_run_and_its_child(here: Path) -> None:
+    with open_run("attack", "both", {"steps": 3, "lr": 1e-3, "seed": None, **environment()}) as run:
+        with run.child("srd", {"method": "srd"}) as part:
+            fill(part)
+            part.log_metrics({"ssim": 0.5, "pcc": math.nan, "linf": math.inf})
+        run.log_metrics({"binarized/features.0": 1})
+    parent, child = stored(run), stored(part)
+    assert parent.info.run_name == "both"
+    assert parent.info.status == child.info.status == "FINISHED"
+    assert parent.data.params.items() >= {"steps": "3", "lr": "0.001", "seed": "None"}.items()
+    assert parent.data.params["torch"] == environment()["torch"]
+    assert parent.data.metrics == {"binarized/features.0": 1}
+    assert parent.data.tags["mlflow.source.name"] == "srd-lab attack"
+    assert child.data.params == part.params == {"method": "srd"}
+    assert child.data.metrics == {"ssim": 0.5}
+    assert child.data.tags["not_finite"] == "linf, pcc"
+    assert child.data.tags["mlflow.parentRunId"] == run.id
+    check_files(part)
+    assert [item.path for item in client().list_artifacts(part.id)] == ["figure.png", "pairs.csv", "parts"]
+    assert (here / "mlruns" / "srd-lab" / part.id / "artifacts" / "figure.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_plain_mlflow_opens_the_same_store(here: Path) -> None:
+    with open_run("attack", "one", {}):
+        pass
+    assert mlflow.get_tracking_uri().endswith("mlflow.db")
+    names = mlflow.search_runs(experiment_names=["srd-lab"])["tags.mlflow.runName"]
+    assert "one" in set(names)
+
+
+def test_traces_come_in_batches_and_repeating_them_adds_nothing(here: Path) -> None:
+    steps = np.arange(700)
+    loss = np.cos(steps)
+    loss[5] = np.nan
+    with open_run("attack", "traces", {}) as run:
+        for _ in range(2):
+            run.log_traces({"loss/0": (steps, loss), "loss/1": (steps, -steps)})
+    history = client().get_metric_history(run.id, "loss/0")
+    assert [point.step for point in history] == [step for step in range(700) if step != 5]
+    assert [point.value for point in history] == [loss[point.step] for point in history]
+    assert stored(run).data.tags["not_finite"] == "loss/0"
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (ValueError, "FAILED")])
+def test_end_status_is_shared_by_open_children(here: Path, error: type[BaseException], status: str) -> None:
+    runs: list[Run] = []
+    with pytest.raises(error):
+        _stop(runs, error)
+    run, done, left_open, inside = runs
+    assert [stored(each).info.status for each in (run, left_open, inside)] == [status] * 3
+    assert stored(done).info.status == "FINISHED"
+
+
+def _stop(runs: list[Run], error: type[BaseException]) -> None:
+    with open_run("attack", "stopped", {}) as run:
+        with run.child("done", {}) as done:
+            pass
+        left_open = run.child("left open", {})
+        with run.child("inside", {}) as inside:
+            runs += [run, done, left_open, inside]
+            raise error
+
+
+def test_a_broken_store_does_not_hide_the_first_error(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise SrdLabError("the store is gone")
+
+    run = open_run("attack", "x", {})
+    monkeypatch.setattr(tracking.Store, "set_status", broken)
+    with pytest.raises(ValueError, match="first"), run:
+        raise ValueError("first")
+
+
+def test_saving_again_replaces(here: Path) -> None:
+    with open_run("attack", "twice", {}) as run:
+        for text in ("first, and longer", "second"):
+            run.save_text("a/b.txt", text)
+    assert run.load_text("a/b.txt") == "second"
+    assert run.list("a") == ["a/b.txt"]
+
+
+def test_a_write_that_dies_leaves_the_old_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_run("attack", "dies", {}) as run:
+        run.save_text("a.txt", "old")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run.save_text("a.txt", "new")
+        assert run.load_text("a.txt") == "old"
+        assert run.list() == ["a.txt"]
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_resume_goes_on_with_the_same_run_and_child(here: Path) -> None:
+    run = open_run("attack", "named", {"steps": 3, "seed": 0})
+    part = run.child("srd", {"method": "srd"})
+    part.save_arrays("parts/000.npz", {"ssim": np.ones(2)})
+    with pytest.raises(KeyboardInterrupt), run, part:
+        raise KeyboardInterrupt
+    assert stored(run).info.status == stored(part).info.status == "KILLED"
+    with open_run("attack", "ignored", {"steps": 3}, resume=run.id) as again:
+        assert again.id == run.id
+        assert again.params == {"steps": "3", "seed": "0"}
+        assert stored(run).info.status == "RUNNING"
+        with again.child("srd", {"method": "srd", "added": 1}) as same, again.child("new", {}) as new:
+            assert same.id == part.id != new.id
+            assert same.list("parts") == ["parts/000.npz"]
+            assert same.params == {"method": "srd", "added": "1"}
+    assert stored(run).info.status == stored(part).info.status == "FINISHED"
+    assert stored(run).info.run_name == "named"
+
+
+def test_resume_refusals(here: Path) -> None:
+    with open_run("attack", "a", {"steps": 3}) as run, run.child("srd", {}) as part:
+        pass
+    with pytest.raises(SrdLabError, match=r"no run 0123 in sqlite:.*mlflow\.db; `srd-lab ui` lists them"):
+        open_run("attack", "a", {}, resume="0123")
+    with pytest.raises(SrdLabError, match="made by 'attack', not by 'apop'"):
+        open_run("apop", "a", {}, resume=run.id)
+    with pytest.raises(SrdLabError, match="steps = 3, not 4"):
+        open_run("attack", "a", {"steps": 4}, resume=run.id)
+    with pytest.raises(SrdLabError, match=f"part of run {run.id}"):
+        open_run("attack", "a", {}, resume=part.id)
+    with pytest.raises(SrdLabError, match="only a tracked run"):
+        open_run("attack", "a", {}, resume=run.id, track=False)
+    assert stored(run).info.status == "FINISHED"
+    client().delete_run(run.id)
+    with pytest.raises(SrdLabError, match="mlflow runs restore"):
+        open_run("attack", "a", {}, resume=run.id)
+
+
+def test_long_and_many_params_survive_a_resume(here: Path) -> None:
+    long = "x" * 7000
+    many = {f"p{i}": i for i in range(230)}
+    with open_run("attack", "long", {"long": long} | many) as run:
+        pass
+    assert len(run.params["long"]) == 6000
+    assert stored(run).data.params == run.params
+    with open_run("attack", "long", {"long": long}, resume=run.id):
+        pass
+    with pytest.raises(SrdLabError, match="made with long"):
+        open_run("attack", "long", {"long": long + "y"}, resume=run.id)
+
+
+@pytest.mark.parametrize("path", ["", "/etc/x", "../x", "a/../../x", "a\\b"])
+def test_paths_outside_the_run_are_refused(tmp_path: Path, path: str) -> None:
+    run = open_run("attack", "x", {}, track=False, out=tmp_path)
+    with run, pytest.raises(SrdLabError, match="not a path inside a run"):
+        run.save_text(path, "x")
+
+
+def test_damaged_missing_and_object_arrays(tmp_path: Path) -> None:
+    with open_run("attack", "x", {}, track=False, out=tmp_path) as run:
+        run.save_arrays("a.npz", {"x": np.arange(1000)})
+        (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
+        with pytest.raises(SrdLabError, match="damaged"):
+            run.load_arrays("a.npz")
+        with pytest.raises(SrdLabError, match="cannot read"):
+            run.load_arrays("b.npz")
+        with pytest.raises(SrdLabError, match="'x' holds Python objects"):
+            run.save_arrays("c.npz", {"x": np.array([None])})
+
+
+def test_without_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(SrdLabError, match="--no-track"):
+        open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    with open_run("attack", "x", {"steps": 3}, track=False, out=tmp_path / "out") as run:
+        with run.child("lrp/z+", {"method": "lrp"}) as part:
+            fill(part)
+            check_files(part)
+            part.log_metrics({"ssim": 0.5, "pcc": math.nan})
+            part.log_traces({"loss": ([0, 1, 2], [3.0, math.nan, 1.0])})
+        run.log_metrics({"ssim": 1})
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["params"] == {"steps": "3"}
+    assert (about["command"], about["status"], about["metrics"]) == ("attack", "FINISHED", {"ssim": 1})
+    inner = tmp_path / "out" / "lrp%2Fz+"
+    assert (inner / "traces.csv").read_text() == "name,step,value\nloss,0,3.0\nloss,2,1.0\n"
+    assert json.loads((inner / "run.json").read_text())["not_finite"] == ["loss", "pcc"]
+    assert "out" in run.where
+
+
+def test_without_a_folder_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    run = open_run("attack", "x", {}, track=False)
+    part = run.child("srd", {})
+    fill(part)
+    check_files(part)
+    with pytest.raises(KeyboardInterrupt), run:
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp"]
+    assert "nothing is kept" in run.where
+
+
+def test_which_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert store_uri() == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:1")
+    assert store_uri() == "http://localhost:1"
+    assert store_uri("sqlite:///other.db") == f"sqlite:///{tmp_path.resolve()}/other.db"
+    assert store_uri("sqlite:////a%20b/other.db") == "sqlite:////a b/other.db"
+    with pytest.raises(SrdLabError, match="'%' or"):
+        store_uri("sqlite:///100%/mlflow.db")
+
+
+def test_stores_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(SrdLabError, match="cannot be used: Connection refused"):
+        open_run("attack", "x", {}, tracking_uri=nobody)
+    (tmp_path / "bad.db").write_text("not a database, but long enough to be taken for one" * 100)
+    with pytest.raises(SrdLabError, match=r"bad\.db cannot be used as an MLflow store"):
+        open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db")
+    with pytest.raises(SrdLabError, match=r"cannot be used as an MLflow store"):
+        open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db/mlflow.db")
+
+
+def test_an_interrupted_first_use_leaves_no_half_made_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow.MlflowClient", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_moved_directory_keeps_its_files(here: Path, tmp_path: Path) -> None:
+    with open_run("attack", "moved", {}) as run, run.child("srd", {}) as part:
+        fill(part)
+    moved = tmp_path / "moved"
+    shutil.copytree(here, moved)
+    uri = f"sqlite:///{moved}/mlflow.db"
+    with (
+        open_run("attack", "moved", {}, tracking_uri=uri, resume=run.id) as again,
+        again.child("srd") as same,
+    ):
+        check_files(same)
+        same.save_text("new.txt", "x")
+    assert (moved / "mlruns" / "srd-lab" / part.id / "artifacts" / "new.txt").exists()
+    assert "new.txt" not in part.list()
+    with sqlite3.connect(here / "mlflow.db") as database:
+        (untouched,) = database.execute(
+            "SELECT count(*) FROM runs WHERE artifact_uri LIKE ?", (f"{moved}%",)
+        ).fetchone()
+    database.close()
+    assert untouched == 0
+
+
+_FIRST_USE = """
+import multiprocessing, sys
+import mlflow  # once, then fork: four imports take longer than the rest of this file
+from srd_lab.tracking import open_run
+
+fork = multiprocessing.get_context("fork")
+barrier = fork.Barrier(4)
+
+def work():
+    barrier.wait()
+    with open_run("attack", "first", {"n": 1}) as run, run.child("srd") as part:
+        part.log_traces({"loss": (range(300), range(300))})
+        part.save_text("a.txt", "x")
+
+workers = [fork.Process(target=work) for _ in range(4)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+sys.exit(sum(worker.exitcode != 0 for worker in workers))
+"""
+
+
+def test_four_processes_at_once_on_a_fresh_store(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environ["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
+    command = [sys.executable, "-c", _FIRST_USE]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    fresh = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    found = [e for e in fresh.search_experiments() if e.name == "srd-lab"]
+    assert len(found) == 1
+    runs = fresh.search_runs([found[0].experiment_id])
+    assert len(runs) == 8
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_environment_names_versions_without_importing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment()
+    assert found.keys() >= {
+        "python",
+        "platform",
+        "torch",
+        "torchvision",
+        "numpy",
+        "scikit-image",
+        "scipy",
+        "mlflow",
+    }
+    code = "import sys, srd_lab.tracking; print([m for m in ('mlflow', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert tracking.device_name("cpu")
+
+
+def test_commit_is_that_of_the_own_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "srd_lab"
+    package.mkdir()
+    monkeypatch.setattr(tracking, "__file__", str(package / "tracking.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    (package / "tracking.py").write_text("1")
+    assert _commit() == ""
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "m"]):
+        subprocess.run(git + command, check=True)
+    assert len(_commit()) == 40
+    (package / "tracking.py").write_text("2")
+    assert _commit().endswith("-dirty")
+    inner = tmp_path / "site-packages" / "srd_lab"
+    inner.mkdir(parents=True)
+    monkeypatch.setattr(tracking, "__file__", str(inner / "tracking.py"))
+    assert _commit() == ""
+    tracking._git_commit.cache_clear()
+
+
+def _commit() -> str:
+    tracking._git_commit.cache_clear()
+    return tracking._git_commit()
+
+
+def test_ui_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(SrdLabError, match=r"no runs yet: .*mlflow\.db does not exist"):
+        tracking.launch_ui()
+    with pytest.raises(SrdLabError, match="open it in a browser"):
+        tracking.launch_ui("http://localhost:1")
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SrdLabError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*--port"):
+            tracking.launch_ui(port=port)
+
+
+def test_ui_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_run("attack", "x", {}):
+        pass
+    seen: builtins.list[list[str]] = []
+
+    class Server:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            seen.append(command)
+            assert env["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Server)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    tracking.launch_ui(port=_free_port())
+    assert seen[0][seen[0].index("--backend-store-uri") + 1] == store_uri()
+    assert "/#/experiments/1/runs?workflowType=machine_learning" in capsys.readouterr().out
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
