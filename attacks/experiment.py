@@ -1,0 +1,190 @@
+"""The robustness experiment: the same pairs of images attacked through every method, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attacks.manipulation import (
+    SCORES,
+    AttackResult,
+    Manipulation,
+    _normalisation_scale,
+    noise_at_equal_mse,
+    similarity,
+)
+from srd_lab.data import batch
+from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.runtime import generator
+from srd_lab.types import Dataset, Explainer, SrdLabError
+
+Arrays = dict[str, np.ndarray]
+SCREENED_AT_ONCE = 50
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image to attack and the image whose explanation it shall take on, as indices of the data set."""
+
+    original: int
+    goal: int
+
+
+def draw_pairs(dataset: Dataset, model: nn.Module, count: int, seed: int, device: torch.device) -> list[Pair]:
+    """``count`` random pairs of correctly classified images of different classes; no image is used twice.
+
+    Fixed by the seed, the data and the model alone. Raises SrdLabError if the data cannot give so many.
+    """
+    order = torch.randperm(len(dataset), generator=generator(seed, "pairs")).tolist()
+    waiting: list[int] = []
+    pairs: list[Pair] = []
+    for first in range(0, len(order), SCREENED_AT_ONCE):
+        for index in _correct(dataset, model, order[first : first + SCREENED_AT_ONCE], device):
+            partner = next((i for i in waiting if dataset.labels[i] != dataset.labels[index]), None)
+            if partner is None:
+                waiting.append(index)
+                continue
+            waiting.remove(partner)
+            pairs.append(Pair(partner, index))
+            if len(pairs) == count:
+                return pairs
+    raise SrdLabError(
+        f"{count} pairs were asked for, but the {len(dataset)} images give only {len(pairs)} pairs of correctly "
+        "classified images of different classes; ask for fewer with --pairs"
+    )
+
+
+def _correct(dataset: Dataset, model: nn.Module, indices: list[int], device: torch.device) -> list[int]:
+    images, labels = batch(dataset, indices)
+    with torch.no_grad():
+        right = model(images.to(device)).argmax(1).cpu() == labels
+    return [index for index, hit in zip(indices, right.tolist(), strict=True) if hit]
+
+
+def attack_explainer(method: str, start: str) -> Explainer:
+    """The explainer as the attack sees it: SRD from ``start`` (the paper: ones), any other with absolute values
+    summed over channels (Dombrowski et al. 2019), as far as it has the choice."""
+    known = {field.name for field in fields(EXPLAINERS[method])}
+    options = {"start": start} if "start" in known else {"channels": "abs_sum"} if "channels" in known else {}
+    return make_explainer(method, **options)
+
+
+def attack_batch(
+    how: Manipulation,
+    model: nn.Module,
+    dataset: Dataset,
+    numbered: list[tuple[int, Pair]],
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[int], None],
+) -> Arrays:
+    """Attack some pairs, each with its number, and score them and their control; arrays whose first axis is the pair."""
+    x, labels = batch(dataset, [pair.original for _, pair in numbered])
+    goals, goal_labels = batch(dataset, [pair.goal for _, pair in numbered])
+    x, goals = x.to(device), goals.to(device)
+    result = how.run(model, x, goals, labels.to(device), on_step=on_step)
+    control = control_scores(how, model, x, result, [number for number, _ in numbered], seed)
+    arrays = {
+        "pair": np.array([number for number, _ in numbered]),
+        "original": np.array([dataset[pair.original].name for _, pair in numbered]),
+        "goal": np.array([dataset[pair.goal].name for _, pair in numbered]),
+        "label": labels.numpy(),
+        "goal_label": goal_labels.numpy(),
+        "images": x.cpu().numpy(),
+        "goal_images": goals.cpu().numpy(),
+        **result_arrays(result),
+        **{f"{name}_noise": score.cpu().numpy() for name, score in control.items()},
+    }
+    return arrays
+
+
+def control_scores(
+    how: Manipulation, model: nn.Module, x: Tensor, result: AttackResult, numbers: list[int], seed: int
+) -> dict[str, Tensor]:
+    """The same scores for random noise that changes the image as much as the attack did (equal MSE), seeded per pair."""
+    scale = _normalisation_scale(model, x)
+    noise = torch.stack(
+        [torch.randn(x.shape[1:], generator=generator(seed, "noise", n)) for n in numbers]
+    ).to(x)
+    noisy = noise_at_equal_mse(x, result.mse, scale, how.budget, noise)
+    raw = how.explainer.explain(model, noisy, result.target)
+    return similarity(raw, result.map_original, result.map_target)
+
+
+def result_arrays(result: AttackResult) -> Arrays:
+    """An attack's result as flat arrays: scores by name, curves under ``curve/``."""
+    arrays: Arrays = {}
+    for field in fields(result):
+        value: Any = getattr(result, field.name)
+        if isinstance(value, Tensor):
+            arrays[field.name] = value.detach().cpu().numpy()
+            continue
+        prefix, suffix = {
+            "scores": ("", ""),
+            "scores_best": ("", "_best"),
+            "scores_start": ("", "_before"),
+        }.get(field.name, ("curve/", ""))
+        arrays.update({f"{prefix}{name}{suffix}": t.detach().cpu().numpy() for name, t in value.items()})
+    return arrays
+
+
+COLUMNS = (
+    "pair",
+    "original",
+    "goal",
+    "label",
+    "goal_label",
+    *SCORES,
+    *(f"{name}_noise" for name in SCORES),
+    *(f"{name}_before" for name in SCORES[2:]),
+    *(f"{name}_best" for name in SCORES),
+    "prediction_kept",
+    "mse",
+    "mse_best",
+    "linf",
+    "steps",
+    "beta",
+)
+
+
+def gather(batches: list[Arrays]) -> Arrays:
+    """The arrays of all batches, in the order of the pairs; curves of different lengths are filled up with NaN."""
+    order = np.argsort(np.concatenate([b["pair"] for b in batches]), kind="stable")
+    return {name: _stack([b[name] for b in batches])[order] for name in batches[0]}
+
+
+def _stack(parts: list[np.ndarray]) -> np.ndarray:
+    if parts[0].ndim != 2:
+        return np.concatenate(parts)
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate(
+        [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=np.nan) for part in parts]
+    )
+
+
+def rows(table: Arrays) -> list[dict[str, Any]]:
+    """One row per pair, for the table of the run."""
+    return [{name: table[name][i].item() for name in COLUMNS} for i in range(len(table["pair"]))]
+
+
+def perturbation_curve(table: Arrays, score: str, points: int = 20) -> tuple[np.ndarray, ...]:
+    """Median and quartiles of ``score`` as a function of the MSE reached: (mse, median, low, high), each (points,).
+
+    Every pair's judged scores are interpolated over its own MSE, from (0, 1) on; a pair counts up to the MSE it reached.
+    """
+    mse, values = table["curve/mse"], table[f"curve/{score}"]
+    grid = np.linspace(0, np.nanmax(mse), points)
+    lines = np.full((len(mse), points), np.nan)
+    for i in range(len(mse)):
+        there = np.isfinite(mse[i])
+        xs, ys = np.r_[0, mse[i][there]], np.r_[1, values[i][there]]
+        order = np.argsort(xs, kind="stable")
+        lines[i] = np.interp(grid, xs[order], ys[order], right=np.nan)
+    enough = np.isfinite(lines).sum(0) >= max(1, len(mse) // 2)
+    low, median, high = np.nanquantile(lines[:, enough], (0.25, 0.5, 0.75), axis=0)
+    return grid[enough], median, low, high

@@ -1,0 +1,63 @@
+"""``srd-lab``: the command line. Commands import what they need when they run, so that help is quick."""
+
+from __future__ import annotations
+
+import click
+from apop.cli import apop
+
+from attacks.cli import attack
+from srd_lab.options import command_errors, text_table
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="srd-lab")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
+def main(debug: bool) -> None:
+    """Find out whether a saliency explanation can be trusted.
+
+    \b
+      srd-lab attack --method srd --pairs 100    manipulate explanations, score what is left of them
+      srd-lab apop --model vgg16                 predict from activation patterns alone
+      srd-lab ui                                 look at the runs
+    """
+
+
+@main.command()
+@command_errors
+def models() -> None:
+    """List the bundled networks and how each was made."""
+    from srd_lab.models import cards
+
+    rows = [
+        [
+            card["name"],
+            card["width"],
+            f"{card['parameters']:,}",
+            f"{card['test_accuracy']:.1%}",
+            str(card["seed"]),
+            card["data"],
+            card["command"],
+        ]
+        for card in cards()
+    ]
+    click.echo(text_table(["model", "width", "parameters", "test accuracy", "seed", "data", "made by"], rows))
+    click.echo("\nWith --data imagenet:DIR, --model takes any torchvision classification network by name.")
+
+
+@main.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]")
+@command_errors
+def ui(port: int, host: str, tracking_uri: str | None) -> None:
+    """Open the MLflow UI on the runs made here."""
+    from srd_lab.tracking import launch_ui
+
+    launch_ui(tracking_uri, port, host)
+
+
+main.add_command(attack)
+main.add_command(apop)
+
+if __name__ == "__main__":
+    main()
