@@ -141,7 +141,7 @@ class _Experiment:
         self.watch = cli.Stopwatch()
         self.methods = _chosen(settings["methods"])
         self.device = pick_device(settings["device"])
-        self.model = load_model(settings["model"], settings["data"], settings["weights"], self.device)
+        self.model = load_model(settings["model"], settings["data"], settings["weights"], str(self.device))
         self.dataset = load_data(settings["data"], seed=settings["seed"])
         self.pairs = draw_pairs(self.dataset, self.model, settings["pairs"], settings["seed"], self.device)
         self.batch_size = settings["batch_size"] or _batch_size(self.dataset[0].image.shape, self.device.type)
@@ -264,7 +264,7 @@ def _batch_size(shape: tuple[int, ...], device: str) -> int:
 
 
 def _metrics(table: Arrays, seed: int) -> dict[str, float]:
-    from attacks.experiment import SCORES
+    from attacks.manipulation import SCORES
     from srd_lab.metrics.summary import summarise
 
     metrics: dict[str, float] = {}
@@ -340,4 +340,4 @@ def _nanmean(loss: np.ndarray) -> np.ndarray:
     import numpy as np
 
     running = np.isfinite(loss).any(0)
-    return np.nanmean(loss[:, running], axis=0)  # type: ignore[no-any-return]
+    return np.nanmean(loss[:, running], axis=0)

@@ -14,7 +14,7 @@ from attacks.manipulation import (
     SCORES,
     AttackResult,
     Manipulation,
-    _normalisation_scale,
+    normalisation_scale,
     noise_at_equal_mse,
     similarity,
 )
@@ -107,7 +107,7 @@ def control_scores(
     how: Manipulation, model: nn.Module, x: Tensor, result: AttackResult, numbers: list[int], seed: int
 ) -> dict[str, Tensor]:
     """The same scores for random noise that changes the image as much as the attack did (equal MSE), seeded per pair."""
-    scale = _normalisation_scale(model, x)
+    scale = normalisation_scale(model, x)
     noise = torch.stack(
         [torch.randn(x.shape[1:], generator=generator(seed, "noise", n)) for n in numbers]
     ).to(x)
@@ -172,7 +172,9 @@ def rows(table: Arrays) -> list[dict[str, Any]]:
     return [{name: table[name][i].item() for name in COLUMNS} for i in range(len(table["pair"]))]
 
 
-def perturbation_curve(table: Arrays, score: str, points: int = 20) -> tuple[np.ndarray, ...]:
+def perturbation_curve(
+    table: Arrays, score: str, points: int = 20
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Median and quartiles of ``score`` as a function of the MSE reached: (mse, median, low, high), each (points,).
 
     Every pair's judged scores are interpolated over its own MSE, from (0, 1) on; a pair counts up to the MSE it reached.

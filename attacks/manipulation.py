@@ -134,11 +134,9 @@ class _Attack:
         self, how: Manipulation, model: nn.Module, x: Tensor, goal_images: Tensor, target: Tensor | int | None
     ) -> None:
         self.how, self.model, self.x = how, model, x
-        self.scale = _normalisation_scale(model, x)
-        with torch.no_grad():
-            self.logits0 = model(x)
+        self.scale = normalisation_scale(model, x)
+        self.map0, self.logits0 = how.explainer.explain_with_logits(model, x, target)
         self.target = check_target(target, self.logits0)
-        self.map0 = how.explainer.explain(model, x, self.target)
         self.map_target = how.explainer.explain(model, goal_images)
         self.goal = maps.sum_to_one(self.map_target)
         self.adversarial, self.best = x.clone(), x.clone()
@@ -171,9 +169,10 @@ class _Attack:
     def _step(self, i: int, active: Tensor) -> None:
         surrogate = SmoothModel(self.model, self._beta(i))
         x = self.adversarial[active].requires_grad_()
-        raw, logits = self.how.explainer.explain_with_logits(surrogate, x, self.target[active])
-        loss = self.how.objective(raw, self.goal[active], logits, self.logits0[active])
-        (slope,) = torch.autograd.grad(loss.sum(), x)
+        with torch.enable_grad():
+            raw, logits = self.how.explainer.explain_with_logits(surrogate, x, self.target[active])
+            loss = self.how.objective(raw, self.goal[active], logits, self.logits0[active])
+            (slope,) = torch.autograd.grad(loss.sum(), x)
         if not torch.isfinite(slope).all():
             raise SrdLabError(
                 f"the attack's gradient is not finite at step {i} (beta {self._beta(i):.3g}); try a smaller --beta-end"
@@ -203,7 +202,7 @@ class _Attack:
         row["mse"][some] = self._mse(some)
         row["linf"][some] = 255 * (x - self.x[some]).abs().amax((1, 2, 3))
         for name, score in similarity(raw, self.map0[some], self.map_target[some]).items():
-            row[name][some] = score.to(self.x.dtype)
+            row[name][some] = score.to(self.x)
         self.judged.append(row)
         error = (maps.sum_to_one(raw) - self.goal[some]).square().mean((1, 2))
         kept = logits.argmax(1) == self.logits0[some].argmax(1)
@@ -270,7 +269,7 @@ def noise_at_equal_mse(x: Tensor, mse: Tensor, scale: Tensor, budget: Budget, no
     return budget.project(x + high[:, None, None, None] * noise / scale, x)
 
 
-def _normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:
+def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:
     """What one unit of pixel value is in normalised units, (1, C, 1, 1)."""
     normalise, _ = split_normalisation(model)
     zero = torch.zeros_like(x[:1])

@@ -22,29 +22,27 @@ from srd_lab.types import SrdLabError
 
 Note = TypeVar("Note")
 T = torch.Tensor
-_GATES = (torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax)
-_NOT_AFFINE = (
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    F.conv1d,
-    F.conv3d,
-    F.layer_norm,
-    F.group_norm,
-    F.instance_norm,
-    F.local_response_norm,
-    F.normalize,
-    F.bilinear,
-    F.scaled_dot_product_attention,
-    F.multi_head_attention_forward,
-    F.logsigmoid,
-    torch.exp,
-    T.exp,
-    torch.sqrt,
-    T.sqrt,
-    T.sigmoid_,
-    torch.sigmoid_,
-)
+_GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
+_NOT_AFFINE = {
+    # layers
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.conv1d, F.conv3d),
+    *(F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.normalize),
+    *(F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward),
+    # activations without a name in srd_lab.intercept
+    *(F.softsign, F.hardshrink, F.softshrink, F.tanhshrink, F.glu, F.rrelu, F.rrelu_, F.logsigmoid),
+    *(F.threshold, F.threshold_, torch.threshold, torch.threshold_, torch.rrelu, torch.rrelu_),
+    *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
+    *(torch.clamp_max, T.clamp_max, T.clamp_min, torch.clamp_min, T.clamp_max_, T.clamp_min_),
+    *(torch.sigmoid_, T.sigmoid_, torch.maximum, T.maximum, torch.minimum, T.minimum),
+    # elementwise functions
+    *(torch.abs, T.abs, T.abs_, torch.exp, T.exp, T.exp_, torch.log, T.log, torch.sqrt, T.sqrt, torch.rsqrt, T.rsqrt),
+    *(torch.square, T.square, torch.pow, T.pow, T.pow_, T.__pow__, T.__rpow__, torch.sin, T.sin, torch.cos, T.cos),
+    *(torch.reciprocal, T.reciprocal, T.__rdiv__),
+}  # fmt: skip
+_PRODUCTS = {
+    *(torch.mul, T.mul, T.mul_, torch.div, T.div, T.div_, torch.true_divide, T.true_divide),
+    *(torch.matmul, T.matmul, torch.bmm, T.bmm, torch.einsum),
+}
 
 
 class Switch:
@@ -133,29 +131,6 @@ class Gated(Interceptor):
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         return _Gate.apply(u, v, self.switch, call.index)  # type: ignore[no-untyped-call,no-any-return]
 
-    def share_bias(self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None) -> Tensor:
-        """``y``, whose layer added ``bias`` to what it made of its input ``x``."""
-        if not x.requires_grad:
-            return y
-        return _ShareBias.apply(y, x, bias, conv, self.switch)  # type: ignore[no-untyped-call,no-any-return]
-
-    def hold(self, y: Tensor) -> Tensor:
-        """``y`` as a constant of the live pass."""
-        return _Hold.apply(y, self.switch)  # type: ignore[no-untyped-call,no-any-return]
-
-    def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in _NOT_AFFINE:
-            self.refuse(function)
-        out = function(*args, **kwargs)
-        return self.hold(out) if function in _GATES and isinstance(out, Tensor) and out.requires_grad else out
-
-    def refuse(self, function: Callable[..., Any]) -> None:
-        """Say which operation cannot be decomposed, and where."""
-        raise SrdLabError(
-            f"{function_name(function)} in {self.where()} is neither affine nor an activation, and there is no rule "
-            "for it; choose another network, or a method that needs gradients only"
-        )
-
     @contextmanager
     def live(self) -> Iterator[dict[int, Tensor]]:
         """Within: the rule is live; yields the relevance by call index, filled by the backward pass."""
@@ -164,6 +139,61 @@ class Gated(Interceptor):
             yield self.switch.relevance
         finally:
             self.switch.live, self.switch.relevance = False, {}
+
+
+class Decomposed(Gated):
+    """A gated pass whose rule accounts for everything: what lies between two activations must be affine.
+
+    Gates (a sigmoid times a map) are constants of the live pass; anything else that is not affine is refused.
+    """
+
+    def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
+        super().__init__(model, rule)
+        self._held: TensorNotes[bool] = TensorNotes()
+        # With weights that ask for gradients too, a product of map and weight looks like one of two maps.
+        self._frozen = not any(p.requires_grad for p in model.parameters())
+
+    def share_bias(self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None) -> Tensor:
+        """``y``, whose layer added ``bias`` to what it made of its input ``x``."""
+        if not x.requires_grad:
+            return y
+        return _ShareBias.apply(y, x, bias, conv, self.switch)  # type: ignore[no-untyped-call,no-any-return]
+
+    def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = function(*args, **kwargs)
+        if not any(t.requires_grad for t in tensors_in(out)):
+            return out
+        if function in _GATES:
+            out = _Hold.apply(out, self.switch)  # type: ignore[no-untyped-call]
+            self._held.put(out, True)
+            return out
+        maps = [t for t in tensors_in(args) if t.requires_grad]
+        moving = [t for t in maps if not self._held.get(t)]
+        if self.accountable(out) and (
+            function in _NOT_AFFINE or (function in _PRODUCTS and self._frozen and len(moving) > 1)
+        ):
+            self.refuse(function)
+        if maps and not moving and isinstance(out, Tensor):
+            self._held.put(out, True)
+        return out
+
+    def accountable(self, out: Any) -> bool:
+        """Whether relevance passes through what makes ``out``."""
+        return True
+
+    def refuse(self, function: Callable[..., Any]) -> None:
+        """Say which operation cannot be decomposed, and where."""
+        raise SrdLabError(
+            f"{function_name(function)} in {self.where()} is neither affine nor an activation, and there is no rule "
+            "for it; choose another network, or a method that needs gradients only"
+        )
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors among a call's arguments or results, one level of lists deep."""
+    leaves = value if isinstance(value, tuple | list) else (value,)
+    flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, tuple | list) else (leaf,))]
+    return [t for t in flat if isinstance(t, Tensor)]
 
 
 class TensorNotes(Generic[Note]):

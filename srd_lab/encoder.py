@@ -10,35 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import Gated, TensorNotes
+from srd_lab.backprop import Decomposed, TensorNotes
 from srd_lab.intercept import BatchNorm, Call, Convolution, MaxPool
 from srd_lab.types import SrdLabError
 
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
-_SHIFT_AND_SCALE = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "clone",
-    "add_",
-    "sub_",
-    "mul_",
-    "div_",
-    "true_divide",
-    "subtract",
-}
+_NORMALISING = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "clone", "true_divide", "subtract"}
+_NORMALISING |= {"__rsub__", "rsub", "cat", "stack"}  # of channels that were normalised one by one
 
 
 @dataclass(frozen=True)
 class End:
-    """Where the encoder ends: its output map, and the activation call that made it (None after a pool)."""
+    """Where the encoder ends: its output map as it was then, and the activation call that made it (None after a
+    pool)."""
 
     output: Tensor
     call: Call | None
+    version: int
 
 
-class SRDTrace(Gated):
+class SRDTrace(Decomposed):
     """A forward pass that can be decomposed backwards.
 
     encoder : dotted module name, "" for the model itself, None to find it.
@@ -55,17 +46,15 @@ class SRDTrace(Gated):
         self._made_by: TensorNotes[Call] = TensorNotes()
         self._convolved: TensorNotes[Convolution] = TensorNotes()
         self._found: End | None = None
-        self._input: Tensor | None = None
+        self._input: Tensor | None = None  # what the network proper is fed with, once normalised
         self._at_input = True
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
         """Output of the model and the tensor that input relevance refers to: leaf, or what a leading
         normalisation made of it."""
-        self._input = fed = (
-            leaf.clone()
-        )  # a model may change its input in place; the caller's stays as it was
-        output = self.run(fed)
-        return output, leaf if self._input is fed else self._input
+        self._shape = leaf.shape
+        output = self.run(leaf.clone())  # a model may change its input in place; the caller's stays as it was
+        return output, leaf if self._input is None else self._input
 
     def end(self) -> End:
         """Where the encoder ended in the last trace."""
@@ -73,6 +62,11 @@ class SRDTrace(Gated):
             raise SrdLabError(
                 "no end of an encoder was found (a map with spatial extent before global pooling or flattening); "
                 'name the submodule that puts it out with encoder="..." ("" is the model itself)'
+            )
+        if self._found.output._version != self._found.version:
+            raise SrdLabError(
+                "what was found as the encoder's output is overwritten by the model later on; name the submodule that "
+                'puts it out with encoder="..."'
             )
         if self._found.output.dim() != 4:
             raise SrdLabError(
@@ -85,11 +79,14 @@ class SRDTrace(Gated):
         """Let go of every tensor, so that the graph dies with whoever still needs it."""
         self.u.clear()
         self.v.clear()
+        self._made_by.clear()
+        self._convolved.clear()
         self._found = self._input = None
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self._at_input = False
+        self._reopen(x)
         out = super().activate(call, x, inplace)
         self._made_by.put(out, call)
         return out
@@ -101,8 +98,7 @@ class SRDTrace(Gated):
 
     def convolution(self, conv: Convolution) -> Tensor:
         self._at_input = False
-        if self._encoder is None and (self._found is None or max(conv.x.shape[2:]) > 1):
-            self._found = None
+        self._reopen(conv.x)
         y = conv.apply(conv.x, conv.weight, conv.bias)
         if conv.bias is not None and self._with_bias:
             y = self.share_bias(y, conv.x, conv.bias, conv)
@@ -129,46 +125,47 @@ class SRDTrace(Gated):
         return super().max_pool(pool)
 
     def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        out = function(*args, **kwargs) if self._past_encoder() else super().other(function, args, kwargs)
-        if first is not None and isinstance(out, Tensor):
-            self._follow_input(function, first, args, out)
-            self._look_for_end(function, first, out)
+        out = super().other(function, args, kwargs)
+        if isinstance(out, Tensor) and out.requires_grad:
+            self._follow_input(function, out)
+            if args and isinstance(args[0], Tensor):
+                self._look_for_end(function, args[0], out)
         return out
 
     # where things begin and end --------------------------------------------------------------------------
-    def left(self, module: nn.Module, output: Any) -> None:
+    def left(self, module: nn.Module, output: Any) -> Any:
         if module is self._encoder:
             if not isinstance(output, Tensor):
                 raise SrdLabError(
                     f"encoder {self._encoder_name!r} puts out {type(output).__name__}; expected one tensor"
                 )
-            self._found = End(output, self._made_by.get(output))
+            self._found = End(output, self._made_by.get(output), output._version)
+            return output.clone()  # what follows may overwrite it
+        return None
 
-    def _past_encoder(self) -> bool:
-        return self._encoder is not None and self._found is not None
+    def accountable(self, out: Any) -> bool:
+        """Behind the encoder anything goes: the start needs gradients only."""
+        if self._found is None:
+            return True
+        return self._encoder is None and isinstance(out, Tensor) and out.dim() == 4 and max(out.shape[2:]) > 1
 
-    def _follow_input(
-        self, function: Callable[..., Any], first: Tensor, args: tuple[Any, ...], out: Tensor
-    ) -> None:
-        """A shift or scale by constants ahead of the first layer is normalisation: the input is what it puts out."""
-        if self._at_input and first is self._input and getattr(function, "__name__", "") in _SHIFT_AND_SCALE:
-            constant = not any(isinstance(a, Tensor) and a.requires_grad for a in args[1:])
-            if constant and out.shape == first.shape:
-                self._input = out
+    def _follow_input(self, function: Callable[..., Any], out: Tensor) -> None:
+        """A shift or scale ahead of the first layer is normalisation: the input is what it puts out."""
+        if self._at_input and out.shape == self._shape and getattr(function, "__name__", "") in _NORMALISING:
+            self._input = out
+
+    def _reopen(self, x: Tensor) -> None:
+        """A layer on a map with spatial extent: what was pooled before was a side branch, not the end."""
+        if self._encoder is None and x.dim() == 4 and max(x.shape[2:]) > 1:
+            self._found = None
 
     def _look_for_end(self, function: Callable[..., Any], first: Tensor, out: Tensor) -> None:
-        if (
-            self._encoder is not None
-            or self._found is not None
-            or first.dim() != 4
-            or not first.requires_grad
-        ):
+        if self._encoder is not None or self._found is not None or first.dim() != 4 or not first.requires_grad:
             return
         pooled = out.dim() == 4 and max(out.shape[2:]) == 1 < max(first.shape[2:])
-        flattened = out.dim() < 4 and out.shape[0] == first.shape[0] and out.requires_grad
+        flattened = out.dim() < 4 and out.shape[0] == first.shape[0]
         if function in _GLOBAL_POOLS or pooled or flattened:
-            self._found = End(first, self._made_by.get(first))
+            self._found = End(first, self._made_by.get(first), first._version)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

@@ -43,11 +43,13 @@ class _WriteBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor) -> Tensor:
         ctx.mark_dirty(x)
+        ctx.part_of_another = x._is_view()
         return x.copy_(v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0]
+        # Nothing at all for a view would be read as nothing for the whole tensor that it is a part of.
+        return torch.zeros_like(grads[0]) if ctx.part_of_another else None, grads[0]
 
 
 def in_place(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -55,20 +57,26 @@ def in_place(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return _WriteBack.apply(x, function(x.clone()))  # type: ignore[no-untyped-call,no-any-return]
 
 
-def smooth_relu(x: Tensor, slope: float, beta: float, inplace: bool = False) -> Tensor:
-    """Softplus surrogate of a (leaky) ReLU, one activation call to whoever intercepts."""
+def smooth_relu(
+    x: Tensor, slope: float, beta: float, inplace: bool = False, stands_for: str = "relu"
+) -> Tensor:
+    """Softplus surrogate of a (leaky) ReLU: one activation call, named as the original, to whoever intercepts."""
     if has_torch_function_unary(x):
-        return handle_torch_function(smooth_relu, (x,), x, slope, beta, inplace=inplace)  # type: ignore[no-any-return]
+        named = {"inplace": inplace, "stands_for": stands_for}
+        return handle_torch_function(smooth_relu, (x,), x, slope, beta, **named)  # type: ignore[no-any-return]
     if inplace:
         return in_place(x, lambda u: smooth_relu(u, slope, beta))
     soft = F.softplus(x, beta)
     return soft if slope == 0 else slope * x + (1 - slope) * soft
 
 
-def smooth_clip(x: Tensor, low: float, high: float, beta: float, inplace: bool = False) -> Tensor:
+def smooth_clip(
+    x: Tensor, low: float, high: float, beta: float, inplace: bool = False, stands_for: str = "hardtanh"
+) -> Tensor:
     """Softplus surrogate of hardtanh and ReLU6: a smooth step up at ``low`` and down at ``high``."""
     if has_torch_function_unary(x):
-        return handle_torch_function(smooth_clip, (x,), x, low, high, beta, inplace=inplace)  # type: ignore[no-any-return]
+        named = {"inplace": inplace, "stands_for": stands_for}
+        return handle_torch_function(smooth_clip, (x,), x, low, high, beta, **named)  # type: ignore[no-any-return]
     if inplace:
         return in_place(x, lambda u: smooth_clip(u, low, high, beta))
     return low + F.softplus(x - low, beta) - F.softplus(x - high, beta)
@@ -104,18 +112,16 @@ _IN_PLACE: dict[str, tuple[Function, ...]] = {
 }
 ACTIVATIONS = {function: kind for kind, functions in _PURE.items() for function in functions}
 IN_PLACE_ACTIVATIONS = {function: kind for kind, functions in _IN_PLACE.items() for function in functions}
-CLAMPS = (
-    torch.clamp,
-    T.clamp,
-    torch.clamp_min,
-    T.clamp_min,
-    torch.clamp_,
-    T.clamp_,
-    torch.clamp_min_,
-    T.clamp_min_,
-)
+_CLAMPS = {
+    *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
+    *(torch.clamp_min, T.clamp_min, torch.clamp_min_, T.clamp_min_),
+}
+_THRESHOLDS = {F.threshold, F.threshold_, torch.threshold, torch.threshold_}
 MAX_POOLS = (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
-DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+DROPOUTS = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.alpha_dropout),
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,11 @@ class Call:
     kind: str
     function: Callable[[Tensor], Tensor]
     original: Callable[[Tensor], Tensor]
+
+    def value_at(self, u: float) -> float:
+        """The activation at one number; whoever else intercepts does not see this."""
+        with torch._C.DisableTorchFunction():
+            return float(self.function(torch.tensor(u, dtype=torch.float64)))
 
 
 @dataclass(frozen=True)
@@ -211,6 +222,7 @@ class Interceptor(TorchFunctionMode):
         self.model = model
         self.calls: list[Call] = []
         self._names = {id(module): name for name, module in model.named_modules()}
+        self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
         self._used: Counter[str] = Counter()
 
@@ -238,8 +250,9 @@ class Interceptor(TorchFunctionMode):
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return function(*args, **kwargs)
 
-    def left(self, module: nn.Module, output: Any) -> None:
-        """Called when ``module`` has returned ``output``."""
+    def left(self, module: nn.Module, output: Any) -> Any:
+        """Called when ``module`` has returned ``output``; what this returns takes its place, unless None."""
+        return None
 
     # running ------------------------------------------------------------------------------------------
     def run(self, x: Tensor) -> Any:
@@ -263,10 +276,11 @@ class Interceptor(TorchFunctionMode):
             if threading.get_ident() == thread and id(module) in self._names:
                 self._path.append(self._names[id(module)])
 
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
             if threading.get_ident() == thread and id(module) in self._names:
                 self._path.pop()
-                self.left(module, output)
+                return self.left(module, output)
+            return None
 
         handles = (
             nn.modules.module.register_module_forward_pre_hook(enter),
@@ -282,21 +296,16 @@ class Interceptor(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ACTIVATIONS:
-            kind, pure, inplace = ACTIVATIONS[func], func, bool(kwargs.get("inplace", False))
-        elif func in IN_PLACE_ACTIVATIONS:
-            kind, inplace = IN_PLACE_ACTIVATIONS[func], True
-            pure = _PURE[kind][0]
-        elif func in CLAMPS and _is_relu(args, kwargs):
-            kind, pure, inplace = "relu", _relu_of_clamp, func.__name__.endswith("_")
-        else:
+        found = _recognise(func, args, kwargs)
+        if found is None:
             return self._dispatch(func, args, kwargs)
+        kind, pure, inplace = found
         first, rest = _first(args, kwargs), args[1:]
         kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         options = {name: value for name, value in kwargs.items() if name != "inplace"}
         call = Call(
             index=len(self.calls),
-            name=self._name(kind),
+            name=self._name(kwargs.get("stands_for", kind)),
             kind=kind,
             function=lambda u: pure(u, *rest, **options),
             original=lambda x: func(x, *rest, **kwargs),
@@ -315,18 +324,13 @@ class Interceptor(TorchFunctionMode):
             return self.max_pool(
                 _max_pool(*args, **{"return_indices": func is F.max_pool2d_with_indices, **kwargs})
             )
-        if func in DROPOUTS and kwargs.get("training", args[2] if len(args) > 2 else True):
+        if func in DROPOUTS and kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)):
             raise SrdLabError(f"dropout is active in {self.where()}; call model.eval() first")
         return self.other(func, args, kwargs)
 
     def _name(self, kind: str) -> str:
         module = self._path[-1] if self._path else ""
-        leaf = (
-            next((False for name in self._names.values() if name.startswith(module + ".")), True)
-            if module
-            else False
-        )
-        base = module if leaf else f"{module}.{kind}".lstrip(".")
+        base = module if module and module not in self._containers else f"{module}.{kind}".lstrip(".")
         self._used[base] += 1
         return base if self._used[base] == 1 else f"{base}#{self._used[base]}"
 
@@ -345,7 +349,7 @@ class SmoothModel(nn.Module):
         super().__init__()
         self.model = model
         self.beta = beta
-        self.train(model.training)
+        self.training = model.training  # this module's own flag: train() would set those of the model's parts too
 
     def forward(self, x: Tensor) -> Tensor:
         return _Smooth(self.model, self.beta).run(x)  # type: ignore[no-any-return]
@@ -360,10 +364,11 @@ class _Smooth(Interceptor):
         if call.kind == "relu":
             return smooth_relu(x, 0.0, self.beta, inplace=inplace)
         if call.kind == "leaky_relu":
-            return smooth_relu(x, -float(call.function(x.new_tensor(-1.0))), self.beta, inplace=inplace)
+            slope = -call.value_at(-1.0)
+            return smooth_relu(x, slope, self.beta, inplace=inplace, stands_for=call.kind)
         if call.kind in ("relu6", "hardtanh"):
-            low, high = (float(call.function(x.new_tensor(end))) for end in (-1e30, 1e30))
-            return smooth_clip(x, low, high, self.beta, inplace=inplace)
+            low, high = call.value_at(-1e30), call.value_at(1e30)
+            return smooth_clip(x, low, high, self.beta, inplace=inplace, stands_for=call.kind)
         return call.original(x)
 
 
@@ -383,6 +388,10 @@ def check_model(model: nn.Module) -> None:
             raise SrdLabError(
                 f"{where} is a compiled module, whose calls cannot be seen; pass its ._orig_mod instead"
             )
+        if module._compiled_call_impl is not None:
+            raise SrdLabError(
+                f"{where} was compiled in place, so that its calls cannot be seen; pass it as it was before .compile()"
+            )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None
         ):
@@ -391,8 +400,8 @@ def check_model(model: nn.Module) -> None:
             raise SrdLabError(f"dropout {where} is active; call model.eval() first")
 
 
-def check_input(x: Tensor) -> None:
-    """Refuse anything but a finite float32 / float64 batch (N, C, H, W)."""
+def check_input(x: Tensor, model: nn.Module | None = None) -> None:
+    """Refuse anything but a finite float32 / float64 batch (N, C, H, W), of the model's own dtype."""
     if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise SrdLabError(
@@ -402,8 +411,15 @@ def check_input(x: Tensor) -> None:
         raise SrdLabError(
             f"the input must be float32 or float64, got {x.dtype}; scale pixels to [0, 1] and call x.float()"
         )
+    own = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
+    if own is not None and own.dtype != x.dtype:
+        raise SrdLabError(
+            f"the input is {x.dtype}, but the model's weights are {own.dtype}; bring both to one dtype with .to(...)"
+        )
     if not torch.isfinite(x).all():
         raise SrdLabError("the input holds NaN or infinite values; expected finite pixels")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise SrdLabError("no gradient can be taken in torch.inference_mode; use torch.no_grad instead")
 
 
 def check_target(target: Tensor | int | None, logits: Tensor) -> Tensor:
@@ -436,14 +452,34 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["input"]  # type: ignore[no-any-return]
 
 
-def _relu_of_clamp(u: Tensor, *bounds: Any, **named: Any) -> Tensor:
-    return torch.relu(u)
+def _recognise(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Function, bool] | None:
+    """Kind of an activation call, its pure function, and whether it is in place; None for any other call."""
+    if func in ACTIVATIONS:
+        return ACTIVATIONS[func], func, bool(kwargs.get("inplace", False))
+    if func in IN_PLACE_ACTIVATIONS:
+        kind = IN_PLACE_ACTIVATIONS[func]
+        return kind, _PURE[kind][0], True
+    if func in _CLAMPS:
+        kind, pure = _kind_of_clamp(*args[1:3], **{k: kwargs[k] for k in ("min", "max") if k in kwargs}), torch.clamp
+    elif func in _THRESHOLDS:
+        kind, pure = _kind_of_threshold(*args[1:3], **kwargs), torch.threshold
+    else:
+        return None
+    inplace = bool(kwargs.get("inplace", func.__name__.endswith("_")))
+    return None if kind is None else (kind, pure, inplace)
 
 
-def _is_relu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    low = kwargs.get("min", args[1] if len(args) > 1 else None)
-    high = kwargs.get("max", args[2] if len(args) > 2 else None)
-    return bool(args) and high is None and isinstance(low, int | float) and low == 0
+def _kind_of_clamp(min: Any = None, max: Any = None) -> str | None:
+    numbers = [isinstance(bound, int | float) for bound in (min, max)]
+    if all(numbers):
+        return "hardtanh"
+    return "relu" if numbers[0] and max is None and min == 0 else None
+
+
+def _kind_of_threshold(threshold: Any, value: Any, **other: Any) -> str | None:
+    return "relu" if threshold == value == 0 else None
 
 
 def _convolution(

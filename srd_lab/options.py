@@ -104,7 +104,7 @@ def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, 
             continue
         text = stored[name]
         raw: Any = None if text == "" else text
-        if option.multiple:  # type: ignore[attr-defined]
+        if getattr(option, "multiple", False):
             raw = text.split(",") if text else ()
         values[name] = option.type_cast_value(ctx, raw)
     return values

@@ -97,7 +97,9 @@ def fit(image: Image.Image, size: int) -> Image.Image:
         scale = shorter / min(width, height)
         shape = max(shorter, int(width * scale)), max(shorter, int(height * scale))
         image = image.resize(shape, Image.Resampling.BILINEAR)
-    left, top = (round((side - size) / 2) for side in image.size)
+        left, top = (round((side - size) / 2) for side in image.size)  # as torchvision's CenterCrop
+    else:
+        left = top = (width - size) // 2  # as Caffe, whose convention such sets follow
     return image.crop((left, top, left + size, top + size))
 
 

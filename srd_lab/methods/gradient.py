@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from srd_lab import maps, rules
 from srd_lab.backprop import Gated, split_normalisation, traced
@@ -147,10 +148,10 @@ class IntegratedGradients:
 
 def _path_slopes(network: nn.Module, base: Tensor, fractions: Tensor, classes: Tensor) -> Tensor:
     """Sum over ``fractions`` of the gradient of the target logits at ``base * fraction``; (N, C, H, W)."""
-    differentiable = base.grad_fn is not None or torch.is_grad_enabled()
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         points = (fractions[:, None, None, None, None] * base).flatten(0, 1)
-        logits = network(points)
+        logits = network(points.clone())  # a network may change its input in place
         score = logits.gather(1, classes.repeat(len(fractions))[:, None]).sum()
         (slope,) = torch.autograd.grad(score, points, create_graph=differentiable)
     return slope.unflatten(0, (len(fractions), len(base))).sum(0)
@@ -166,6 +167,7 @@ class _Recompute(torch.autograd.Function):
         return function(x.detach().requires_grad_()).detach()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
         with torch.enable_grad():

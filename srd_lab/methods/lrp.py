@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import maps, rules
-from srd_lab.backprop import Gated, TensorNotes, split_normalisation, traced
+from srd_lab.backprop import Decomposed, TensorNotes, split_normalisation, tensors_in, traced
 from srd_lab.intercept import BatchNorm, Call, Convolution, MaxPool, check_input, check_target, take
 from srd_lab.types import SrdLabError
 
@@ -86,7 +86,7 @@ def _z_plus(u_plus: Tensor, v: Tensor, g: Tensor) -> rules.Passed:
     return rules.Passed(rules.divide(r, u_plus), None, r.sum(1))
 
 
-class _LRPTrace(Gated):
+class _LRPTrace(Decomposed):
     """A forward pass that carries, for every tensor between two activations, its positive part alongside."""
 
     def __init__(self, network: nn.Module, low: Tensor, high: Tensor) -> None:
@@ -122,7 +122,8 @@ class _LRPTrace(Gated):
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
-        if call.kind not in _NON_NEGATIVE:
+        clipped = call.kind == "hardtanh" and call.value_at(-1e30) >= 0  # how nn.ReLU6 calls itself
+        if call.kind not in _NON_NEGATIVE and not clipped:
             raise SrdLabError(
                 f"lrp_zplus needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
                 "use another method on this network"
@@ -164,7 +165,7 @@ class _LRPTrace(Gated):
 
     def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any other affine operation does to the positive parts what it does to the values."""
-        tensors = [t for t in _flat(args) if isinstance(t, Tensor)]
+        tensors = tensors_in(args)
         if any(self._noted(t) for t in tensors):
             mirrored = [_replace(function, args, {id(t): self.plus(t) for t in tensors})]
         elif any(self._boxes.get(t) for t in tensors):
@@ -201,10 +202,6 @@ class _LRPTrace(Gated):
         if box is None:
             return run(self.plus(x), weight.clamp_min(0))
         return run(x, weight) - run(box[0], weight.clamp_min(0)) - run(box[1], weight.clamp_max(0))
-
-
-def _flat(args: tuple[Any, ...] | list[Any]) -> list[Any]:
-    return [leaf for arg in args for leaf in (arg if isinstance(arg, tuple | list) else (arg,))]
 
 
 def _replace(function: Callable[..., Any], args: tuple[Any, ...], table: dict[int, Tensor]) -> list[Any]:

@@ -103,13 +103,16 @@ class SRD:
     ) -> Tensor:
         """Effective receptive fields (Eq. 1-2) of the PFVs at ``positions`` (row, column) of an activation call:
         (N, P, H, W). Each sums to 1, up to what dead receptive fields absorb."""
+        if not len(positions):
+            raise SrdLabError("no positions were given; expected pairs (row, column)")
         with _tracing(self, model, x) as run:
             index = run.call_index(layer)
             return torch.stack([run.at_input(run.single(index, position)) for position in positions], 1)
 
     def sharing_ratio(self, model: nn.Module, x: Tensor, source: str | int, target: str | int) -> Tensor:
         """Sharing ratios mu_{i->j} (Eq. 6) between neighbouring layers: (N, h_j, w_j, h_i, w_i), j in the activation
-        call ``target``, i in the activation call ``source`` or "input". Entry [n, j] is a map over i."""
+        call ``target``, i in the activation call ``source`` or "input". Entry [n, j] is a map over i. Where other
+        activations lie on paths from i to j, the sum over all paths (Eq. 17)."""
         with _tracing(self, model, x) as run:
             j = run.call_index(target)
             h, w = run.trace.u[j].shape[2:]
@@ -200,8 +203,7 @@ class _Run:
         (slope,) = torch.autograd.grad(
             score.sum(), encoded, create_graph=self.differentiable, retain_graph=True
         )
-        mu = (slope.mean((2, 3), keepdim=True) * encoded).sum(1)
-        return mu * (mu > 0)
+        return torch.relu((slope.mean((2, 3), keepdim=True) * encoded).sum(1))
 
     # backward passes -----------------------------------------------------------------------------------
     def _back(self, begin: _Begin, to: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
@@ -229,9 +231,13 @@ class _Run:
     def at_call(self, begin: _Begin, index: int) -> Tensor:
         if index == begin.call:
             return self.finish(begin.relevance)
-        u = self.trace.u[index]
-        _, relevance = self._back(begin, u)
-        return self.finish(relevance.get(index, u.new_zeros(u.shape[0], *u.shape[2:])))
+        _, relevance = self._back(begin, self.trace.u[index])
+        if index not in relevance:
+            raise SrdLabError(
+                f"no relevance reaches {self.trace.calls[index].name!r}: it lies behind the layer that the pass starts at, "
+                "or in a branch that does not lead there"
+            )
+        return self.finish(relevance[index])
 
     def at_level(self, begin: _Begin, level: str) -> Tensor:
         if level == "input":

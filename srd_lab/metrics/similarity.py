@@ -19,7 +19,8 @@ class SSIM:
     """Structural similarity (Wang et al. 2004) as ``skimage.metrics.structural_similarity`` computes it by default:
     a uniform window, sample covariance, the mean over windows that lie inside the map.
 
-    window : odd side of the window in pixels, at most the map's side.
+    window : odd side of the window in pixels, at most the map's side; a window of one pixel has no structure, and
+        the score is that of luminance alone.
     data_range : span of possible values; 1 for maps divided by their maximum.
 
     Constant and zero maps have a defined score (the constants of the formula see to it).
@@ -31,14 +32,14 @@ class SSIM:
     def score(self, a: Tensor, b: Tensor) -> Tensor:
         """Similarity of maps a and b, both (N, H, W), as (N,)."""
         _check(a, b)
-        if self.window % 2 == 0 or self.window > min(a.shape[1:]):
+        if self.window < 1 or self.window % 2 == 0 or self.window > min(a.shape[1:]):
             raise SrdLabError(
                 f"SSIM window must be odd and at most the map's side {min(a.shape[1:])}, got {self.window}"
             )
-        a, b = a.double()[:, None], b.double()[:, None]
+        a, b = _float64(a)[:, None], _float64(b)[:, None]
         stacked = torch.cat([a, b, a * a, b * b, a * b], 1)
         mean_a, mean_b, aa, bb, ab = F.avg_pool2d(stacked, self.window, stride=1).unbind(1)
-        unbiased = self.window**2 / (self.window**2 - 1)
+        unbiased = self.window**2 / max(1, self.window**2 - 1)
         var_a, var_b = unbiased * (aa - mean_a**2), unbiased * (bb - mean_b**2)
         covariance = unbiased * (ab - mean_a * mean_b)
         c1, c2 = (0.01 * self.data_range) ** 2, (0.03 * self.data_range) ** 2
@@ -57,12 +58,17 @@ class PCC:
     def score(self, a: Tensor, b: Tensor) -> Tensor:
         """Correlation of maps a and b, both (N, H, W), as (N,)."""
         _check(a, b)
-        a, b = a.double().flatten(1), b.double().flatten(1)
+        a, b = _float64(a).flatten(1), _float64(b).flatten(1)
         equal = (a == b).all(1)
         constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
         a, b = _unit(a - a.mean(1, keepdim=True)), _unit(b - b.mean(1, keepdim=True))
         r = (a * b).sum(1).clamp(-1, 1)
         return torch.where(constant, 0.0, r).masked_fill(equal, 1.0)
+
+
+def _float64(t: Tensor) -> Tensor:
+    """t in float64, which MPS does not have."""
+    return (t.cpu() if t.device.type == "mps" else t).double()
 
 
 def _unit(t: Tensor) -> Tensor:

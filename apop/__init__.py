@@ -1,0 +1,23 @@
+"""Activation-Pattern-Only Prediction: what a network says when only its on/off pattern is kept (SRD paper, App. D)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apop.pattern import ActivationPattern, binarize, record, replay
+
+_HOME = {
+    "ActivationPattern": "apop.pattern",
+    "binarize": "apop.pattern",
+    "record": "apop.pattern",
+    "replay": "apop.pattern",
+}
+__all__ = ["ActivationPattern", "binarize", "record", "replay"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'apop' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

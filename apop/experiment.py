@@ -1,0 +1,240 @@
+"""The APOP experiment (Table 3 and Fig. 6 of the SRD paper): images in, hits per image out, batch by batch.
+
+Every result is one bool per image, so that accuracies, intervals, tables and resumed runs all come from the same
+arrays, and memory holds one batch of images only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apop.pattern import ActivationPattern, binarize, record, replay
+from srd_lab.backprop import split_normalisation
+from srd_lab.runtime import generator
+from srd_lab.types import Dataset, SrdLabError
+
+INPUTS = ("zeros", "ones", "normal")
+SETTINGS = {"apop": False, "apop_relu": True}  # whether ReLU follows the mask
+TOP = (1, 5)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An accuracy of n images in [0, 1], and its 95 % Wilson score interval [low, high]."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half_width(self) -> float:
+        """Half the length of the interval, which is not quite symmetric about the accuracy."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """Which of N images were classified correctly under each condition.
+
+    index, name, label : (N,) place in the data set, what it calls the image, class index.
+    layers : names of the network's activation calls, in order, where each was binarised in turn; else none.
+    right : condition -> bool (N,). Conditions are named as the metrics: ``top1/original``, ``top5/original``,
+        ``top1/zeros/apop``, ``top1/zeros/apop_relu``, ..., ``binarized/<layer>`` and ``binarized_top5/<layer>``
+        with ``<layer>`` as ``metric_name`` spells it.
+    """
+
+    index: np.ndarray
+    name: np.ndarray
+    label: np.ndarray
+    layers: tuple[str, ...]
+    right: dict[str, np.ndarray]
+
+    def interval(self, condition: str) -> Interval:
+        """The accuracy under a condition."""
+        return wilson(self.right[condition])
+
+    def curve(self, top: int = 1) -> list[Interval]:
+        """Accuracy with each activation call binarised, in call order."""
+        prefix = "binarized" if top == 1 else f"binarized_top{top}"
+        return [self.interval(f"{prefix}/{metric_name(layer)}") for layer in self.layers]
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Flat arrays for an npz file."""
+        about = {
+            "index": self.index,
+            "name": self.name,
+            "label": self.label,
+            "layers": np.array(self.layers, "U"),
+        }
+        return {**about, **{f"right/{key}": value for key, value in self.right.items()}}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> Hits:
+        """What ``to_arrays`` gave."""
+        right = {key.removeprefix("right/"): arrays[key] for key in arrays if key.startswith("right/")}
+        layers = tuple(str(layer) for layer in arrays["layers"])
+        return Hits(arrays["index"], arrays["name"], arrays["label"], layers, right)
+
+    @staticmethod
+    def join(parts: Sequence[Hits]) -> Hits:
+        """The batches of one experiment as one."""
+        first = parts[0]
+        right = {key: np.concatenate([part.right[key] for part in parts]) for key in first.right}
+        index, name, label = (
+            np.concatenate([getattr(part, field) for part in parts]) for field in ("index", "name", "label")
+        )
+        return Hits(index, name, label, first.layers, right)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per image, hits as 0 and 1."""
+        return [
+            {
+                "index": int(self.index[i]),
+                "name": str(self.name[i]),
+                "label": int(self.label[i]),
+                **{key: int(right[i]) for key, right in self.right.items()},
+            }
+            for i in range(len(self.index))
+        ]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is done with every image.
+
+    inputs : what is replayed in its place, of INPUTS, in normalised space.
+    binarized : whether to binarise each activation call in turn.
+    seed : decides the normal inputs, for each image by itself.
+    """
+
+    inputs: tuple[str, ...] = INPUTS
+    binarized: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.inputs:
+            if name not in INPUTS:
+                raise SrdLabError(f"there is no input {name!r} for a replay; choose of {', '.join(INPUTS)}")
+
+    def passes(self, layers: int) -> int:
+        """Forward passes per batch, for a network with so many activation calls."""
+        return 1 + len(SETTINGS) * len(self.inputs) + (layers if self.binarized else 0)
+
+    def run(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        indices: Sequence[int],
+        device: torch.device | None = None,
+        on_pass: Callable[[int], None] | None = None,
+        on_pattern: Callable[[ActivationPattern], None] | None = None,
+    ) -> Hits:
+        """One batch: the images of these indices.
+
+        on_pass is called with the number of images after each forward pass; on_pattern gets what was recorded.
+        Raises SrdLabError where the model is no ReLU network, or has no class for a label.
+        """
+        batch = _Batch.load(dataset, indices)
+        normalise, network = split_normalisation(model)
+        with torch.no_grad():
+            x = normalise(batch.images.to(device))
+        right: dict[str, np.ndarray] = {}
+        logits, pattern = record(network, x)
+
+        def note(logits: Tensor, *conditions: str) -> None:
+            for top, condition in zip(TOP, conditions, strict=True):
+                right[condition] = in_top(logits, batch.labels, top).cpu().numpy()
+            if on_pass:
+                on_pass(len(x))
+
+        note(logits, "top1/original", "top5/original")
+        if on_pattern:
+            on_pattern(pattern)
+        for kind in self.inputs:
+            other = replay_input(kind, x, indices, self.seed)
+            for setting, relu in SETTINGS.items():
+                logits = replay(network, other, pattern, relu)
+                note(logits, *(f"top{top}/{kind}/{setting}" for top in TOP))
+        layers = tuple(pattern.masks) if self.binarized else ()
+        for position, layer in enumerate(layers):
+            name = metric_name(layer)
+            note(binarize(network, x, position), f"binarized/{name}", f"binarized_top5/{name}")
+        return Hits(np.array(indices), batch.names, batch.labels.numpy(), layers, right)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Images (N, 3, H, W) in [0, 1], labels (N,), names (N,)."""
+
+    images: Tensor
+    labels: Tensor
+    names: np.ndarray
+
+    @staticmethod
+    def load(dataset: Dataset, indices: Sequence[int]) -> _Batch:
+        samples = [dataset[index] for index in indices]
+        if not samples:
+            raise SrdLabError("a batch needs at least one image; give one index or more")
+        return _Batch(
+            torch.stack([sample.image for sample in samples]),
+            torch.tensor([sample.label for sample in samples]),
+            np.array([sample.name for sample in samples]),
+        )
+
+
+def draw_images(dataset: Dataset, count: int, seed: int) -> list[int]:
+    """A random subset of ``count`` indices (all, if there are not more), sorted; a smaller one is part of a larger."""
+    order = torch.randperm(len(dataset), generator=generator(seed, "images"))
+    return sorted(order[:count].tolist())
+
+
+def replay_input(kind: str, x: Tensor, indices: Sequence[int], seed: int) -> Tensor:
+    """What is put in the place of normalised images x (N, C, H, W); ``normal`` depends on seed and index alone."""
+    if kind == "zeros":
+        return torch.zeros_like(x)
+    if kind == "ones":
+        return torch.ones_like(x)
+    return torch.stack(
+        [torch.randn(x.shape[1:], generator=generator(seed, "normal", int(index))) for index in indices]
+    ).to(x)
+
+
+def in_top(logits: Tensor, labels: Tensor, top: int) -> Tensor:
+    """Whether each label (N,) is among the ``top`` largest logits (N, K): bool (N,).
+
+    Of equal logits the smaller class index counts as the larger, on every device; a logit that is not a number is
+    never right.
+    """
+    classes = logits.shape[1]
+    if int(labels.max()) >= classes:
+        raise SrdLabError(
+            f"an image has class {int(labels.max())}, but the model knows 0..{classes - 1}; "
+            "give a model of the same classes as the data"
+        )
+    labels = labels.to(logits.device)[:, None]
+    own = logits.gather(1, labels)
+    earlier = torch.arange(classes, device=logits.device) < labels
+    above = (logits > own) | ((logits == own) & earlier)
+    return (above.sum(1) < top) & ~own[:, 0].isnan()
+
+
+def wilson(right: np.ndarray) -> Interval:
+    """Mean of hits (N,) with its 95 % Wilson score interval (Wilson 1927), which needs no draws and holds near 0 and 1."""
+    z, n, p = 1.959964, len(right), float(np.mean(right))
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, max(0.0, centre - reach), min(1.0, centre + reach), n)
+
+
+def metric_name(layer: str) -> str:
+    """An activation call's name as MLflow takes it: ``layer1.0.relu#2`` is ``layer1.0.relu.2``, odd characters are _."""
+    return re.sub(r"[^\w. :-]", "_", layer.replace("#", "."))

@@ -1,0 +1,362 @@
+"""Record which neurons are on, and run the network again on another input with that pattern frozen.
+
+Algorithm 1 of the SRD paper (Appendix D) by its meaning: every ReLU call keeps ``output > 0``, every max pool call
+its winners; a replay multiplies each pre-activation by the recorded mask and gathers the recorded winners. What is
+recorded is a call, not a module: torchvision's ResNets use one ReLU module several times.
+
+All else (affine layers with their biases, batch norm, average pools, concatenations, gates) runs as it is.
+
+Example
+-------
+>>> normalise, network = split_normalisation(model)
+>>> x = normalise(pixels)
+>>> logits, pattern = record(network, x)
+>>> replay(network, torch.zeros_like(x), pattern).argmax(1)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab.intercept import Call, Interceptor, MaxPool, check_input, function_name, take
+from srd_lab.types import SrdLabError
+
+VERSION = 1
+RELU, MAX_POOL = "relu", "max_pool"
+_KINDS = {RELU: "ReLU", MAX_POOL: "max pool"}
+_ADAPTIVE = (F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices)
+_OTHER_POOLS = (
+    *(F.max_pool1d, F.max_pool1d_with_indices, torch.max_pool1d, torch.max_pool1d_with_indices),
+    *(F.max_pool3d, F.max_pool3d_with_indices, torch.max_pool3d),
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool1d_with_indices, torch.adaptive_max_pool1d),
+    *(F.adaptive_max_pool3d, F.adaptive_max_pool3d_with_indices),
+    *(F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
+    *(F.fractional_max_pool3d, F.fractional_max_pool3d_with_indices),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What one call left behind.
+
+    name : of the call, as in ``srd_lab.intercept.Call``; kind : ``relu`` or ``max_pool``.
+    shape : of the call's input.
+    values : ReLU: bool, of that shape, True where the output is > 0. Max pool: int64 (N, C, h, w), the flat index
+        (row * W + column) of each winner.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationPattern:
+    """The on/off pattern of a batch: one entry per ReLU or max pool call, in call order."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The mask of every ReLU call by its name, bool (N, ...)."""
+        return {entry.name: entry.values for entry in self.entries if entry.kind == RELU}
+
+    @property
+    def winners(self) -> dict[str, Tensor]:
+        """The winners of every max pool call by its name, int64 (N, C, h, w)."""
+        return {entry.name: entry.values for entry in self.entries if entry.kind == MAX_POOL}
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the arrays in a saved file, before compression."""
+        bits = sum(-(-mask.numel() // 8) for mask in self.masks.values())
+        pools = (entry for entry in self.entries if entry.kind == MAX_POOL)
+        return bits + sum(entry.values.numel() * _index_type(entry.shape).itemsize for entry in pools)
+
+    def select(self, rows: Sequence[int]) -> ActivationPattern:
+        """The pattern of these images of the batch alone. Raises SrdLabError if one is not there."""
+        size = min(entry.shape[0] for entry in self.entries)
+        if any(not 0 <= row < size for row in rows) or not rows:
+            raise SrdLabError(f"the pattern holds images 0..{size - 1}, got {list(rows)}")
+        index = torch.tensor(list(rows))
+        return ActivationPattern(
+            tuple(
+                Entry(e.name, e.kind, (len(index), *e.shape[1:]), e.values[index.to(e.values.device)])
+                for e in self.entries
+            )
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for an npz file: ``about`` (JSON: version and calls), and ``0``, ``1``, ... for the calls.
+
+        A mask is flattened and packed to bits; winners take the smallest unsigned type that
+        holds the size of their input.
+        """
+        calls = [{"name": e.name, "kind": e.kind, "shape": e.shape} for e in self.entries]
+        about = json.dumps({"format": "srd-lab activation pattern", "version": VERSION, "calls": calls})
+        arrays = {str(i): _packed(entry) for i, entry in enumerate(self.entries)}
+        return {"about": np.array(about), **arrays}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> ActivationPattern:
+        """What ``to_arrays`` gave; raises ValueError or KeyError where these are others."""
+        about = json.loads(str(arrays["about"]))
+        if about["version"] != VERSION:
+            raise ValueError(f"it is of version {about['version']}, this program reads version {VERSION}")
+        return ActivationPattern(
+            tuple(
+                _unpacked(call["name"], call["kind"], tuple(call["shape"]), arrays[str(i)])
+                for i, call in enumerate(about["calls"])
+            )
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the compressed npz file ``path``. Raises SrdLabError if that cannot be done."""
+        arrays: dict[str, Any] = self.to_arrays()
+        part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            part.replace(path)
+        except OSError as error:
+            raise SrdLabError(f"cannot write the pattern to {path}: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path) -> ActivationPattern:
+        """The pattern in file ``path``, on the CPU. Raises SrdLabError for a missing, damaged or other file."""
+        try:
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return ActivationPattern.from_arrays(arrays)
+        except FileNotFoundError:
+            raise SrdLabError(
+                f"there is no pattern file {path}; make one with ActivationPattern.save"
+            ) from None
+        except (
+            *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError),
+            *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+        ) as error:
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise SrdLabError(
+                f"{path} is not an activation pattern, or is damaged ({reason}); record and save it again"
+            ) from None
+
+
+def _index_type(shape: tuple[int, ...]) -> np.dtype[Any]:
+    return np.min_scalar_type(shape[-1] * shape[-2] - 1)
+
+
+def _packed(entry: Entry) -> np.ndarray:
+    values = entry.values.cpu().numpy()
+    return np.packbits(values) if entry.kind == RELU else values.astype(_index_type(entry.shape))
+
+
+def _unpacked(name: str, kind: str, shape: tuple[int, ...], array: np.ndarray) -> Entry:
+    if kind == RELU:
+        count = int(np.prod(shape))
+        if array.dtype != np.uint8 or array.shape != (-(-count // 8),):
+            raise ValueError(f"the mask of {name} does not have {count} bits")
+        values = np.unpackbits(array, count=count).reshape(shape).view(bool)
+        return Entry(name, kind, shape, torch.from_numpy(values))
+    if kind != MAX_POOL:
+        raise ValueError(f"call {name} is of the unknown kind {kind}")
+    if array.dtype.kind != "u" or array.shape[:2] != shape[:2] or array.max() >= shape[2] * shape[3]:
+        raise ValueError(f"the winners of {name} do not fit its input {shape}")
+    return Entry(name, kind, shape, torch.from_numpy(array.astype(np.int64)))
+
+
+class _Follower(Interceptor):
+    """Sees ReLU and max pool calls, with a name for each, and refuses what APOP is not defined for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._pools: Counter[str] = Counter()
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        if call.kind != RELU:
+            raise SrdLabError(
+                f"APOP is defined for ReLU networks, but activation {call.name!r} is of kind {call.kind!r}; "
+                "choose a network whose activations are all ReLU, such as a VGG, a ResNet or a SqueezeNet"
+            )
+        return self.relu(call, x, inplace)
+
+    def max_pool(self, pool: MaxPool) -> Any:
+        def apply(x: Tensor) -> Any:
+            return pool.apply(x, return_indices=True)
+
+        return self._pool(pool.x, apply, pool.return_indices)
+
+    def other(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function in _ADAPTIVE:
+            return self._adaptive_pool(function, *args, **kwargs)
+        if function in _OTHER_POOLS:
+            raise SrdLabError(
+                f"{function_name(function)} in {self.where()} is a max pool whose winners cannot be frozen here; "
+                "expected max_pool2d or adaptive_max_pool2d"
+            )
+        return function(*args, **kwargs)
+
+    def _adaptive_pool(
+        self, function: Any, input: Tensor, output_size: Any, return_indices: bool = False
+    ) -> Any:
+        def apply(x: Tensor) -> Any:
+            return F.adaptive_max_pool2d(x, output_size, return_indices=True)
+
+        return self._pool(input, apply, return_indices)
+
+    def _pool(self, x: Tensor, apply: Any, return_indices: bool) -> Any:
+        where = self.where()
+        self._pools[where] += 1
+        name = where if self._pools[where] == 1 else f"{where}#{self._pools[where]}"
+        if x.dim() != 4:
+            raise SrdLabError(f"max pool {name!r} has an input {tuple(x.shape)}; expected (N, C, H, W)")
+        out, indices = self.pool(name, x, apply)
+        return (out, indices) if return_indices else out
+
+    # what a subclass overrides -------------------------------------------------------------------------
+    def relu(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        """Output of a ReLU call, in place where the model asked for it."""
+        raise NotImplementedError
+
+    def pool(self, name: str, x: Tensor, apply: Any) -> tuple[Tensor, Tensor]:
+        """Output and winners of a max pool call; ``apply(x)`` is the call itself."""
+        raise NotImplementedError
+
+
+class _Recorder(_Follower):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.entries: list[Entry] = []
+
+    def relu(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        out = call.original(x)
+        self.entries.append(Entry(call.name, RELU, tuple(x.shape), out > 0))
+        return out
+
+    def pool(self, name: str, x: Tensor, apply: Any) -> tuple[Tensor, Tensor]:
+        out, indices = apply(x)
+        self.entries.append(Entry(name, MAX_POOL, tuple(x.shape), indices))
+        return out, indices
+
+
+class _Replayer(_Follower):
+    def __init__(self, model: nn.Module, pattern: ActivationPattern, relu_after: bool) -> None:
+        super().__init__(model)
+        self.entries = pattern.entries
+        self.relu_after = relu_after
+        self.done = 0
+
+    def relu(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        mask = self._next(call.name, RELU, x)
+        out = x.mul_(mask) if inplace else x * mask
+        return out.relu_() if self.relu_after else out
+
+    def pool(self, name: str, x: Tensor, apply: Any) -> tuple[Tensor, Tensor]:
+        winners = self._next(name, MAX_POOL, x)
+        expected = tuple(apply(torch.empty_like(x, device="meta"))[0].shape)
+        if expected != tuple(winners.shape):
+            raise SrdLabError(
+                f"max pool {name!r} has an output {expected}, but the pattern recorded {tuple(winners.shape)} there; "
+                "replay the model that was recorded"
+            )
+        return take(x, winners), winners
+
+    def _next(self, name: str, kind: str, x: Tensor) -> Tensor:
+        """The recorded values for this call; refuses any other call than the one recorded."""
+        if self.done == len(self.entries):
+            raise SrdLabError(
+                f"the pattern ends after {self.done} calls, but the model goes on with {_KINDS[kind]} call {name!r}; "
+                "replay the model that was recorded"
+            )
+        entry = self.entries[self.done]
+        self.done += 1
+        if entry.kind != kind or entry.shape != tuple(x.shape):
+            raise SrdLabError(
+                f"{_KINDS[kind]} call {name!r} with input {tuple(x.shape)} does not fit the pattern, which recorded "
+                f"{_KINDS[entry.kind]} call {entry.name!r} with input {entry.shape} there; replay the model that was "
+                "recorded, on a batch of as many images of the same size"
+            )
+        return entry.values.to(x.device)
+
+
+class _Binariser(Interceptor):
+    def __init__(self, model: nn.Module, layer: int | str) -> None:
+        super().__init__(model)
+        self.layer = layer
+        self.found = False
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        out = call.original(x)
+        if self.layer not in (call.index, call.name):
+            return out
+        self.found = True
+        return out.gt_(0)
+
+
+@torch.no_grad()
+def record(model: nn.Module, x: Tensor) -> tuple[Tensor, ActivationPattern]:
+    """The logits of x (N, C, H, W), and which neurons were on.
+
+    ``model`` takes ``x`` as it is: pixels for models of ``load_model``, normalised images for their ``network``.
+    Raises SrdLabError for an activation other than ReLU and for a model that cannot be followed.
+    """
+    check_input(x)
+    recorder = _Recorder(model)
+    logits = recorder.run(x.clone())  # a model may begin with an in-place activation
+    return logits, ActivationPattern(tuple(recorder.entries))
+
+
+@torch.no_grad()
+def replay(model: nn.Module, x: Tensor, pattern: ActivationPattern, relu: bool = False) -> Tensor:
+    """The logits (N, K) of x (N, C, H, W) with the on/off pattern frozen: every ReLU call gives ``x * mask``, which
+    may be negative, every max pool call the recorded winners' values.
+
+    relu : apply ReLU after each mask ("APOP & relu").
+
+    With the input that was recorded, the logits are those of ``record`` bit for bit.
+    Raises SrdLabError, naming the call, where the model's calls or their shapes are not those recorded.
+    """
+    check_input(x)
+    replayer = _Replayer(model, pattern, relu)
+    logits = replayer.run(x.clone())
+    if replayer.done < len(pattern.entries):
+        missed = pattern.entries[replayer.done]
+        raise SrdLabError(
+            f"the model made {replayer.done} of the {len(pattern.entries)} calls recorded; the first one missing is "
+            f"{_KINDS[missed.kind]} call {missed.name!r}; replay the model that was recorded"
+        )
+    return logits  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def binarize(model: nn.Module, x: Tensor, layer: int | str) -> Tensor:
+    """The logits (N, K) of x (N, C, H, W) when one activation call gives 1 where its output is > 0, else 0 (Fig. 6).
+
+    layer : position of the call (from 0, activation calls only) or its name, as in ``ActivationPattern.masks``.
+
+    Raises SrdLabError if there is no such call.
+    """
+    check_input(x)
+    binariser = _Binariser(model, layer)
+    logits = binariser.run(x.clone())
+    if not binariser.found:
+        names = ", ".join(call.name for call in binariser.calls)
+        raise SrdLabError(
+            f"the model has no activation call {layer!r}; choose 0..{len(binariser.calls) - 1} or one of {names}"
+        )
+    return logits  # type: ignore[no-any-return]
