@@ -74,43 +74,18 @@ def apop(ctx: click.Context, /, **_: Any) -> None:
     the winners of its max pools frozen: APOP. "& relu" applies ReLU after each frozen mask as well. Then each
     activation call in turn gives 1 where it is positive and 0 elsewhere, on the image itself.
     """
-    from srd_lab import tracking
-    from srd_lab.runtime import pick_device
-
-    resume = ctx.params["resume"]
-    device = pick_device(ctx.params["device"])
-    given = cli.given_settings(ctx)
-    if not resume:
-        hardware = {"device": device, "hardware": tracking.device_name(device)}
-        given = {**cli.all_settings(ctx), **tracking.environment(), **hardware}
-    run = tracking.open_run(
-        "apop",
-        f"apop {', '.join(ctx.params['models'])}",
-        given,
-        track=ctx.params["track"],
-        tracking_uri=ctx.params["tracking_uri"],
-        out=ctx.params["out"],
-        resume=resume,
-    )
-    try:
-        with run:
-            settings = cli.stored_settings(ctx, run.params) if resume else dict(ctx.params)
-            _Study(settings, run).run()
-    except KeyboardInterrupt:
-        again = f"; go on with: srd-lab apop --resume {run.id}" if run.id else ""
-        raise SrdLabError(f"interrupted; what was finished is stored{again}") from None
-    click.echo(f"\n{run.where}")
+    cli.tracked(ctx, "apop", ", ".join(ctx.params["models"]), _Study)
 
 
 class _Study:
     """One run of the command, from settings to tables and figures."""
 
-    def __init__(self, settings: dict[str, Any], run: Run) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         from apop.experiment import Experiment, draw_images
         from srd_lab.data import load_data
         from srd_lab.runtime import pick_device
 
-        self.settings, self.run_ = settings, run
+        self.settings = settings
         self.watch = cli.Stopwatch()
         self.models = list(dict.fromkeys(settings["models"]))
         if settings["weights"] and len(self.models) > 1:
@@ -119,16 +94,17 @@ class _Study:
         self.experiment = Experiment(settings["inputs"], settings["binarize"], settings["seed"])
         self.dataset = load_data(settings["data"], seed=settings["seed"])
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
-        self.batch_size = settings["batch_size"] or _batch_size(self.dataset[0].image.shape)
+        settings["batch_size"] = settings["batch_size"] or _batch_size(self.dataset[0].image.shape)
         source = settings["data"].partition(":")[0]
         self.about = f"{source}, {len(self.indices)} of {len(self.dataset)} images"
 
-    def run(self) -> None:
+    def run(self, run: Run) -> None:
+        """Survey every model and report."""
         results = {}
         for name in self.models:
-            with self.run_.child(name, {"model": name}) as child:
+            with run.child(name, {"model": name}) as child:
                 results[name] = self._model(name, child)
-        self._report(results)
+        self._report(run, results)
 
     def _model(self, name: str, child: Run) -> Hits:
         from apop.experiment import Hits
@@ -137,7 +113,7 @@ class _Study:
         watch = cli.Stopwatch()
         model = load_model(name, self.settings["data"], self.settings["weights"], str(self.device))
         passes = self._survey(model)
-        places = range(0, len(self.indices), self.batch_size)
+        places = range(0, len(self.indices), self.settings["batch_size"])
         done = set(child.list("batches"))
         with cli.progress(len(self.indices) * passes, name) as advance:
             parts = [self._batch(model, child, first, done, passes, advance) for first in places]
@@ -170,7 +146,7 @@ class _Study:
     ) -> Hits:
         from apop.experiment import Hits
 
-        indices = self.indices[first : first + self.batch_size]
+        indices = self.indices[first : first + self.settings["batch_size"]]
         file = f"{first:05d}-{first + len(indices) - 1:05d}.npz"
         if f"batches/{file}" in done:
             advance(len(indices) * passes)
@@ -212,7 +188,7 @@ class _Study:
             figure = render.binarisation_curve(hits.layers, curve, original, chance, title)
             child.save_figure("binarisation.png", figure)
 
-    def _report(self, results: dict[str, Hits]) -> None:
+    def _report(self, run: Run, results: dict[str, Hits]) -> None:
         classes = len(self.dataset.classes)
         chance = f"Guessing: {1 / classes:.3f} top-1, {min(TOP_5, classes) / classes:.3f} top-5."
         text = "\n".join(
@@ -225,8 +201,8 @@ class _Study:
                 *(line for name, hits in results.items() if hits.layers for line in _curve(name, hits)),
             ]
         )
-        self.run_.save_text("summary.txt", text + "\n")
-        self.run_.log_metrics({"seconds": self.watch.seconds()})
+        run.save_text("summary.txt", text + "\n")
+        run.log_metrics({"seconds": self.watch.seconds()})
         click.echo(text)
 
 

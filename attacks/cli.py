@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from srd_lab import options as cli
-from srd_lab.types import SrdLabError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,55 +102,36 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     Scores: SSIM and PCC of the map before and after (high = robust), of the map after and the map aimed at
     (high = the attack succeeded), and before and after random noise of equal MSE (the control).
     """
-    from srd_lab import tracking
-
-    if ctx.params["resume"]:
-        given = cli.given_settings(ctx)
-    else:
-        given = {**cli.all_settings(ctx), **tracking.environment(), "device": ctx.params["device"]}
-    run = tracking.open_run(
-        "attack",
-        f"attack {ctx.params['model']}",
-        given,
-        track=ctx.params["track"],
-        tracking_uri=ctx.params["tracking_uri"],
-        out=ctx.params["out"],
-        resume=ctx.params["resume"],
-    )
-    try:
-        with run:
-            settings = cli.stored_settings(ctx, run.params) if ctx.params["resume"] else dict(ctx.params)
-            _Experiment(settings, run).run()
-    except KeyboardInterrupt:
-        again = f"; go on with: srd-lab attack --resume {run.id}" if run.id else ""
-        raise SrdLabError(f"interrupted; what was finished is stored{again}") from None
-    click.echo(f"\n{run.where}")
+    cli.tracked(ctx, "attack", ctx.params["model"], _Robustness)
 
 
-class _Experiment:
+class _Robustness:
     """One run of the command, from settings to tables and figures."""
 
-    def __init__(self, settings: dict[str, Any], run: Run) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         from attacks.experiment import draw_pairs
         from srd_lab.data import load_data
         from srd_lab.models import load_model
         from srd_lab.runtime import pick_device
 
-        self.settings, self.run_ = settings, run
+        self.settings = settings
         self.watch = cli.Stopwatch()
         self.methods = _chosen(settings["methods"])
         self.device = pick_device(settings["device"])
-        self.model = load_model(settings["model"], settings["data"], settings["weights"], str(self.device))
         self.dataset = load_data(settings["data"], seed=settings["seed"])
+        self.model = load_model(settings["model"], settings["data"], settings["weights"], str(self.device))
         self.pairs = draw_pairs(self.dataset, self.model, settings["pairs"], settings["seed"], self.device)
-        self.batch_size = settings["batch_size"] or _batch_size(self.dataset[0].image.shape, self.device.type)
+        settings["batch_size"] = settings["batch_size"] or _batch_size(
+            self.dataset[0].image.shape, self.device.type
+        )
 
-    def run(self) -> None:
+    def run(self, run: Run) -> None:
+        """Attack every method and report."""
         tables = {}
         for method in self.methods:
-            with self.run_.child(method, {"method": method}) as child:
+            with run.child(method, {"method": method}) as child:
                 tables[method] = self._attack(method, child)
-        self._report(tables)
+        self._report(run, tables)
 
     def _attack(self, method: str, child: Run) -> Arrays:
         from attacks.experiment import gather
@@ -159,7 +139,8 @@ class _Experiment:
         watch = cli.Stopwatch()
         how = self._manipulation(method)
         numbered = list(enumerate(self.pairs))
-        batches = [numbered[i : i + self.batch_size] for i in range(0, len(numbered), self.batch_size)]
+        size = self.settings["batch_size"]
+        batches = [numbered[i : i + size] for i in range(0, len(numbered), size)]
         done = set(child.list("batches"))
         with cli.progress(len(numbered) * how.steps, method) as advance:
             parts = [self._batch(how, child, part, done, advance) for part in batches]
@@ -229,7 +210,7 @@ class _Experiment:
             for i in range(min(PICTURES, len(table["pair"])))
         ]
 
-    def _report(self, tables: dict[str, Arrays]) -> None:
+    def _report(self, run: Run, tables: dict[str, Arrays]) -> None:
         from attacks.experiment import perturbation_curve
         from srd_lab import render
 
@@ -238,13 +219,13 @@ class _Experiment:
         title = (
             f"{self.settings['model']} on {self.settings['data'].partition(':')[0]}, {len(self.pairs)} pairs"
         )
-        self.run_.save_figure("scores.png", render.box_plots(scores, control, title))
+        run.save_figure("scores.png", render.box_plots(scores, control, title))
         curves = {m: perturbation_curve(t, "ssim") for m, t in tables.items()}
-        self.run_.save_figure("scores_over_mse.png", render.curves(curves, title))
+        run.save_figure("scores_over_mse.png", render.curves(curves, title))
         header, lines = summary_table(tables, self.settings["seed"])
         text = cli.text_table(header, lines)
-        self.run_.save_text("summary.txt", text + "\n")
-        self.run_.log_metrics({"seconds": self.watch.seconds()})
+        run.save_text("summary.txt", text + "\n")
+        run.log_metrics({"seconds": self.watch.seconds()})
         click.echo(f"{title}; original map against the map after the attack, mean [95 % interval]\n\n{text}")
         click.echo(
             "\nssim, pcc: to the original's map (1 = unmoved); noise: the same after random noise of equal MSE;\n"

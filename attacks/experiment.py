@@ -14,8 +14,8 @@ from attacks.manipulation import (
     SCORES,
     AttackResult,
     Manipulation,
-    normalisation_scale,
     noise_at_equal_mse,
+    normalisation_scale,
     similarity,
 )
 from srd_lab.data import batch

@@ -114,17 +114,17 @@ class Manipulation:
         predicted class. Images are independent of each other. ``on_step`` is called with the steps left over
         when an image stops early as well, so that it adds up to N * steps.
         """
-        check_input(x)
-        check_input(goal_images)
+        check_input(x, model)
+        check_input(goal_images, model)
         if x.shape != goal_images.shape:
             raise SrdLabError(
                 f"every image needs one goal image of its shape, got {tuple(x.shape)} and {tuple(goal_images.shape)}"
             )
-        if float(x.min()) < 0 or float(x.max()) > 1:
-            raise SrdLabError(f"pixels must lie in [0, 1], got [{float(x.min()):.3g}, {float(x.max()):.3g}]")
-        return _Attack(self, model, x.detach(), goal_images.detach(), target).run(
-            on_step or (lambda steps: None)
-        )
+        x, goal_images = x.detach(), goal_images.detach()
+        low, high = (float(v) for v in torch.stack([x, goal_images]).aminmax())
+        if low < 0 or high > 1:
+            raise SrdLabError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]")
+        return _Attack(self, model, x, goal_images, target).run(on_step or (lambda steps: None))
 
 
 class _Attack:

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.intercept import Call, Convolution, Interceptor, SmoothModel, function_name
+from srd_lab.intercept import Call, Convolution, Interceptor, SmoothModel, function_name, refuse_checkpoint
 from srd_lab.types import SrdLabError
-
 
 Note = TypeVar("Note")
 T = torch.Tensor
@@ -30,7 +29,7 @@ _NOT_AFFINE = {
     *(F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward),
     # activations without a name in srd_lab.intercept
     *(F.softsign, F.hardshrink, F.softshrink, F.tanhshrink, F.glu, F.rrelu, F.rrelu_, F.logsigmoid),
-    *(F.threshold, F.threshold_, torch.threshold, torch.threshold_, torch.rrelu, torch.rrelu_),
+    *(F.threshold, F.threshold_, torch.threshold, torch.rrelu, torch.rrelu_),
     *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
     *(torch.clamp_max, T.clamp_max, T.clamp_min, torch.clamp_min, T.clamp_max_, T.clamp_min_),
     *(torch.sigmoid_, T.sigmoid_, torch.maximum, T.maximum, torch.minimum, T.minimum),
@@ -123,6 +122,7 @@ class Gated(Interceptor):
                 f"activation {call.name!r} runs with gradients off (no_grad or reentrant checkpointing inside the model), "
                 "so nothing can be traced through it; switch that off"
             )
+        refuse_checkpoint(call)
         return super().activate(call, x, inplace) if inplace else self.activation(call, x.clone()).clone()
 
     def activation(self, call: Call, u: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(model, SmoothModel):
         normalise, network = split_normalisation(model.model)
         return normalise, SmoothModel(network, model.beta)
-    normalise, network = getattr(model, "normalise", None), getattr(model, "network", None)
-    if isinstance(normalise, nn.Module) and isinstance(network, nn.Module):
-        return normalise, network
+    first, rest = getattr(model, "normalise", None), getattr(model, "network", None)
+    if isinstance(first, nn.Module) and isinstance(rest, nn.Module):
+        return first, rest
     return nn.Identity(), model

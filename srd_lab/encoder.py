@@ -15,8 +15,10 @@ from srd_lab.intercept import BatchNorm, Call, Convolution, MaxPool
 from srd_lab.types import SrdLabError
 
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
-_NORMALISING = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "clone", "true_divide", "subtract"}
-_NORMALISING |= {"__rsub__", "rsub", "cat", "stack"}  # of channels that were normalised one by one
+_NORMALISING = {
+    *("add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "__rsub__", "rsub", "subtract", "true_divide"),
+    *("clone", "cat", "stack"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class SRDTrace(Decomposed):
             )
         if self._found.output.dim() != 4:
             raise SrdLabError(
-                f"encoder {self._encoder_name!r} puts out shape {tuple(self._found.output.shape)}; expected a map (N, C, h, w): "
-                "name a submodule before pooling or flattening"
+                f"encoder {self._encoder_name!r} puts out shape {tuple(self._found.output.shape)}; expected a map "
+                "(N, C, h, w): name a submodule before pooling or flattening"
             )
         return self._found
 
@@ -160,7 +162,9 @@ class SRDTrace(Decomposed):
             self._found = None
 
     def _look_for_end(self, function: Callable[..., Any], first: Tensor, out: Tensor) -> None:
-        if self._encoder is not None or self._found is not None or first.dim() != 4 or not first.requires_grad:
+        if self._encoder is not None or self._found is not None:
+            return
+        if first.dim() != 4 or not first.requires_grad:
             return
         pooled = out.dim() == 4 and max(out.shape[2:]) == 1 < max(first.shape[2:])
         flattened = out.dim() < 4 and out.shape[0] == first.shape[0]

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary, resolve_name
+from torch.utils import checkpoint
 
 from srd_lab.types import SrdLabError
 
@@ -62,8 +63,9 @@ def smooth_relu(
 ) -> Tensor:
     """Softplus surrogate of a (leaky) ReLU: one activation call, named as the original, to whoever intercepts."""
     if has_torch_function_unary(x):
-        named = {"inplace": inplace, "stands_for": stands_for}
-        return handle_torch_function(smooth_relu, (x,), x, slope, beta, **named)  # type: ignore[no-any-return]
+        return handle_torch_function(  # type: ignore[no-any-return]
+            smooth_relu, (x,), x, slope, beta, inplace=inplace, stands_for=stands_for
+        )
     if inplace:
         return in_place(x, lambda u: smooth_relu(u, slope, beta))
     soft = F.softplus(x, beta)
@@ -75,8 +77,9 @@ def smooth_clip(
 ) -> Tensor:
     """Softplus surrogate of hardtanh and ReLU6: a smooth step up at ``low`` and down at ``high``."""
     if has_torch_function_unary(x):
-        named = {"inplace": inplace, "stands_for": stands_for}
-        return handle_torch_function(smooth_clip, (x,), x, low, high, beta, **named)  # type: ignore[no-any-return]
+        return handle_torch_function(  # type: ignore[no-any-return]
+            smooth_clip, (x,), x, low, high, beta, inplace=inplace, stands_for=stands_for
+        )
     if inplace:
         return in_place(x, lambda u: smooth_clip(u, low, high, beta))
     return low + F.softplus(x - low, beta) - F.softplus(x - high, beta)
@@ -116,7 +119,7 @@ _CLAMPS = {
     *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
     *(torch.clamp_min, T.clamp_min, torch.clamp_min_, T.clamp_min_),
 }
-_THRESHOLDS = {F.threshold, F.threshold_, torch.threshold, torch.threshold_}
+_THRESHOLDS = {F.threshold, F.threshold_, torch.threshold}
 MAX_POOLS = (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
 DROPOUTS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -217,6 +220,8 @@ class Interceptor(TorchFunctionMode):
     Inside these methods interception is off, so they may use any torch function.
     """
 
+    needs_activations = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -260,7 +265,7 @@ class Interceptor(TorchFunctionMode):
         check_model(self.model)
         with self._following_modules(), self:
             output = self.model(x)
-        if not self.calls:
+        if self.needs_activations and not self.calls:
             raise SrdLabError(
                 "no activation call was seen in the model; expected ReLU, LeakyReLU, ELU, SiLU, GELU, Tanh or softplus "
                 "called through torch: use an eager (not scripted, not compiled) network"
@@ -324,7 +329,7 @@ class Interceptor(TorchFunctionMode):
             return self.max_pool(
                 _max_pool(*args, **{"return_indices": func is F.max_pool2d_with_indices, **kwargs})
             )
-        if func in DROPOUTS and kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True)):
+        if func in DROPOUTS and _is_training(*args, **kwargs):
             raise SrdLabError(f"dropout is active in {self.where()}; call model.eval() first")
         return self.other(func, args, kwargs)
 
@@ -339,6 +344,15 @@ class Interceptor(TorchFunctionMode):
         return (self._path[-1] if self._path else "") or type(self.model).__name__
 
 
+class Watch(Interceptor):
+    """Runs a model just as it is; what chance or the batch would decide is refused all the same."""
+
+    needs_activations = False
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        return call.original(x)
+
+
 class SmoothModel(nn.Module):
     """The softplus surrogate of a model: ReLU-like calls become softplus(beta), all else stays (Dombrowski et al. 2019).
 
@@ -349,7 +363,7 @@ class SmoothModel(nn.Module):
         super().__init__()
         self.model = model
         self.beta = beta
-        self.training = model.training  # this module's own flag: train() would set those of the model's parts too
+        self.training = model.training  # its own flag alone: train() would set those of the model's parts
 
     def forward(self, x: Tensor) -> Tensor:
         return _Smooth(self.model, self.beta).run(x)  # type: ignore[no-any-return]
@@ -361,6 +375,7 @@ class _Smooth(Interceptor):
         self.beta = beta
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        refuse_checkpoint(call)
         if call.kind == "relu":
             return smooth_relu(x, 0.0, self.beta, inplace=inplace)
         if call.kind == "leaky_relu":
@@ -370,6 +385,15 @@ class _Smooth(Interceptor):
             low, high = call.value_at(-1e30), call.value_at(1e30)
             return smooth_clip(x, low, high, self.beta, inplace=inplace, stands_for=call.kind)
         return call.original(x)
+
+
+def refuse_checkpoint(call: Call) -> None:
+    """Refuse an activation whose forward pass will be run again, unseen, during the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == checkpoint.__name__:
+        raise SrdLabError(
+            f"activation {call.name!r} is checkpointed, and its recomputation cannot be seen; switch checkpointing off"
+        )
 
 
 def check_model(model: nn.Module) -> None:
@@ -459,27 +483,38 @@ def _recognise(
     if func in ACTIVATIONS:
         return ACTIVATIONS[func], func, bool(kwargs.get("inplace", False))
     if func in IN_PLACE_ACTIVATIONS:
-        kind = IN_PLACE_ACTIVATIONS[func]
-        return kind, _PURE[kind][0], True
+        return IN_PLACE_ACTIVATIONS[func], _PURE[IN_PLACE_ACTIVATIONS[func]][0], True
+    kind: str | None = None
     if func in _CLAMPS:
-        kind, pure = _kind_of_clamp(*args[1:3], **{k: kwargs[k] for k in ("min", "max") if k in kwargs}), torch.clamp
+        kind = _kind_of_clamp(*args[1:], **kwargs)
     elif func in _THRESHOLDS:
-        kind, pure = _kind_of_threshold(*args[1:3], **kwargs), torch.threshold
-    else:
+        kind = _kind_of_threshold(*args[1:], **kwargs)
+    if kind is None:
         return None
-    inplace = bool(kwargs.get("inplace", func.__name__.endswith("_")))
-    return None if kind is None else (kind, pure, inplace)
+    pure: Function = torch.clamp if func in _CLAMPS else torch.threshold
+    return kind, pure, bool(kwargs.get("inplace", func.__name__.endswith("_")))
 
 
-def _kind_of_clamp(min: Any = None, max: Any = None) -> str | None:
-    numbers = [isinstance(bound, int | float) for bound in (min, max)]
-    if all(numbers):
+def _kind_of_clamp(min: Any = None, max: Any = None, **other: Any) -> str | None:
+    if isinstance(min, int | float) and isinstance(max, int | float):
         return "hardtanh"
-    return "relu" if numbers[0] and max is None and min == 0 else None
+    return "relu" if max is None and isinstance(min, int | float) and min == 0 else None
 
 
-def _kind_of_threshold(threshold: Any, value: Any, **other: Any) -> str | None:
+def _kind_of_threshold(threshold: Any, value: Any, *other: Any, **others: Any) -> str | None:
     return "relu" if threshold == value == 0 else None
+
+
+def _is_training(
+    input: Tensor,
+    p: float = 0.5,
+    train: bool = True,
+    *other: Any,
+    training: bool | None = None,
+    **others: Any,
+) -> bool:
+    """Whether a dropout call drops anything: ``train`` is torch's name for it, ``training`` is that of functional."""
+    return p > 0 and (train if training is None else training)
 
 
 def _convolution(

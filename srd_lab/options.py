@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import io
 import signal
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -83,13 +84,8 @@ def given_settings(ctx: click.Context) -> dict[str, Any]:
     }
 
 
-def all_settings(ctx: click.Context) -> dict[str, Any]:
-    """Every setting, as it is stored with the run; what is unset is the empty string."""
-    return {name: as_setting(value) for name, value in ctx.params.items() if name not in INFRASTRUCTURE}
-
-
 def as_setting(value: Any) -> Any:
-    """A setting as a run stores it."""
+    """A setting as a run stores it; what is unset is the empty string."""
     if value is None:
         return ""
     return ",".join(str(v) for v in value) if isinstance(value, tuple) else value
@@ -108,6 +104,57 @@ def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, 
             raw = text.split(",") if text else ()
         values[name] = option.type_cast_value(ctx, raw)
     return values
+
+
+class Study(Protocol):
+    """What a command does: made from its settings (and so checked) before a run is opened for it."""
+
+    settings: dict[str, Any]
+    device: Any
+
+    def run(self, run: Any) -> None: ...
+
+
+def tracked(
+    ctx: click.Context, command: str, subject: str, study_of: Callable[[dict[str, Any]], Study]
+) -> None:
+    """Make the study that the options describe, or that ``--resume`` names, and run it under tracking.
+
+    Wrong settings leave no run behind. Stored with the run: every setting, the environment, the device and the
+    weights file's hash.
+    """
+    from srd_lab import tracking
+
+    resume = ctx.params["resume"]
+    study = None if resume else study_of(dict(ctx.params))
+    run = tracking.open_run(
+        command,
+        f"{command} {subject}",
+        given_settings(ctx) if study is None else _record(ctx, study),
+        track=ctx.params["track"],
+        tracking_uri=ctx.params["tracking_uri"],
+        out=ctx.params["out"],
+        resume=resume,
+    )
+    try:
+        with run:
+            study = study or study_of(stored_settings(ctx, run.params))
+            study.run(run)
+    except KeyboardInterrupt:
+        again = f"; go on with: srd-lab {command} --resume {run.id}" if run.id else ""
+        raise SrdLabError(f"interrupted; what was finished is stored{again}") from None
+    click.echo(f"\n{run.where}")
+
+
+def _record(ctx: click.Context, study: Study) -> dict[str, Any]:
+    from srd_lab import tracking
+
+    settings = {name: as_setting(study.settings[name]) for name in ctx.params if name not in INFRASTRUCTURE}
+    record = {**settings, **tracking.environment()}
+    record |= {"device": study.device, "hardware": tracking.device_name(study.device)}
+    if ctx.params["weights"]:
+        record["weights_sha256"] = hashlib.sha256(Path(ctx.params["weights"]).read_bytes()).hexdigest()
+    return record
 
 
 def command_errors(function: Callable[..., Any]) -> Callable[..., Any]:

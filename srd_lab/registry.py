@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,10 +32,11 @@ def make_explainer(method: str, **options: Any) -> Explainer:
     if method not in EXPLAINERS:
         raise SrdLabError(f"unknown method {method!r}; expected one of {', '.join(EXPLAINERS)}")
     kind = EXPLAINERS[method]
-    unknown = set(options) - set(kind.__dataclass_fields__)
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(options) - set(known))
     if unknown:
         raise SrdLabError(
-            f"{method} has no option {', '.join(sorted(unknown))}; it takes {', '.join(kind.__dataclass_fields__)}"
+            f"{method} has no option {', '.join(unknown)}; it takes {', '.join(known)}"
         )
     return kind(**options)  # type: ignore[no-any-return]
 

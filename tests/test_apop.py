@@ -516,7 +516,7 @@ def test_hits_do_not_depend_on_the_batch_size(vgg: nn.Module) -> None:
 
 
 def test_hits_are_those_of_the_public_functions(vgg: nn.Module) -> None:
-    how, data, indices = Experiment(("ones",), seed=4), load_data("scenes"), [3, 90, 1000]
+    how, data, indices = Experiment(("ones",), seed=4), load_data("scenes"), [3, 90, 1000, *range(200, 212)]
     seen: list[int] = []
     hits = how.run(vgg, data, indices, on_pass=seen.append)
     pixels, labels = batch(data, indices)
@@ -526,9 +526,11 @@ def test_hits_are_those_of_the_public_functions(vgg: nn.Module) -> None:
     right = replay(network, torch.ones_like(x), pattern).argmax(1) == labels
     assert hits.right["top1/ones/apop"].tolist() == right.tolist()
     assert hits.layers == tuple(pattern.masks)
-    last = binarize(network, x, "features.1").argmax(1) == labels
-    assert hits.right["binarized/features.1"].tolist() == last.tolist()
-    assert seen == [3] * how.passes(len(hits.layers)) == [3] * (1 + 2 + 15)
+    for layer in hits.layers:
+        right = binarize(network, x, layer).argmax(1) == labels
+        assert hits.right[f"binarized/{layer}"].tolist() == right.tolist()
+    assert len({interval.accuracy for interval in hits.curve()}) > 3
+    assert seen == [15] * how.passes(len(hits.layers)) == [15] * (1 + 2 + 15)
     expected = {f"top{k}/{what}" for k in (1, 5) for what in ("original", "ones/apop", "ones/apop_relu")}
     assert {key for key in hits.right if not key.startswith("binarized")} == expected
     assert len(hits.curve()) == len(hits.curve(5)) == 15

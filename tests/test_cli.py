@@ -156,7 +156,7 @@ def test_the_batch_size_does_not_change_the_numbers(tmp_path: Path) -> None:
         arguments = [*TINY, "--method", "srd", "--batch-size", size, "--no-track", "--out", str(out)]
         assert call(*arguments).exit_code == 0
         (table,) = out.rglob("pairs.csv")
-        scores.append([[float(row[k]) for k in ("ssim", "pcc", "mse", "ssim_noise")] for row in csv.DictReader(table.open())])
+        scores.append([[float(row[k]) for k in ("ssim", "pcc", "mse", "ssim_noise")] for row in csv.DictReader(table.read_text().splitlines())])
     np.testing.assert_allclose(scores[0], scores[1], rtol=2e-3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ class Kinky(Interceptor):
 
 
 def image(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (2, 2, 4, 5)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(
+        *(shape or (2, 2, 4, 5)), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
 
 SLOPES = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
@@ -150,9 +153,9 @@ def test_what_is_neither_affine_nor_known_is_refused_by_decompositions(function:
         def forward(self, x: Tensor) -> Tensor:
             return torch.relu(super().forward(x)).mean((2, 3))
 
-    function_of_an_even_width = (lambda t: function(t[..., :4]))
+    model = Net(lambda t: function(t[..., :4]))  # glu wants an even width
     with pytest.raises(SrdLabError, match=r"neither affine nor an activation"):
-        SRD(start="ones").explain(Net(function_of_an_even_width), image())
+        SRD(start="ones").explain(model, image())
 
 
 def test_an_aliased_tensor_sees_the_in_place_activation() -> None:
@@ -273,9 +276,7 @@ def test_the_surrogate_is_the_softplus_network() -> None:
     by_hand = Pair(nn.Softplus(beta=7), lambda t: F.softplus(t, beta=7))
     torch.testing.assert_close(SmoothModel(relu, 7.0)(x), by_hand(x), rtol=0, atol=1e-14)
     leaky = Pair(nn.LeakyReLU(0.2, inplace=True), lambda t: F.leaky_relu_(t, 0.3))
-    by_hand = Pair(
-        SmoothLeaky(0.2), lambda t: 0.3 * t + 0.7 * F.softplus(t, beta=7)
-    )
+    by_hand = Pair(SmoothLeaky(0.2), lambda t: 0.3 * t + 0.7 * F.softplus(t, beta=7))
     torch.testing.assert_close(SmoothModel(leaky, 7.0)(x), by_hand(x), rtol=0, atol=1e-14)
 
 
@@ -303,7 +304,7 @@ def test_surrogates_become_the_original_as_beta_grows(model: nn.Module) -> None:
     x = 2 * image()
     errors = [float((SmoothModel(model, beta)(x) - model(x)).abs().max()) for beta in (1e1, 1e2, 1e3, 1e4)]
     assert errors[0] > 1e-3
-    assert all(later < earlier / 5 for earlier, later in zip(errors, errors[1:], strict=False)), errors
+    assert all(later < earlier / 5 for earlier, later in pairwise(errors)), errors
     assert errors[-1] < 1e-3
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -135,7 +136,9 @@ def test_receptive_fields_built_forwards_equal_the_backward_pass(name: str) -> N
         for image in range(2):
             expected = torch.stack([fields[image][row * w + column] for row, column in positions])
             torch.testing.assert_close(got[image], expected, rtol=1e-10, atol=1e-10)
-    assert torch.equal(WHOLE.erf(model, x, len(calls) - 1, [(0, 1)]), WHOLE.erf(model, x, calls[-1], [(0, 1)]))
+    assert torch.equal(
+        WHOLE.erf(model, x, len(calls) - 1, [(0, 1)]), WHOLE.erf(model, x, calls[-1], [(0, 1)])
+    )
 
 
 @pytest.mark.parametrize("name", ["vgg_bias", "geometry", "residual", "non_square"])
@@ -202,7 +205,9 @@ def test_a_given_start_is_what_the_encoder_output_holds() -> None:
     assert torch.equal(ones["relu_b2"], torch.ones_like(start))
     assert torch.equal(SRD().relevance(model, x, start="ones")["input"], ones["input"])
     for wrong in (start[:1], start[..., :1], start[:, None]):
-        with pytest.raises(SrdLabError, match=r"relevance at the encoder output, shape \(2, 6, 6\)|shape \(2, 3, 3\)"):
+        with pytest.raises(
+            SrdLabError, match=r"relevance at the encoder output, shape \(2, 6, 6\)|shape \(2, 3, 3\)"
+        ):
             SRD().relevance(model, x, start=wrong)
 
 
@@ -291,7 +296,9 @@ def test_levels_name_layers_of_the_same_pass() -> None:
     }
     for level, name in expected.items():
         close(SRD(level=level).explain(model, x, 2), everywhere[name], 1e-12)
-    with pytest.raises(SrdLabError, match=r"no activation call is named 'layer9'.*the calls are: relu, layer1"):
+    with pytest.raises(
+        SrdLabError, match=r"no activation call is named 'layer9'.*the calls are: relu, layer1"
+    ):
         SRD(level="layer9").explain(model, x)
     with pytest.raises(SrdLabError, match=r"no activation has 1/8 of the input's size, \(1, 1\).*level="):
         SRD(level="high").explain(VGGLike(), pixels(1, 3, 8, 8))
@@ -307,7 +314,8 @@ class Excited(nn.Module):
         torch.manual_seed(7)
         self.linear = linear
         self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
-        self.squeeze, self.excite = (nn.Linear(4, 2), nn.Linear(2, 4)) if linear else (nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1))
+        kind: Any = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        self.squeeze, self.excite = kind(4, 2), kind(2, 4)
         self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(4, 5)
         self.double().eval().requires_grad_(False)
@@ -391,7 +399,17 @@ class OwnNormalise(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "how", ["out_of_place", "in_place", "shift_first", "negative", "channels", "inception", "torchvision", "classifier"]
+    "how",
+    [
+        "out_of_place",
+        "in_place",
+        "shift_first",
+        "negative",
+        "channels",
+        "inception",
+        "torchvision",
+        "classifier",
+    ],
 )
 def test_input_relevance_refers_to_the_normalised_tensor(how: str) -> None:
     network, x = VGGLike(), pixels(2, 3, 8, 8)
@@ -404,7 +422,9 @@ def test_input_relevance_refers_to_the_normalised_tensor(how: str) -> None:
             setattr(model.normalise, part, torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1))
     else:
         model = nn.Sequential(OwnNormalise(how), network)
-    fed = (x - torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(std, dtype=torch.float64).view(3, 1, 1)
+    fed = (x - torch.tensor(mean, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
+        std, dtype=torch.float64
+    ).view(3, 1, 1)
     kept = x.clone()
     expected = SRD().relevance(network, fed, 1)
     got = SRD().relevance(model, x, 1)
@@ -501,7 +521,9 @@ NETWORKS = {
 def test_torchvision_networks_conserve_relevance(name: str) -> None:
     torch.manual_seed(9)
     options = {"init_weights": False, "aux_logits": False, "transform_input": True}
-    net = torchvision.models.get_model(name, weights=None, **(options if name in ("googlenet", "inception_v3") else {}))
+    net = torchvision.models.get_model(
+        name, weights=None, **(options if name in ("googlenet", "inception_v3") else {})
+    )
     model = lively(net)
     x = pixels(1, 3, NETWORKS[name], NETWORKS[name]).float()
     relevance = SRD(start="ones").relevance(model, x)
@@ -509,11 +531,9 @@ def test_torchvision_networks_conserve_relevance(name: str) -> None:
     total = float(SRD(start="ones", level="low").explain(model, x).sum())
     assert total == last.numel() or name == "vgg11_bn"
     assert float(relevance["input"].sum()) == pytest.approx(total, rel=2e-3)
-    logits = model(x)[0]
-    best, worst = SRD().explain(model, x.expand(2, -1, -1, -1), torch.stack([logits.argmax(), logits.argmin()]))
-    assert torch.isfinite(best).all()
-    assert best.abs().max() > 0
-    assert not torch.equal(best, worst)
+    maps = SRD(level="low").explain(model, x.expand(8, -1, -1, -1), torch.arange(8))
+    assert torch.isfinite(maps).all()
+    assert maps.std(0).max() > 0  # classes differ
 
 
 # --- asking for what is not there --------------------------------------------------------------------------------
@@ -528,7 +548,9 @@ def test_unknown_names_are_refused() -> None:
     ):
         with pytest.raises(SrdLabError, match=message):
             SRD(**options)
-    with pytest.raises(SrdLabError, match=r"no submodule 'featurs'; its parts are features, avgpool, classifier"):
+    with pytest.raises(
+        SrdLabError, match=r"no submodule 'featurs'; its parts are features, avgpool, classifier"
+    ):
         SRD(encoder="featurs").explain(model, x)
     with pytest.raises(SrdLabError, match=r"start='random' is not known"):
         SRD().relevance(model, x, start="random")

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from srd_lab import maps, rules
 from srd_lab.backprop import Gated, split_normalisation, traced
-from srd_lab.intercept import check_input, check_model, check_target
+from srd_lab.intercept import Watch, check_input, check_target
 from srd_lab.types import SrdLabError
 
 Attribution = tuple[Tensor, Tensor]  # map (N, H, W) and logits (N, K)
@@ -116,12 +116,11 @@ class IntegratedGradients:
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> Attribution:
         """The map and the model's output."""
-        check_model(model)
-        check_input(x)
+        check_input(x, model)
         normalise, network = split_normalisation(model)
         leaf, differentiable = traced(x)
         with torch.set_grad_enabled(differentiable):
-            logits = network(normalise(leaf.clone()))
+            logits = Watch(network).run(normalise(leaf.clone()))
             given = normalise(leaf.clone())
             classes = check_target(target, logits)
             slope = self._mean_slope(network, given, classes, differentiable)
@@ -180,15 +179,14 @@ def _slope(
     model: nn.Module, x: Tensor, target: Tensor | int | None, rule: rules.Rule | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The (normalised) input, the gradient of the target logits there, and the logits."""
-    check_model(model)
-    check_input(x)
+    check_input(x, model)
     leaf, differentiable = traced(x)
     normalise, network = split_normalisation(model)
     with torch.enable_grad():
         given = normalise(leaf)
         fed = given.clone()  # a model may change its input in place
         gated = None if rule is None else Gated(network, rule)
-        logits = network(fed) if gated is None else gated.run(fed)
+        logits = (gated or Watch(network)).run(fed)
         score = logits.gather(1, check_target(target, logits)[:, None]).sum()
         with nullcontext() if gated is None else gated.live():
             (slope,) = torch.autograd.grad(score, given, create_graph=differentiable)

@@ -53,7 +53,7 @@ class LRPZPlus:
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The map and the model's output, from one forward pass."""
-        check_input(x)
+        check_input(x, model)
         leaf, differentiable = traced(x)
         normalise, network = split_normalisation(model)
         with torch.enable_grad():

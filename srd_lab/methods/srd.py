@@ -143,10 +143,8 @@ class _Begin:
 class _Run:
     """One traced forward pass and the backward passes made from it."""
 
-    def __init__(self, method: SRD, model: nn.Module, x: Tensor) -> None:
-        check_input(x)
-        self.method = method
-        self.leaf, self.differentiable = traced(x)
+    def __init__(self, method: SRD, model: nn.Module, leaf: Tensor, differentiable: bool) -> None:
+        self.method, self.leaf, self.differentiable = method, leaf, differentiable
         vector = method.unit == "vector"
         self.trace = SRDTrace(model, _RULES[method.unit, method.values], method.encoder, with_bias=vector)
         self.output, self.input = self.trace.trace(self.leaf)
@@ -300,8 +298,10 @@ def _inject(u: Tensor, r: Tensor) -> Tensor:
 
 @contextmanager
 def _tracing(method: SRD, model: nn.Module, x: Tensor) -> Iterator[_Run]:
+    check_input(x, model)
+    leaf, differentiable = traced(x)
     with torch.enable_grad():
-        run = _Run(method, model, x)
+        run = _Run(method, model, leaf, differentiable)
         try:
             yield run
         finally:
