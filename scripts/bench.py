@@ -9,6 +9,7 @@ a repeat, so that a slow phase of the machine hits both sides alike. Exit code 1
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from pathlib import Path
 from statistics import median
 
 import click
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as srd_lab.cli does
+
 import torch
 import torchvision
 from torch import Tensor, nn

@@ -29,7 +29,7 @@ _NOT_AFFINE = {
     *(F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward),
     # activations without a name in srd_lab.intercept
     *(F.softsign, F.hardshrink, F.softshrink, F.tanhshrink, F.glu, F.rrelu, F.rrelu_, F.logsigmoid),
-    *(F.threshold, F.threshold_, torch.threshold, torch.rrelu, torch.rrelu_),
+    *(F.threshold, F.threshold_, torch.threshold, torch.rrelu, torch.rrelu_),  # type: ignore[attr-defined]
     *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
     *(torch.clamp_max, T.clamp_max, T.clamp_min, torch.clamp_min, T.clamp_max_, T.clamp_min_),
     *(torch.sigmoid_, T.sigmoid_, torch.maximum, T.maximum, torch.minimum, T.minimum),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +17,20 @@ from srd_lab.types import SrdLabError
 
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 _NORMALISING = {
-    *("add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "__rsub__", "rsub", "subtract", "true_divide"),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "add_",
+        "sub_",
+        "mul_",
+        "div_",
+        "__rsub__",
+        "rsub",
+        "subtract",
+        "true_divide",
+    ),
     *("clone", "cat", "stack"),
 }
 
@@ -50,6 +64,7 @@ class SRDTrace(Decomposed):
         self._found: End | None = None
         self._input: Tensor | None = None  # what the network proper is fed with, once normalised
         self._at_input = True
+        self._shape: torch.Size | None = None
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
         """Output of the model and the tensor that input relevance refers to: leaf, or what a leading

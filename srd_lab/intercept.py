@@ -119,7 +119,7 @@ _CLAMPS = {
     *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
     *(torch.clamp_min, T.clamp_min, torch.clamp_min_, T.clamp_min_),
 }
-_THRESHOLDS = {F.threshold, F.threshold_, torch.threshold}
+_THRESHOLDS = {F.threshold, F.threshold_, torch.threshold}  # type: ignore[attr-defined]
 MAX_POOLS = (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
 DROPOUTS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -194,7 +194,7 @@ class MaxPool:
 
     def apply(self, x: Tensor, return_indices: bool = False) -> Any:
         """The pooled map, with the winners' flat indices (h * W + w) if asked for."""
-        return F.max_pool2d(
+        return F.max_pool2d(  # type: ignore[call-overload]
             x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, return_indices
         )
 
@@ -320,7 +320,7 @@ class Interceptor(TorchFunctionMode):
 
     def _dispatch(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.conv2d:
-            return self.convolution(_convolution(*args, **kwargs))
+            return self.convolution(_convolution(self._pad, *args, **kwargs))
         if func is F.linear:
             return self.linear(*_linear(*args, **kwargs))
         if func is F.batch_norm:
@@ -332,6 +332,9 @@ class Interceptor(TorchFunctionMode):
         if func in DROPOUTS and _is_training(*args, **kwargs):
             raise SrdLabError(f"dropout is active in {self.where()}; call model.eval() first")
         return self.other(func, args, kwargs)
+
+    def _pad(self, x: Tensor, sides: list[int]) -> Tensor:
+        return self.other(F.pad, (x, sides), {})  # type: ignore[no-any-return]
 
     def _name(self, kind: str) -> str:
         module = self._path[-1] if self._path else ""
@@ -518,6 +521,7 @@ def _is_training(
 
 
 def _convolution(
+    pad: Callable[[Tensor, list[int]], Tensor],
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -530,8 +534,11 @@ def _convolution(
         padding = 0
     elif padding == "same":
         spans = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:], strict=True)]
-        padding = 0
-        input = F.pad(input, [side for span in reversed(spans) for side in (span // 2, span - span // 2)])
+        padding = tuple(span // 2 for span in spans)
+        if any(
+            span % 2 for span in spans
+        ):  # one more row or column at the end: not a convolution's own padding
+            input, padding = pad(input, [side for n in reversed(spans) for side in (n // 2, n - n // 2)]), 0
     return Convolution(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
 
 

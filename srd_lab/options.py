@@ -158,7 +158,10 @@ def _record(ctx: click.Context, study: Study) -> dict[str, Any]:
 
 
 def command_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One clear line and exit code 1 for a failure; the traceback with --debug. SIGTERM ends a run as Ctrl-C does."""
+    """One clear line and exit code 1 for a failure; the traceback with --debug.
+
+    SIGTERM and SIGHUP end a run as Ctrl-C does.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -188,15 +191,17 @@ def _terminated_like_interrupted() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = {end: signal.signal(end, interrupt) for end in ends}
     except ValueError:  # not in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for end, handler in before.items():
+            signal.signal(end, handler)
 
 
 @contextmanager

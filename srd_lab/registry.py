@@ -35,9 +35,7 @@ def make_explainer(method: str, **options: Any) -> Explainer:
     known = [field.name for field in fields(kind)]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise SrdLabError(
-            f"{method} has no option {', '.join(unknown)}; it takes {', '.join(known)}"
-        )
+        raise SrdLabError(f"{method} has no option {', '.join(unknown)}; it takes {', '.join(known)}")
     return kind(**options)  # type: ignore[no-any-return]
 
 

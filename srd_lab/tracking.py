@@ -456,7 +456,9 @@ class Store:
     def where(self, stored: StoredRun) -> str:
         if _database(self.uri) is None:
             path = f"experiments/{stored.info.experiment_id}/runs/{stored.info.run_id}"
-            page = f"{self.uri.rstrip('/')}/#/{path}" if self.uri.startswith("http") else f"it is in {self.uri}"
+            page = (
+                f"{self.uri.rstrip('/')}/#/{path}" if self.uri.startswith("http") else f"it is in {self.uri}"
+            )
             return f"run {stored.info.run_id}: {page}"
         if self.uri == _absolute(DEFAULT_STORE):
             return f"run {stored.info.run_id}: `srd-lab ui` in this directory shows it"

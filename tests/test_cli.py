@@ -33,7 +33,9 @@ def run_id(store: str, name: str = "attack vgg16", latest: int = 0) -> str:
 
     client = MlflowClient(store)
     experiments = [e.experiment_id for e in client.search_experiments()]
-    runs = client.search_runs(experiments, f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"])
+    runs = client.search_runs(
+        experiments, f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"]
+    )
     return runs[latest].info.run_id
 
 
@@ -71,10 +73,21 @@ def test_a_run_holds_settings_scores_pairs_and_figures(store: str, finished: str
     parent = client.get_run(finished)
     assert parent.info.status == "FINISHED"
     params = parent.data.params
-    wanted = {"methods": "srd,gradient", "pairs": "4", "steps": "3", "seed": "0", "data": "scenes", "bound": "8.0"}
+    wanted = {
+        "methods": "srd,gradient",
+        "pairs": "4",
+        "steps": "3",
+        "seed": "0",
+        "data": "scenes",
+        "bound": "8.0",
+    }
     assert wanted.items() <= params.items()
     assert {"torch", "git_commit"} <= {key.rpartition(".")[2] for key in params}, params
-    assert {f.path for f in client.list_artifacts(finished)} >= {"scores.png", "scores_over_mse.png", "summary.txt"}
+    assert {f.path for f in client.list_artifacts(finished)} >= {
+        "scores.png",
+        "scores_over_mse.png",
+        "summary.txt",
+    }
     for child in children(store, finished).values():
         metrics = child.data.metrics
         rows = pair_rows(store, child.info.run_id)
@@ -84,7 +97,11 @@ def test_a_run_holds_settings_scores_pairs_and_figures(store: str, finished: str
         assert metrics["prediction_kept"] == np.mean([row["prediction_kept"] == "True" for row in rows])
         assert 0 < metrics["mse"] < 1e-3
         assert len(client.get_metric_history(child.info.run_id, "loss")) == 3
-        assert {f.path for f in client.list_artifacts(child.info.run_id)} >= {"pairs.csv", "pictures.png", "batches"}
+        assert {f.path for f in client.list_artifacts(child.info.run_id)} >= {
+            "pairs.csv",
+            "pictures.png",
+            "batches",
+        }
 
 
 def test_every_method_attacks_the_same_pairs(store: str, finished: str) -> None:
@@ -123,7 +140,9 @@ def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
     assert set(resumed) == set(reference) == {"srd", "gradient"}
     for method, run in resumed.items():
         assert pair_rows(store, run.info.run_id) == pair_rows(store, reference[method].info.run_id)
-        timeless = [{k: v for k, v in r.data.metrics.items() if k != "seconds"} for r in (run, reference[method])]
+        timeless = [
+            {k: v for k, v in r.data.metrics.items() if k != "seconds"} for r in (run, reference[method])
+        ]
         assert timeless[0] == timeless[1]
 
 
@@ -156,7 +175,8 @@ def test_the_batch_size_does_not_change_the_numbers(tmp_path: Path) -> None:
         arguments = [*TINY, "--method", "srd", "--batch-size", size, "--no-track", "--out", str(out)]
         assert call(*arguments).exit_code == 0
         (table,) = out.rglob("pairs.csv")
-        scores.append([[float(row[k]) for k in ("ssim", "pcc", "mse", "ssim_noise")] for row in csv.DictReader(table.read_text().splitlines())])
+        rows = csv.DictReader(table.read_text().splitlines())
+        scores.append([[float(row[name]) for name in ("ssim", "pcc", "mse", "ssim_noise")] for row in rows])
     np.testing.assert_allclose(scores[0], scores[1], rtol=2e-3)
 
 
@@ -200,5 +220,3 @@ def test_help_loads_nothing_heavy() -> None:
     code = "import sys, srd_lab.cli; print(sorted({'torch', 'mlflow', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules)))"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"
-
-

@@ -293,6 +293,31 @@ def test_lrp_conserves_through_several_layers_on_the_input(name: str) -> None:
     torch.testing.assert_close(maps.sum((1, 2)), logits[:, 2])
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kernel", [3, 2, (4, 3)])
+def test_padding_by_name_is_padding_by_number(name: str, kernel: Any) -> None:
+    def build(by_name: bool) -> nn.Sequential:
+        torch.manual_seed(6)
+        layers: list[nn.Module] = []
+        for before, after in ((3, 4), (4, 5), (5, 4)):
+            conv = nn.Conv2d(before, after, kernel, padding="same", dilation=1)
+            if not by_name:
+                (top, bottom), (left, right) = (((k - 1) // 2, k // 2) for k in conv.kernel_size)
+                conv.padding, conv._reversed_padding_repeated_twice = (0, 0), [0] * 4
+                layers.append(nn.ZeroPad2d((left, right, top, bottom)))
+            layers.append(conv)
+            if before != 4:  # two convolutions in a row, and one on the image
+                layers.append(nn.ReLU())
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+        return nn.Sequential(*layers).double().eval().requires_grad_(False)
+
+    x = pixels(2, 3, 7, 6)
+    maps = [method(name).explain(build(by_name), x, 1) for by_name in (True, False)]
+    assert maps[0].abs().max() > 0
+    torch.testing.assert_close(*maps)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v2", "densenet121"])
 def test_lrp_conserves_on_torchvision_networks(name: str) -> None:
     """Captum is off by 1e9 on residual networks, zennit without canonisers by 200."""
@@ -326,6 +351,16 @@ def test_a_long_path_in_parts_is_the_same_path(at_once: int) -> None:
     torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-12)
 
 
+def test_a_path_in_parts_can_be_differentiated_twice() -> None:
+    model, leaf = SmoothModel(normalised(Mixed()), 5.0), pixels(1, 3, 8, 8).requires_grad_()
+    curvatures = []
+    for at_once in (1, None):
+        map_ = IntegratedGradients(steps=4, images_at_once=at_once).explain(model, leaf, 1)
+        (slope,) = torch.autograd.grad(map_.square().sum(), leaf, create_graph=True)
+        curvatures.append(torch.autograd.grad(slope.square().sum(), leaf)[0])
+    torch.testing.assert_close(*curvatures, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_network_that_overwrites_its_input_is_explained_like_one_that_does_not(name: str) -> None:
     maps = []
@@ -337,6 +372,34 @@ def test_a_network_that_overwrites_its_input_is_explained_like_one_that_does_not
         maps.append(method(name, **options).explain(model, x, 1))
         assert torch.equal(x, kept)
     assert maps[0].abs().max() > 0
+    torch.testing.assert_close(*maps)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_adding_in_place_is_adding(name: str) -> None:
+    """On an activation's output too, which is its own positive part."""
+
+    class Net(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.inplace = inplace
+            self.a, self.b, self.c, self.d = (nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 4, 4))
+            self.double().eval().requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            v, w = F.softplus(self.d(x)), self.b(x)
+            if self.inplace:
+                v += w
+                v *= 2
+            else:
+                v = (v + w) * 2
+            return F.relu(self.c(F.relu(v))).mean((2, 3))
+
+    x = pixels(2, 3, 6, 6)
+    maps = [method(name).explain(Net(inplace), x, 1) for inplace in (True, False)]
+    assert maps[1].abs().max() > 0
     torch.testing.assert_close(*maps)
 
 

@@ -65,6 +65,10 @@ def test_constant_maps_have_a_score() -> None:
         assert pcc == (1.0 if torch.equal(a, b) else 0.0)
         assert np.isfinite(ssim)
         assert -1 <= ssim <= 1 + 1e-12
+    # Not even where the mean of equal numbers is not that number.
+    thirds = torch.stack([torch.full((7, 11), k / 3, dtype=torch.float64) for k in range(1, 9)])
+    assert (thirds - thirds.mean((1, 2), keepdim=True)).abs().max() > 0
+    assert PCC().score(thirds, maps(8, 7, 11)).abs().max() == 0
     # With the structure equal, what is left is luminance: (2 m n + c1) / (m^2 + n^2 + c1).
     m, n, c1 = 0.1, 0.7, 1e-4
     assert float(SSIM().score(grey, light)) == pytest.approx(

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from srd_lab import maps, rules
 from srd_lab.backprop import Gated, split_normalisation, traced
@@ -166,12 +165,12 @@ class _Recompute(torch.autograd.Function):
         return function(x.detach().requires_grad_()).detach()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # this gradient is to be differentiated in its turn
+        x = x if again else x.detach().requires_grad_()
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            (g,) = torch.autograd.grad(ctx.function(leaf), leaf, grads[0])
+            (g,) = torch.autograd.grad(ctx.function(x), x, grads[0], create_graph=again)
         return g, None
 
 
