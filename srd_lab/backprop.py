@@ -128,6 +128,9 @@ class Gated(Interceptor):
     def activation(self, call: Call, u: Tensor) -> Tensor:
         return self.gate(call, u, call.function(u))
 
+    def convolution(self, conv: Convolution) -> Tensor:
+        return conv.apply(conv.x, conv.weight, conv.bias)
+
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         return _Gate.apply(u, v, self.switch, call.index)  # type: ignore[no-untyped-call,no-any-return]
 

@@ -151,6 +151,37 @@ class Call:
             return float(self.function(torch.tensor(u, dtype=torch.float64)))
 
 
+class _Convolve(torch.autograd.Function):
+    """A convolution as a linear map of x alone.
+
+    PyTorch's own second derivative computes the weights' share too, asked for or not: 1.5 times the whole attack.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.weight, ctx.geometry, ctx.shape = weight, geometry, x.shape
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Spread.apply(grads[0], ctx.weight, ctx.geometry, ctx.shape), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of :class:`_Convolve`; the derivative of each is the other."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
+        ctx.weight, ctx.geometry = weight, geometry
+        return conv2d_input(shape, weight, g, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Convolve.apply(grads[0], ctx.weight, None, ctx.geometry), None, None, None
+
+
 @dataclass(frozen=True)
 class Convolution:
     """A convolution call: its own input and its geometry. ``weight`` is (out, in / groups, *kernel)."""
@@ -163,18 +194,48 @@ class Convolution:
     dilation: tuple[int, int]
     groups: int
 
+    def call(self) -> Tensor:
+        """The call as the model made it."""
+        return F.conv2d(self.x, self.weight, self.bias, *self.geometry)
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same geometry with another input or other weights."""
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        """The same geometry with another input or other weights; differentiable in x, cheaply so for frozen weights."""
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return F.conv2d(x, weight, bias, *self.geometry)
+        return _Convolve.apply(x, weight, bias, self.geometry)  # type: ignore[no-untyped-call,no-any-return]
 
     def box_sum(self, x: Tensor) -> Tensor:
         """Sum of x (N, 1, H, W) over the positions of every receptive field."""
-        return F.conv2d(x, self._box(x), None, self.stride, self.padding, self.dilation)
+        if self._pools:
+            return F.avg_pool2d(x, self._window, self.stride, self.padding, divisor_override=1)
+        return _Convolve.apply(x, self._box(x), None, self._one_group)  # type: ignore[no-untyped-call,no-any-return]
 
     def box_spread(self, s: Tensor) -> Tensor:
         """The transpose of :meth:`box_sum`: hand s to every position of its receptive field."""
+        if self._pools:
+            like, back = self.x[:, :1].detach(), torch.ops.aten.avg_pool2d_backward
+            return back(s, like, self._window, self.stride, self.padding, False, True, 1)  # type: ignore[no-any-return]
         shape = (s.shape[0], 1, *self.x.shape[2:])
-        return conv2d_input(shape, self._box(s), s, self.stride, self.padding, self.dilation)
+        return _Spread.apply(s, self._box(s), self._one_group, shape)  # type: ignore[no-untyped-call,no-any-return]
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """stride, padding, dilation, groups."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def _window(self) -> list[int]:
+        return list(self.weight.shape[2:])
+
+    @property
+    def _pools(self) -> bool:
+        """Whether a sum pool has this geometry; it is faster than a convolution of ones, and exact on zeros anywhere."""
+        fits = all(2 * p <= k for p, k in zip(self.padding, self._window, strict=True))
+        return fits and self.dilation == (1, 1)
+
+    @property
+    def _one_group(self) -> tuple[Any, ...]:
+        return *self.geometry[:3], 1
 
     def _box(self, like: Tensor) -> Tensor:
         return like.new_ones(1, 1, *self.weight.shape[2:])
@@ -241,7 +302,7 @@ class Interceptor(TorchFunctionMode):
         return call.function(u)
 
     def convolution(self, conv: Convolution) -> Tensor:
-        return conv.apply(conv.x, conv.weight, conv.bias)
+        return conv.call()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -354,6 +415,9 @@ class Watch(Interceptor):
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         return call.original(x)
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        return conv.apply(conv.x, conv.weight, conv.bias)
 
 
 class SmoothModel(nn.Module):

@@ -124,7 +124,9 @@ def tracked(
     weights file's hash.
     """
     from srd_lab import tracking
+    from srd_lab.runtime import keep_freed_memory
 
+    keep_freed_memory()
     resume = ctx.params["resume"]
     study = None if resume else study_of(dict(ctx.params))
     run = tracking.open_run(
