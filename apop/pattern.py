@@ -31,7 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab.intercept import Call, Interceptor, MaxPool, check_input, function_name, take
+from srd_lab.calls import Call, MaxPool, function_name, take
+from srd_lab.checks import check_input
+from srd_lab.intercept import Interceptor
 from srd_lab.types import SrdLabError
 
 VERSION = 1

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from attacks.objective import Budget, Objective
 from srd_lab import maps
 from srd_lab.backprop import split_normalisation
-from srd_lab.intercept import SmoothModel, check_input, check_target
+from srd_lab.checks import check_input, check_target
+from srd_lab.intercept import SmoothModel
 from srd_lab.metrics.similarity import PCC, SSIM
 from srd_lab.types import Explainer, SrdLabError
 

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.intercept import Call, Convolution, Interceptor, SmoothModel, function_name, refuse_checkpoint
+from srd_lab.calls import Call, Convolution, function_name
+from srd_lab.checks import refuse_checkpoint
+from srd_lab.intercept import Interceptor, SmoothModel
 from srd_lab.types import SrdLabError
 
 Note = TypeVar("Note")
@@ -122,7 +124,7 @@ class Gated(Interceptor):
                 f"activation {call.name!r} runs with gradients off (no_grad or reentrant checkpointing inside the model), "
                 "so nothing can be traced through it; switch that off"
             )
-        refuse_checkpoint(call)
+        refuse_checkpoint(call.name)
         return super().activate(call, x, inplace) if inplace else self.activation(call, x.clone()).clone()
 
     def activation(self, call: Call, u: Tensor) -> Tensor:

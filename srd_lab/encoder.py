@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from srd_lab import rules
 from srd_lab.backprop import Decomposed, TensorNotes
-from srd_lab.intercept import BatchNorm, Call, Convolution, MaxPool
+from srd_lab.calls import BatchNorm, Call, Convolution, MaxPool
 from srd_lab.types import SrdLabError
 
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from srd_lab.intercept import Convolution
+from srd_lab.calls import Convolution
 
 
 class Passed(NamedTuple):

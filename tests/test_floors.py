@@ -17,6 +17,8 @@ PACKAGES = ("srd_lab", "attacks", "apop")
 FLOORS = {
     "srd_lab.types": 0,
     "srd_lab.runtime": 0.5,  # raises the errors of types
+    "srd_lab.checks": 0.6,
+    "srd_lab.calls": 0.6,
     "srd_lab.intercept": 1,
     "srd_lab.maps": 1,
     "srd_lab.models": 1,

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab.intercept import Call, Interceptor, SmoothModel, in_place
+from srd_lab.calls import Call, in_place
+from srd_lab.intercept import Interceptor, SmoothModel
 from srd_lab.methods.srd import SRD
 from srd_lab.types import SrdLabError
 

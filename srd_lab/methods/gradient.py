@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from srd_lab import maps, rules
 from srd_lab.backprop import Gated, split_normalisation, traced
-from srd_lab.intercept import Watch, check_input, check_target
+from srd_lab.checks import check_input, check_target
+from srd_lab.intercept import Watch
 from srd_lab.types import SrdLabError
 
 Attribution = tuple[Tensor, Tensor]  # map (N, H, W) and logits (N, K)

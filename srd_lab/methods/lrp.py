@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from srd_lab import maps, rules
 from srd_lab.backprop import Decomposed, TensorNotes, split_normalisation, tensors_in, traced
-from srd_lab.intercept import BatchNorm, Call, Convolution, MaxPool, check_input, check_target, take
+from srd_lab.calls import BatchNorm, Call, Convolution, MaxPool, take
+from srd_lab.checks import check_input, check_target
 from srd_lab.types import SrdLabError
 
 _NON_NEGATIVE = ("relu", "relu6", "softplus", "smooth_relu", "smooth_clip")

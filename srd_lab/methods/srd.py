@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from srd_lab import rules
 from srd_lab.backprop import traced
+from srd_lab.checks import check_input, check_target
 from srd_lab.encoder import SRDTrace
-from srd_lab.intercept import check_input, check_target
 from srd_lab.types import SrdLabError
 
 STARTS = ("contrastive", "gradcam", "ones")
