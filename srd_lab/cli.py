@@ -56,7 +56,7 @@ def models() -> None:
 @command_errors
 def ui(port: int, host: str, tracking_uri: str | None) -> None:
     """Open the MLflow UI on the runs made here."""
-    from srd_lab.tracking import launch_ui
+    from srd_lab.store import launch_ui
 
     launch_ui(tracking_uri, port, host)
 

@@ -149,11 +149,11 @@ def tracked(
 
 
 def _record(ctx: click.Context, study: Study) -> dict[str, Any]:
-    from srd_lab import tracking
+    from srd_lab.environment import device_name, environment
 
     settings = {name: as_setting(study.settings[name]) for name in ctx.params if name not in INFRASTRUCTURE}
-    record = {**settings, **tracking.environment()}
-    record |= {"device": study.device, "hardware": tracking.device_name(study.device)}
+    record = {**settings, **environment()}
+    record |= {"device": study.device, "hardware": device_name(study.device)}
     if ctx.params["weights"]:
         record["weights_sha256"] = hashlib.sha256(Path(ctx.params["weights"]).read_bytes()).hexdigest()
     return record

@@ -24,6 +24,8 @@ FLOORS = {
     "srd_lab.models": 1,
     "srd_lab.data": 1,
     "srd_lab.render": 1,
+    "srd_lab.environment": 0.3,
+    "srd_lab.store": 0.6,
     "srd_lab.tracking": 1,
     "srd_lab.rules": 2,
     "apop.pattern": 2,
@@ -45,7 +47,7 @@ FLOORS = {
 LAZY = ("srd_lab", "attacks", "apop", "srd_lab.methods", "srd_lab.metrics")
 # library: the modules that may import it
 DOORS = {
-    "mlflow": ("srd_lab.tracking",),
+    "mlflow": ("srd_lab.store",),
     "matplotlib": ("srd_lab.render",),
     "PIL": ("srd_lab.render", "srd_lab.data"),
 }

@@ -20,8 +20,12 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
+from srd_lab import environment as record
+from srd_lab import store as mlflow_store
 from srd_lab import tracking
-from srd_lab.tracking import Run, environment, open_run, store_uri
+from srd_lab.environment import environment
+from srd_lab.store import store_uri
+from srd_lab.tracking import Run, open_run
 from srd_lab.types import SrdLabError
 
 
@@ -373,13 +377,13 @@ def test_environment_names_versions_without_importing(monkeypatch: pytest.Monkey
     code = "import sys, srd_lab.tracking; print([m for m in ('mlflow', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert tracking.device_name("cpu")
+    assert record.device_name("cpu")
 
 
 def test_commit_is_that_of_the_own_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "srd_lab"
     package.mkdir()
-    monkeypatch.setattr(tracking, "__file__", str(package / "tracking.py"))
+    monkeypatch.setattr(record, "__file__", str(package / "tracking.py"))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
     (package / "tracking.py").write_text("1")
     assert _commit() == ""
@@ -390,28 +394,28 @@ def test_commit_is_that_of_the_own_checkout_only(tmp_path: Path, monkeypatch: py
     assert _commit().endswith("-dirty")
     inner = tmp_path / "site-packages" / "srd_lab"
     inner.mkdir(parents=True)
-    monkeypatch.setattr(tracking, "__file__", str(inner / "tracking.py"))
+    monkeypatch.setattr(record, "__file__", str(inner / "tracking.py"))
     assert _commit() == ""
-    tracking._git_commit.cache_clear()
+    record.git_commit.cache_clear()
 
 
 def _commit() -> str:
-    tracking._git_commit.cache_clear()
-    return tracking._git_commit()
+    record.git_commit.cache_clear()
+    return record.git_commit()
 
 
 def test_ui_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(SrdLabError, match=r"no runs yet: .*mlflow\.db does not exist"):
-        tracking.launch_ui()
+        mlflow_store.launch_ui()
     with pytest.raises(SrdLabError, match="open it in a browser"):
-        tracking.launch_ui("http://localhost:1")
+        mlflow_store.launch_ui("http://localhost:1")
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SrdLabError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*--port"):
-            tracking.launch_ui(port=port)
+            mlflow_store.launch_ui(port=port)
 
 
 def test_ui_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -429,7 +433,7 @@ def test_ui_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     monkeypatch.setattr(subprocess, "Popen", Server)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    tracking.launch_ui(port=_free_port())
+    mlflow_store.launch_ui(port=_free_port())
     assert seen[0][seen[0].index("--backend-store-uri") + 1] == store_uri()
     assert "/#/experiments/1/runs?workflowType=machine_learning" in capsys.readouterr().out
 
