@@ -16,23 +16,8 @@ from srd_lab.calls import BatchNorm, Call, Convolution, MaxPool
 from srd_lab.types import SrdLabError
 
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
-_NORMALISING = {
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "add_",
-        "sub_",
-        "mul_",
-        "div_",
-        "__rsub__",
-        "rsub",
-        "subtract",
-        "true_divide",
-    ),
-    *("clone", "cat", "stack"),
-}
+_SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
+_NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
 
 
 @dataclass(frozen=True)

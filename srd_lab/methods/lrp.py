@@ -94,12 +94,10 @@ class _LRPTrace(Decomposed):
         super().__init__(network, _z_plus)
         self._ends = (low, high)
         self._parts: TensorNotes[Tensor] = TensorNotes()
-        self._unfolded: TensorNotes[Convolution] = (
-            TensorNotes()
-        )  # a batch norm may follow: fold, then take the sign
-        self._boxes: TensorNotes[tuple[Tensor, Tensor]] = (
-            TensorNotes()
-        )  # bounds of tensors made of the image alone
+        # a batch norm may follow: fold first, then take the sign
+        self._unfolded: TensorNotes[Convolution] = TensorNotes()
+        # bounds of tensors that are made of the image alone
+        self._boxes: TensorNotes[tuple[Tensor, Tensor]] = TensorNotes()
         self._u_plus: Tensor | None = None
 
     def trace(self, given: Tensor) -> Tensor:
