@@ -598,3 +598,17 @@ def test_unknown_names_are_refused() -> None:
         SRD().erf(model, x, "features.1", [(8, 0)])
     with pytest.raises(SrdLabError, match=r"activation call 9 does not exist; the model makes 4 calls"):
         SRD().erf(model, x, 9, [(0, 0)])
+
+
+def test_conserved_reports_what_dead_fields_absorb() -> None:
+    shares = {}
+    for name in ("vgg_bias", "dead_field"):
+        graph = ref.toy_graphs()[name]
+        x, start = ref.toy_input(graph), ref.toy_start(graph)
+        want = ref.srd(graph, x, start)["input"].sum() / start.sum()
+        got = SRD(encoder="").conserved(ref.as_module(graph), x[None], start=start[None])
+        assert got.shape == (1,)
+        torch.testing.assert_close(got[0], want, rtol=1e-9, atol=0)
+        shares[name] = float(want)
+    assert shares["vgg_bias"] == pytest.approx(1)
+    assert shares["dead_field"] < 0.95

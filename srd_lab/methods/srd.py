@@ -98,6 +98,22 @@ class SRD:
         with _tracing(self, model, x) as run:
             return run.everywhere(run.begin(target, start))
 
+    def conserved(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor | int | None = None,
+        *,
+        start: str | Tensor | None = None,
+    ) -> Tensor:
+        """Share (N,) of the relevance at the encoder output that arrives at the input; 0 where there was none.
+
+        1 minus this is the leak: what dead receptive fields absorbed. It can have either sign.
+        """
+        with _tracing(self, model, x) as run:
+            begin = run.begin(target, start)
+            return run.finish(rules.divide(run.at_input(begin).sum((1, 2)), begin.relevance.sum((1, 2))))
+
     def erf(
         self, model: nn.Module, x: Tensor, layer: str | int, positions: Sequence[tuple[int, int]]
     ) -> Tensor:
