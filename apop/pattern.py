@@ -20,6 +20,7 @@ import json
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def _unpacked(name: str, kind: str, shape: tuple[int, ...], array: np.ndarray) -
     return Entry(name, kind, shape, torch.from_numpy(array.astype(np.int64)))
 
 
-class _Follower(Interceptor):
+class _Follower(Interceptor, ABC):
     """Sees ReLU and max pool calls, with a name for each, and refuses what APOP is not defined for."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -231,13 +232,13 @@ class _Follower(Interceptor):
         return (out, indices) if return_indices else out
 
     # what a subclass overrides -------------------------------------------------------------------------
+    @abstractmethod
     def relu(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         """Output of a ReLU call, in place where the model asked for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pool(self, name: str, x: Tensor, apply: Any) -> tuple[Tensor, Tensor]:
         """Output and winners of a max pool call; ``apply(x)`` is the call itself."""
-        raise NotImplementedError
 
 
 class _Recorder(_Follower):
