@@ -150,7 +150,7 @@ def _path_slopes(network: nn.Module, base: Tensor, fractions: Tensor, classes: T
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         points = (fractions[:, None, None, None, None] * base).flatten(0, 1)
-        logits = network(points.clone())  # a network may change its input in place
+        logits = Watch(network).run(points.clone())  # a network may change its input in place
         score = logits.gather(1, classes.repeat(len(fractions))[:, None]).sum()
         (slope,) = torch.autograd.grad(score, points, create_graph=differentiable)
     return slope.unflatten(0, (len(fractions), len(base))).sum(0)
