@@ -146,7 +146,8 @@ class _Robustness:
             parts = [self._batch(how, child, part, done, advance) for part in batches]
         table = gather(parts)
         self._log(method, child, table, watch.seconds())
-        return table
+        # the report needs scores and curves; images and maps of every method would pile up
+        return {name: values for name, values in table.items() if values.ndim <= 2}
 
     def _manipulation(self, method: str) -> Any:
         from attacks.experiment import attack_explainer

@@ -24,7 +24,7 @@ from srd_lab.runtime import generator
 from srd_lab.types import Dataset, Explainer, SrdLabError
 
 Arrays = dict[str, np.ndarray]
-SCREENED_AT_ONCE = 50
+SCREENED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,20 @@ def attack_batch(
     on_step: Callable[[int], None],
 ) -> Arrays:
     """Attack some pairs, each with its number, and score them and their control; arrays whose first axis is the pair."""
-    x, labels = batch(dataset, [pair.original for _, pair in numbered])
-    goals, goal_labels = batch(dataset, [pair.goal for _, pair in numbered])
-    x, goals = x.to(device), goals.to(device)
-    result = how.run(model, x, goals, labels.to(device), on_step=on_step)
+    originals = [dataset[pair.original] for _, pair in numbered]
+    goals = [dataset[pair.goal] for _, pair in numbered]
+    x, goal_images = (torch.stack([s.image for s in some]).to(device) for some in (originals, goals))
+    labels = torch.tensor([sample.label for sample in originals], device=device)
+    result = how.run(model, x, goal_images, labels, on_step=on_step)
     control = control_scores(how, model, x, result, [number for number, _ in numbered], seed)
     arrays = {
         "pair": np.array([number for number, _ in numbered]),
-        "original": np.array([dataset[pair.original].name for _, pair in numbered]),
-        "goal": np.array([dataset[pair.goal].name for _, pair in numbered]),
-        "label": labels.numpy(),
-        "goal_label": goal_labels.numpy(),
+        "original": np.array([sample.name for sample in originals]),
+        "goal": np.array([sample.name for sample in goals]),
+        "label": np.array([sample.label for sample in originals]),
+        "goal_label": np.array([sample.label for sample in goals]),
         "images": x.cpu().numpy(),
-        "goal_images": goals.cpu().numpy(),
+        "goal_images": goal_images.cpu().numpy(),
         **result_arrays(result),
         **{f"{name}_noise": score.cpu().numpy() for name, score in control.items()},
     }

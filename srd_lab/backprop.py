@@ -29,7 +29,7 @@ _NOT_AFFINE = {
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.conv1d, F.conv3d),
     *(F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.normalize),
     *(F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward),
-    # activations without a name in srd_lab.intercept
+    # activations without a name in srd_lab.calls
     *(F.softsign, F.hardshrink, F.softshrink, F.tanhshrink, F.glu, F.rrelu, F.rrelu_, F.logsigmoid),
     *(F.threshold, F.threshold_, torch.threshold, torch.rrelu, torch.rrelu_),  # type: ignore[attr-defined]
     *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),

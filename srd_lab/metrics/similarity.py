@@ -71,11 +71,6 @@ def _float64(t: Tensor) -> Tensor:
     return (t.cpu() if t.device.type == "mps" else t).double()
 
 
-def _exact(t: Tensor) -> Tensor:
-    """In float64, which MPS lacks: from there to the CPU."""
-    return (t.cpu() if t.device.type == "mps" else t).double()
-
-
 def _unit(t: Tensor) -> Tensor:
     """Rows of length 1; scaled by the largest entry first, so that tiny maps do not underflow."""
     top = t.abs().amax(1, keepdim=True)
