@@ -178,7 +178,8 @@ def perturbation_curve(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Median and quartiles of ``score`` as a function of the MSE reached: (mse, median, low, high), each (points,).
 
-    Every pair's judged scores are interpolated over its own MSE, from (0, 1) on; a pair counts up to the MSE it reached.
+    Every pair's judged scores are interpolated over its own MSE, from (0, 1) on; a pair counts up to the MSE it
+    reached, so the right end may rest on fewer pairs (never on less than half) and need not fall.
     """
     mse, values = table["curve/mse"], table[f"curve/{score}"]
     grid = np.linspace(0, np.nanmax(mse), points)
