@@ -1,0 +1,128 @@
+"""Classifiers on pixels: a normalisation layer and a torchvision-style network, frozen, in eval mode.
+
+``load_model("vgg16")`` is one of the three small networks that come with the package, trained on ``scenes``;
+``load_model("vgg16", "imagenet")`` is torchvision's, from torchvision's own cache or from ``--weights FILE``;
+for all other data the weights are the user's own. One file per family of networks.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srd_lab.models.cifar import Cifar
+from srd_lab.models.classifier import Classifier, Family, Normalise, check_classes
+from srd_lab.models.files import fill, read_state
+from srd_lab.models.imagenet import FineTuned, ImageNet
+from srd_lab.models.scenes import SCENES_NETWORKS, SCENES_STATISTICS, WEIGHTS, Scenes, scenes_network
+from srd_lab.runtime import pick_device
+from srd_lab.types import SrdLabError
+
+__all__ = [
+    "SCENES_NETWORKS",
+    "SCENES_STATISTICS",
+    "WEIGHTS",
+    "Classifier",
+    "Normalise",
+    "cards",
+    "check_classes",
+    "input_size",
+    "load_model",
+    "networks",
+    "read_state",
+    "scenes_network",
+]
+
+FAMILIES: dict[str, Family] = {
+    "scenes": Scenes(),
+    "imagenet": ImageNet(),
+    "imagenet-s": ImageNet(),
+    "imagefolder": FineTuned(),
+    "cifar10": Cifar(10),
+    "cifar100": Cifar(100),
+    "voc": FineTuned(),
+}
+SPECS = "scenes, imagenet[:DIR], imagenet-s:DIR, imagefolder:DIR, cifar10:PATH, cifar100:PATH or voc:DIR"
+
+
+def load_model(
+    name: str, data: str = "scenes", weights: str | Path | None = None, device: str | None = None
+) -> Classifier:
+    """A frozen float32 classifier of pixels (N, 3, H, W) in [0, 1], in eval mode, on ``device``.
+
+    name : one of ``networks(data)``.
+    data : what the network is for; nothing behind a colon matters here.
+        ``scenes``: ten classes, 64 x 64 pixels.
+        ``imagenet``, ``imagenet-s``: torchvision's networks of 1,000 classes.
+        ``imagefolder``, ``voc``: the same with as many classes as the last layer in the weights file has.
+        ``cifar10``, ``cifar100``: 32 x 32 pixels; the residual networks of He et al. 2016 (resnet20 .. resnet110), and
+        torchvision's as they are: its resnet18 has the 7x7 stem that it has for ImageNet.
+    weights : a .pth, .pt, .safetensors or .npz state dict of that architecture; None is the file in this package for
+        scenes, torchvision's IMAGENET1K_V1 for ImageNet, and an error for all other data.
+    device : None or "auto" takes an accelerator where there is one.
+
+    Pixels are normalised as torchvision's own weights of that network want it, and with ImageNet's mean and standard
+    deviation on CIFAR.
+
+    Raises SrdLabError for a name, data or device that is not there, and for weights that cannot be had or do
+    not fit.
+    """
+    kind, family = _family(name, data)
+    place = pick_device(device)
+    file = weights or family.file(name)
+    if file is None:
+        raise SrdLabError(
+            f"there are no weights of {name} for {kind} here; give your own with --weights FILE"
+        )
+    state = read_state(file)
+    # Initial weights are drawn and thrown away: not from the caller's stream.
+    with torch.random.fork_rng(devices=[]):
+        network = family.network(name, state)
+    fill(network, state, f"{file} for {name}")
+    model = Classifier(network, *family.statistics(name))
+    return model.float().eval().requires_grad_(False).to(place)
+
+
+def networks(data: str = "scenes") -> tuple[str, ...]:
+    """The names that ``load_model`` knows for this data."""
+    return FAMILIES[_kind(data)].names()
+
+
+def input_size(name: str, data: str = "imagenet") -> int:
+    """Side in pixels of the images that the network is made for: 64 on scenes, 32 on CIFAR, else what torchvision's
+    weights are tested at: 224 for most, 299 for inception_v3, up to 600 for efficientnet_b7.
+
+    Nothing is downloaded. Raises SrdLabError for a name or data that is not there.
+    """
+    return _family(name, data)[1].size(name)
+
+
+def cards() -> list[dict[str, Any]]:
+    """What is known of each network in this package: file, size, data, accuracies, and how it was trained."""
+    return json.loads((WEIGHTS / "cards.json").read_text(encoding="utf-8"))
+
+
+def _kind(data: str) -> str:
+    kind, colon, _ = data.partition(":")
+    if kind not in FAMILIES or (kind == "scenes" and colon):
+        raise SrdLabError(f"there are no models for data {data!r}; choose {SPECS}")
+    return kind
+
+
+def _family(name: str, data: str) -> tuple[str, Family]:
+    """The kind of data and its networks; SrdLabError where ``name`` is none of them."""
+    kind = _kind(data)
+    known = networks(kind)
+    if name not in known:
+        near = known if len(known) <= 5 else get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
+        more = (
+            "torchvision's are for imagenet:DIR" if kind == "scenes" else "srd_lab.models.networks tells all"
+        )
+        raise SrdLabError(
+            f"there is no network {name!r} for {kind}; choose one like {', '.join(near)} ({more})"
+        )
+    return kind, FAMILIES[kind]

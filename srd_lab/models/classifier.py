@@ -1,0 +1,81 @@
+"""What all networks are wrapped in, and what has to be known of a family of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab.types import Dataset, SrdLabError
+
+Colour = tuple[float, float, float]
+Statistics = tuple[Colour, Colour]  # mean and standard deviation per channel
+
+
+class Family(Protocol):
+    """The networks for one kind of data, by name."""
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def size(self, name: str) -> int:
+        """Side in pixels of the images that the network is made for."""
+        ...
+
+    def statistics(self, name: str) -> Statistics: ...
+
+    def file(self, name: str) -> Path | None:
+        """The weights to take when the user gives none; None where the user has to."""
+        ...
+
+    def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """The untrained network that ``state`` is for."""
+        ...
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel, for pixels x (N, 3, H, W) in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Colour, std: Colour) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """Pixels (N, 3, H, W) in [0, 1] to logits (N, classes): ``normalise``, then ``network``."""
+
+    def __init__(self, network: nn.Module, mean: Colour, std: Colour) -> None:
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(self.normalise(x))
+
+    @property
+    def classes(self) -> int:
+        """How many classes the logits are for, as the last layer has it."""
+        return len(last_parameter(self.network)[1])
+
+
+def last_parameter(network: nn.Module) -> tuple[str, Tensor]:
+    """Name and value of the network's last parameter: one row for each class in all networks of this room."""
+    return list(network.named_parameters())[-1]
+
+
+def check_classes(model: Classifier, data: Dataset) -> None:
+    """Refuse data with more or fewer classes than the model, whose labels would mean something else there."""
+    if len(data.classes) != model.classes:
+        raise SrdLabError(
+            f"the model tells {model.classes} classes apart, but the data has {len(data.classes)}; "
+            "give the weights of a network trained on these classes with --weights FILE"
+        )

@@ -1,0 +1,154 @@
+"""Weights files: read without running what is in them, made float32, loaded strictly."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from srd_lab.types import SrdLabError
+
+
+def _read_npz(file: Path) -> dict[str, Any]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def _read_pth(file: Path) -> Any:
+    # torchvision's training script writes its arguments beside the weights: a Namespace, which is plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+# How a file of that name is read, and how it begins.
+_TORCH = _read_pth, rb"PK|\x80"
+READERS: dict[str, tuple[Callable[[Path], Any], bytes]] = {
+    ".pth": _TORCH,
+    ".pt": _TORCH,
+    ".th": _TORCH,
+    ".tar": _TORCH,  # model_best.pth.tar, as the ImageNet example of PyTorch names it
+    ".safetensors": (_read_safetensors, rb".{8}\{"),
+    ".npz": (_read_npz, rb"PK"),
+}
+
+
+def read_state(file: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .pth, .pt, .safetensors or .npz file, in float32, its keys as torchvision has them today.
+
+    It may lie under ``state_dict`` or ``model``, where training scripts put it. Nothing is unpickled but tensors and
+    plain data, so that a file cannot run code.
+
+    Raises SrdLabError where the file is missing, damaged, of another kind, or does not hold a state dict of tensors.
+    """
+    file = Path(file).expanduser()
+    if file.suffix not in READERS:
+        raise SrdLabError(f"{file} is no weights file that is known here; expected {', '.join(READERS)}")
+    if not file.is_file():
+        raise SrdLabError(f"there is no weights file {file}; give the path of a {file.suffix} state dict")
+    reader, beginning = READERS[file.suffix]
+    try:
+        _check_beginning(file, beginning)
+        return _plain(_unwrapped(reader(file)))
+    except Exception as error:  # the readers fail on a damaged file in every way there is
+        raise SrdLabError(
+            f"{file} cannot be read as a state dict ({_reason(error)}); save model.state_dict() there"
+        ) from None
+
+
+def _check_beginning(file: Path, beginning: bytes) -> None:
+    """ValueError where a download has left a web page, nothing, or a part."""
+    with file.open("rb") as stream:
+        head = stream.read(16)
+    if not head:
+        raise ValueError("it is empty")
+    if not re.match(beginning, head, re.DOTALL):
+        raise ValueError(f"it begins with {head!r}, as no {file.suffix} file does")
+    if head.startswith(b"PK") and not zipfile.is_zipfile(file):
+        raise ValueError("its end is missing")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in a line. What PyTorch says of a refused pickle begins with the advice to trust it."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked:
+        return f"it asks for {asked[1]}, and only tensors and plain data are unpickled: all else can run code"
+    return "it is damaged, or was not written by torch.save"
+
+
+def _unwrapped(state: Any) -> Mapping[str, Tensor]:
+    """The state dict in what a file holds; ValueError where there is none."""
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    if not state:
+        raise ValueError("it is empty")
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        raise ValueError("not all that it holds are tensors")
+    return state
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state in float32, its keys as torchvision's modules have them today.
+
+    Without the prefixes of DataParallel and torch.compile and the auxiliary heads (nothing of them shows in eval
+    mode), and with the dotless layer names that DenseNet has had since PyTorch 0.4.1: the files on torchvision's
+    server are older.
+    """
+    plain = {}
+    for key, value in state.items():
+        key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+        if re.match(r"(aux\d|AuxLogits)\.", key):
+            continue
+        key = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", key)
+        plain[key] = value.float() if value.is_floating_point() else value
+    return plain
+
+
+def _some(what: str, keys: list[str], shown: int = 3) -> str:
+    more = ", ..." if len(keys) > shown else ""
+    return f"{len(keys)} {what} ({', '.join(keys[:shown])}{more})"
+
+
+def _complaints(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``found`` from being loaded, in words; files older than it lack ``num_batches_tracked``."""
+    missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in found if key not in expected]
+    reshaped = [
+        f"{key} {tuple(found[key].shape)} where {tuple(value.shape)} is expected"
+        for key, value in expected.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    return [_some(what, keys) for what, keys in kinds.items() if keys]
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads ``state``, as ``read_state`` gives it, strictly; SrdLabError names ``source`` and what does not fit."""
+    own, state = network.state_dict(), OrderedDict(state)
+    complaints = _complaints(own, state)
+    if complaints:
+        raise SrdLabError(
+            f"{source} does not fit: {', '.join(complaints)}; give the weights of this very architecture"
+        )
+    # A module that changed between versions (MNASNet) reads its own here, and would else rebuild itself.
+    state._metadata = own._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(state, strict=False)
