@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from apop.pattern import ActivationPattern, binarize, record, replay
 from srd_lab.backprop import split_normalisation
+from srd_lab.data import skipped_report
 from srd_lab.runtime import generator
-from srd_lab.types import Dataset, SrdLabError
+from srd_lab.types import Dataset, Sample, SrdLabError
 
 INPUTS = ("zeros", "ones", "normal")
 SETTINGS = {"apop": False, "apop_relu": True}  # whether ReLU follows the mask
@@ -50,6 +51,7 @@ class Hits:
     right : condition -> bool (N,). Conditions are named as the metrics: ``top1/original``, ``top5/original``,
         ``top1/zeros/apop``, ``top1/zeros/apop_relu``, ..., ``binarized/<layer>`` and ``binarized_top5/<layer>``
         with ``<layer>`` as ``metric_name`` spells it.
+    skipped : name -> reason of the files that could not be read and are not among the N.
     """
 
     index: np.ndarray
@@ -57,6 +59,7 @@ class Hits:
     label: np.ndarray
     layers: tuple[str, ...]
     right: dict[str, np.ndarray]
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def interval(self, condition: str) -> Interval:
         """The accuracy under a condition."""
@@ -74,6 +77,7 @@ class Hits:
             "name": self.name,
             "label": self.label,
             "layers": np.array(self.layers, "U"),
+            "skipped": np.array(list(self.skipped.items()), "U").reshape(-1, 2),
         }
         return {**about, **{f"right/{key}": value for key, value in self.right.items()}}
 
@@ -82,17 +86,27 @@ class Hits:
         """What ``to_arrays`` gave."""
         right = {key.removeprefix("right/"): arrays[key] for key in arrays if key.startswith("right/")}
         layers = tuple(str(layer) for layer in arrays["layers"])
-        return Hits(arrays["index"], arrays["name"], arrays["label"], layers, right)
+        skipped = {str(name): str(reason) for name, reason in arrays["skipped"]}
+        return Hits(arrays["index"], arrays["name"], arrays["label"], layers, right, skipped)
+
+    @staticmethod
+    def nothing(skipped: dict[str, str]) -> Hits:
+        """A batch of which no file could be read."""
+        return Hits(np.array([], int), np.array([], "U"), np.array([], int), (), {}, skipped)
 
     @staticmethod
     def join(parts: Sequence[Hits]) -> Hits:
-        """The batches of one experiment as one."""
+        """The batches of one experiment as one. Raises SrdLabError if no image is in them."""
+        skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
+        parts = [part for part in parts if len(part.index)]
+        if not parts:
+            raise SrdLabError(f"not one image is left; {skipped_report(skipped)}")
         first = parts[0]
         right = {key: np.concatenate([part.right[key] for part in parts]) for key in first.right}
         index, name, label = (
             np.concatenate([getattr(part, field) for part in parts]) for field in ("index", "name", "label")
         )
-        return Hits(index, name, label, first.layers, right)
+        return Hits(index, name, label, first.layers, right, skipped)
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per image, hits as 0 and 1."""
@@ -132,27 +146,29 @@ class Experiment:
     def run(
         self,
         model: nn.Module,
-        dataset: Dataset,
+        samples: Sequence[Sample],
         indices: Sequence[int],
         device: torch.device | None = None,
         on_pass: Callable[[int], None] | None = None,
         on_pattern: Callable[[ActivationPattern], None] | None = None,
     ) -> Hits:
-        """One batch: the images of these indices.
+        """One batch: samples, and their places in the data set, which decide their noise.
 
         on_pass is called with the number of images after each forward pass; on_pattern gets what was recorded.
         Raises SrdLabError where the model is no ReLU network, or has no class for a label.
         """
-        batch = _Batch.load(dataset, indices)
+        if not samples:
+            raise SrdLabError("a batch needs at least one image; give one sample or more")
+        labels = torch.tensor([sample.label for sample in samples])
         normalise, network = split_normalisation(model)
         with torch.no_grad():
-            x = normalise(batch.images.to(device))
+            x = normalise(torch.stack([sample.image for sample in samples]).to(device))
         right: dict[str, np.ndarray] = {}
         logits, pattern = record(network, x)
 
         def note(logits: Tensor, *conditions: str) -> None:
             for top, condition in zip(TOP, conditions, strict=True):
-                right[condition] = in_top(logits, batch.labels, top).cpu().numpy()
+                right[condition] = in_top(logits, labels, top).cpu().numpy()
             if on_pass:
                 on_pass(len(x))
 
@@ -168,31 +184,14 @@ class Experiment:
         for position, layer in enumerate(layers):
             name = metric_name(layer)
             note(binarize(network, x, position), f"binarized/{name}", f"binarized_top5/{name}")
-        return Hits(np.array(indices), batch.names, batch.labels.numpy(), layers, right)
+        names = np.array([sample.name for sample in samples])
+        return Hits(np.array(indices), names, labels.numpy(), layers, right)
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Images (N, 3, H, W) in [0, 1], labels (N,), names (N,)."""
-
-    images: Tensor
-    labels: Tensor
-    names: np.ndarray
-
-    @staticmethod
-    def load(dataset: Dataset, indices: Sequence[int]) -> _Batch:
-        samples = [dataset[index] for index in indices]
-        if not samples:
-            raise SrdLabError("a batch needs at least one image; give one index or more")
-        return _Batch(
-            torch.stack([sample.image for sample in samples]),
-            torch.tensor([sample.label for sample in samples]),
-            np.array([sample.name for sample in samples]),
-        )
-
-
-def draw_images(dataset: Dataset, count: int, seed: int) -> list[int]:
-    """A random subset of ``count`` indices (all, if there are not more), sorted; a smaller one is part of a larger."""
+def draw_images(dataset: Dataset, count: int | str, seed: int) -> list[int]:
+    """A random subset of ``count`` indices (``"all"``, or if there are not more: all), sorted; a smaller one is part
+    of a larger."""
+    count = len(dataset) if isinstance(count, str) else count
     order = torch.randperm(len(dataset), generator=generator(seed, "images"))
     return sorted(order[:count].tolist())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +18,7 @@ from attacks.manipulation import (
     normalisation_scale,
     similarity,
 )
-from srd_lab.data import batch
+from srd_lab.data import Loaded, load_batches
 from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.runtime import generator
 from srd_lab.types import Dataset, Explainer, SrdLabError
@@ -35,16 +35,27 @@ class Pair:
     goal: int
 
 
-def draw_pairs(dataset: Dataset, model: nn.Module, count: int, seed: int, device: torch.device) -> list[Pair]:
+def draw_pairs(
+    dataset: Dataset,
+    model: nn.Module,
+    count: int,
+    seed: int,
+    device: torch.device,
+    workers: int | None = None,
+) -> tuple[list[Pair], dict[str, str]]:
     """``count`` random pairs of correctly classified images of different classes; no image is used twice.
 
-    Fixed by the seed, the data and the model alone. Raises SrdLabError if the data cannot give so many.
+    Fixed by the seed, the data and the model alone. Also the files met that could not be read, name -> reason.
+    Raises SrdLabError if the data cannot give so many.
     """
     order = torch.randperm(len(dataset), generator=generator(seed, "pairs")).tolist()
     waiting: list[int] = []
     pairs: list[Pair] = []
-    for first in range(0, len(order), SCREENED_AT_ONCE):
-        for index in _correct(dataset, model, order[first : first + SCREENED_AT_ONCE], device):
+    skipped: dict[str, str] = {}
+    parts = (order[first : first + SCREENED_AT_ONCE] for first in range(0, len(order), SCREENED_AT_ONCE))
+    for loaded in load_batches(dataset, parts, workers or 0):
+        skipped |= loaded.skipped
+        for index in _correct(loaded, model, device):
             partner = next((i for i in waiting if dataset.labels[i] != dataset.labels[index]), None)
             if partner is None:
                 waiting.append(index)
@@ -52,18 +63,21 @@ def draw_pairs(dataset: Dataset, model: nn.Module, count: int, seed: int, device
             waiting.remove(partner)
             pairs.append(Pair(partner, index))
             if len(pairs) == count:
-                return pairs
+                return pairs, skipped
     raise SrdLabError(
         f"{count} pairs were asked for, but the {len(dataset)} images give only {len(pairs)} pairs of correctly "
         "classified images of different classes; ask for fewer with --pairs"
     )
 
 
-def _correct(dataset: Dataset, model: nn.Module, indices: list[int], device: torch.device) -> list[int]:
-    images, labels = batch(dataset, indices)
+def _correct(loaded: Loaded, model: nn.Module, device: torch.device) -> list[int]:
+    if not loaded.samples:
+        return []
+    images = torch.stack([sample.image for sample in loaded.samples])
+    labels = torch.tensor([sample.label for sample in loaded.samples])
     with torch.no_grad():
         right = model(images.to(device)).argmax(1).cpu() == labels
-    return [index for index, hit in zip(indices, right.tolist(), strict=True) if hit]
+    return [index for index, hit in zip(loaded.indices, right.tolist(), strict=True) if hit]
 
 
 def attack_explainer(method: str, start: str) -> Explainer:
@@ -78,7 +92,7 @@ def attack_batch(
     how: Manipulation,
     model: nn.Module,
     dataset: Dataset,
-    numbered: list[tuple[int, Pair]],
+    numbered: Sequence[tuple[int, Pair]],
     seed: int,
     device: torch.device,
     on_step: Callable[[int], None],
@@ -129,6 +143,7 @@ def result_arrays(result: AttackResult) -> Arrays:
             "scores": ("", ""),
             "scores_best": ("", "_best"),
             "scores_start": ("", "_before"),
+            "scores_surrogate": ("", "_surrogate"),
         }.get(field.name, ("curve/", ""))
         arrays.update({f"{prefix}{name}{suffix}": t.detach().cpu().numpy() for name, t in value.items()})
     return arrays
@@ -144,6 +159,7 @@ COLUMNS = (
     *(f"{name}_noise" for name in SCORES),
     *(f"{name}_before" for name in SCORES[2:]),
     *(f"{name}_best" for name in SCORES),
+    *(f"{name}_surrogate" for name in SCORES[:2]),
     "prediction_kept",
     "mse",
     "mse_best",
@@ -173,22 +189,64 @@ def rows(table: Arrays) -> list[dict[str, Any]]:
     return [{name: table[name][i].item() for name in COLUMNS} for i in range(len(table["pair"]))]
 
 
-def perturbation_curve(
-    table: Arrays, score: str, points: int = 20
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Median and quartiles of ``score`` as a function of the MSE reached: (mse, median, low, high), each (points,).
+def scores_at(table: Arrays, score: str, reached: np.ndarray, over: str = "mse") -> np.ndarray:
+    """``score`` (``ssim`` or ``pcc``) of every pair at the moment when its perturbation first reached given values.
 
-    Every pair's judged scores are interpolated over its own MSE, from (0, 1) on; a pair counts up to the MSE it
-    reached, so the right end may rest on fewer pairs (never on less than half) and need not fall.
+    reached : (S,) for all pairs or (P, S), in the units of ``over``: ``mse`` (normalised) or ``linf`` (0..255).
+    Judged scores are interpolated from (0, 1) on; NaN where a pair never came so far. Returns (P, S).
     """
-    mse, values = table["curve/mse"], table[f"curve/{score}"]
-    grid = np.linspace(0, np.nanmax(mse), points)
-    lines = np.full((len(mse), points), np.nan)
-    for i in range(len(mse)):
-        there = np.isfinite(mse[i])
-        xs, ys = np.r_[0, mse[i][there]], np.r_[1, values[i][there]]
-        order = np.argsort(xs, kind="stable")
-        lines[i] = np.interp(grid, xs[order], ys[order], right=np.nan)
-    enough = np.isfinite(lines).sum(0) >= max(1, len(mse) // 2)
-    low, median, high = np.nanquantile(lines[:, enough], (0.25, 0.5, 0.75), axis=0)
-    return grid[enough], median, low, high
+    moved, values = table[f"curve/{over}"], table[f"curve/{score}"]
+    wanted = np.broadcast_to(reached, (len(moved), np.shape(reached)[-1]))
+    lines = np.empty(wanted.shape)
+    for i in range(len(moved)):
+        there = np.isfinite(moved[i])
+        xs, ys = np.r_[0, moved[i][there]], np.r_[1, values[i][there]]
+        new = np.r_[True, xs[1:] > np.maximum.accumulate(xs)[:-1]]  # Adam also comes back
+        lines[i] = np.interp(wanted[i], xs[new], ys[new], right=np.nan)
+    return lines
+
+
+def common_reach(tables: Mapping[str, Arrays], over: str = "mse") -> np.ndarray:
+    """The largest perturbation (P,) that every method reached on a pair."""
+    return np.min([np.nanmax(table[f"curve/{over}"], axis=1) for table in tables.values()], axis=0)
+
+
+def at_equal_perturbation(
+    tables: Mapping[str, Arrays], score: str, over: str = "mse"
+) -> dict[str, np.ndarray]:
+    """``score`` (P,) of every method, each pair at its :func:`common_reach`: the same images, equally far away."""
+    reach = common_reach(tables, over)[:, None]
+    return {name: scores_at(table, score, reach, over)[:, 0] for name, table in tables.items()}
+
+
+@dataclass(frozen=True)
+class PerturbationCurves:
+    """Scores as a function of the perturbation reached.
+
+    reached : (S,) in the units of ``over``; pairs : (S,) how many pairs count there.
+    bands : score -> method -> (median, lower quartile, upper quartile), each (S,).
+    """
+
+    over: str
+    reached: np.ndarray
+    pairs: np.ndarray
+    bands: dict[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]
+
+
+def perturbation_curves(tables: Mapping[str, Arrays], over: str, points: int = 25) -> PerturbationCurves:
+    """SSIM and PCC; at each point of the pairs that *every* method brought so far, so that all lines stand for the
+    same pairs.
+
+    Fewer pairs count to the right; the curves end where less than a quarter of them is left.
+    """
+    reach = common_reach(tables, over)
+    grid = np.linspace(0, np.quantile(reach, 0.75, method="lower"), points)
+    inside = grid <= reach[:, None]
+
+    def band(table: Arrays, score: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        lines = np.where(inside, scores_at(table, score, grid, over), np.nan)
+        low, median, high = np.nanquantile(lines, (0.25, 0.5, 0.75), axis=0)
+        return median, low, high
+
+    bands = {score: {m: band(table, score) for m, table in tables.items()} for score in SCORES[:2]}
+    return PerturbationCurves(over, grid, inside.sum(0), bands)

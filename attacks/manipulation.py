@@ -49,6 +49,7 @@ class AttackResult:
     scores, scores_best : similarity (N,) by name: ``ssim``, ``pcc`` to the original's map (robustness) and
         ``ssim_target``, ``pcc_target`` to the goal's map (success of the attack), of maps divided by their maximum.
     scores_start : ``ssim_target``, ``pcc_target`` before the attack.
+    scores_surrogate : ``ssim``, ``pcc`` as the attacker sees them: both maps on the surrogate of the last step.
     loss : (N, steps) on the surrogate, NaN after an image stopped.
     curve : what was measured on the original network along the way, (N, J) by name: ``step``, ``mse``, ``linf``
         and the scores; NaN after an image stopped.
@@ -72,6 +73,7 @@ class AttackResult:
     scores: dict[str, Tensor]
     scores_best: dict[str, Tensor]
     scores_start: dict[str, Tensor]
+    scores_surrogate: dict[str, Tensor]
     loss: Tensor
     curve: dict[str, Tensor]
 
@@ -146,6 +148,7 @@ class _Attack:
         self.moments = (torch.zeros_like(x), torch.zeros_like(x))
         self.loss = x.new_full((len(x), how.steps), torch.nan)
         self.judged: list[dict[str, Tensor]] = []
+        self.surrogate = {name: torch.full_like(self.best_error, torch.nan) for name in SCORES[:2]}
 
     def run(self, on_step: Callable[[int], None]) -> AttackResult:
         active = torch.arange(len(self.x), device=self.x.device)
@@ -158,6 +161,7 @@ class _Attack:
             elif stopped.any():
                 self._judge(active[stopped], i + 1)
             on_step(len(active) + int(stopped.sum()) * (self.how.steps - i - 1))
+            self._judge_surrogate(active if i + 1 == self.how.steps else active[stopped], i)
             active = active[~stopped]
             if len(active) == 0:
                 break
@@ -211,6 +215,16 @@ class _Attack:
         self.best[some[better]] = x[better]
         self.best_error[some[better]] = error[better]
 
+    def _judge_surrogate(self, some: Tensor, i: int) -> None:
+        """How far the maps of images that end at step i have moved on the surrogate of that step."""
+        if len(some) == 0:
+            return
+        surrogate, explain = SmoothModel(self.model, self._beta(i)), self.how.explainer.explain
+        before, after = (explain(surrogate, x[some], self.target[some]) for x in (self.x, self.adversarial))
+        scores = similarity(after, before, self.map_target[some])
+        for name, values in self.surrogate.items():
+            values[some] = scores[name].to(values)
+
     def _result(self) -> AttackResult:
         none_kept = self.best_error.isinf()
         best = torch.where(none_kept[:, None, None, None], self.adversarial, self.best)
@@ -238,6 +252,7 @@ class _Attack:
             scores=similarity(map_last, self.map0, self.map_target),
             scores_best=similarity(map_best, self.map0, self.map_target),
             scores_start={name: start[name] for name in SCORES[2:]},
+            scores_surrogate=self.surrogate,
             loss=self.loss,
             curve={name: torch.stack([row[name] for row in self.judged], 1) for name in self.judged[0]},
         )

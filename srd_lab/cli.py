@@ -9,6 +9,7 @@ import click
 from apop.cli import apop
 from attacks.cli import attack
 from srd_lab.options import command_errors, text_table
+from srd_lab.reproduce.cli import reproduce
 
 # Read when PyTorch is loaded. Threads that wait actively cost 5 to 15 times the time once another process holds a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,6 +24,7 @@ def main(debug: bool) -> None:
     \b
       srd-lab attack --method srd --pairs 100    manipulate explanations, score what is left of them
       srd-lab apop --model vgg16                 predict from activation patterns alone
+      srd-lab reproduce table3                   the paper's experiments, its numbers beside yours
       srd-lab ui                                 look at the runs
     """
 
@@ -63,6 +65,7 @@ def ui(port: int, host: str, tracking_uri: str | None) -> None:
 
 main.add_command(attack)
 main.add_command(apop)
+main.add_command(reproduce)
 
 if __name__ == "__main__":
     main()

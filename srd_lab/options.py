@@ -21,27 +21,86 @@ import click
 
 from srd_lab.types import SrdLabError
 
-INFRASTRUCTURE = (
-    "track",
-    "tracking_uri",
-    "out",
-    "resume",
-    "debug",
-    "device",
-)  # how, not what: free to differ on resume
+# how, not what: free to differ on resume
+INFRASTRUCTURE = ("track", "tracking_uri", "out", "resume", "debug", "device", "workers")
 DEFAULT_MODEL = "vgg16"
+# the methods of Fig. 4
+ATTACKED = ("srd", "gradient", "grad_input", "guided_backprop", "integrated_gradients", "lrp_zplus")
+DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
+
+
+class WeightsFile(click.ParamType):
+    """``FILE``, or ``NAME=FILE`` for the model of that name; stays as it was typed."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not _named_file(text)[1].is_file():
+            self.fail(f"there is no file {_named_file(text)[1]}; expected FILE or NAME=FILE", param, ctx)
+        return text
+
+
+class Count(click.ParamType):
+    """How many: a number from 1 on, or ``all``."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "all":
+            return "all"
+        return click.IntRange(1).convert(value, param, ctx)  # type: ignore[no-any-return]
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    """The model's name ("" where none is said) and the file."""
+    if "=" not in text or Path(text).is_file():
+        return "", Path(text)
+    name, _, file = text.partition("=")
+    return name, Path(file)
+
+
+def weights_of(given: Sequence[str], models: Sequence[str]) -> dict[str, Path | None]:
+    """The weights file of every model, None where none was given (its default weights)."""
+    files: dict[str, Path | None] = dict.fromkeys(models)
+    for text in given:
+        name, file = _named_file(text)
+        if not name and len(models) > 1:
+            raise SrdLabError(
+                f"--weights {text} does not say which of {len(models)} models it is for; give NAME={text}"
+            )
+        if name and name not in files:
+            raise SrdLabError(
+                f"--weights {text} is for a model that is not asked for; the models are {', '.join(models)}"
+            )
+        if files[name or models[0]]:
+            raise SrdLabError(f"two --weights files for {name or models[0]}; give one")
+        files[name or models[0]] = file
+    return files
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that runs a model over data and tracks the result."""
     options = (
-        click.option(
-            "--data", default="scenes", show_default=True, help="scenes, or imagenet:DIR (folders by wnid)."
-        ),
+        click.option("--data", default="scenes", show_default=True, help=DATA),
         click.option(
             "--weights",
-            type=click.Path(exists=True, dir_okay=False),
-            help="State dict, .pth or .npz. [default: bundled for scenes, else torchvision's]",
+            multiple=True,
+            type=WeightsFile(),
+            help="State dict (.pth, .safetensors, .npz): FILE, or NAME=FILE for one of several models; repeatable. "
+            "[default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
+        ),
+        click.option(
+            "--non-rgb",
+            type=click.Choice(["skip", "convert"]),
+            default="skip",
+            show_default=True,
+            help="Images that are grey, CMYK or the like.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(0),
+            help="Processes that decode images; 0 = none. [default: by data and cores]",
         ),
         click.option(
             "--seed",
@@ -72,6 +131,20 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def subject(settings: Mapping[str, Any], name: str, models: Sequence[str], device: Any) -> tuple[Any, Any]:
+    """The network ``name``, one of ``models``, and the data at the size that it is made for, as the settings have them."""
+    from srd_lab.data import load_data
+    from srd_lab.models import check_classes, input_size, load_model
+
+    data = settings["data"]
+    weights = weights_of(settings["weights"], models)[name]
+    size = input_size(name, data)
+    dataset = load_data(data, seed=settings["seed"], size=size, non_rgb=settings["non_rgb"])
+    model = load_model(name, data, weights, str(device))
+    check_classes(model, dataset)
+    return model, dataset
 
 
 def given_settings(ctx: click.Context) -> dict[str, Any]:
@@ -154,8 +227,10 @@ def _record(ctx: click.Context, study: Study) -> dict[str, Any]:
     settings = {name: as_setting(study.settings[name]) for name in ctx.params if name not in INFRASTRUCTURE}
     record = {**settings, **environment()}
     record |= {"device": study.device, "hardware": device_name(study.device)}
-    if ctx.params["weights"]:
-        record["weights_sha256"] = hashlib.sha256(Path(ctx.params["weights"]).read_bytes()).hexdigest()
+    if given := ctx.params["weights"]:
+        files = {text: _named_file(text)[1] for text in given}
+        sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()]
+        record["weights_sha256"] = ",".join(sums)
     return record
 
 

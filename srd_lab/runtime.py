@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from srd_lab.types import SrdLabError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -48,3 +54,55 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # names of malloc.h
         allocator(mmap_max, 0)
         allocator(trim_threshold, 2**31 - 1)
+
+
+class Batcher:
+    """Runs work on at most ``size`` items at once; where memory runs out, on half as many, for good.
+
+    For work whose result does not depend on what else is in its batch.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
+        """The results of ``work`` on consecutive parts of ``items``."""
+        results: list[Result] = []
+        first = 0
+        while first < len(items):
+            part = items[first : first + self.size]
+            done = self._tried(work, part)
+            if done is None:
+                self._halve(len(part))
+                continue
+            results.append(done[0])
+            first += len(part)
+        return results
+
+    def _tried(self, work: Callable[[Sequence[Item]], Result], part: Sequence[Item]) -> tuple[Result] | None:
+        try:
+            return (work(part),)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # what the failed work held goes with the traceback, before the next try
+
+    def _halve(self, tried: int) -> None:
+        if tried == 1:
+            raise SrdLabError(
+                "not even one image fits into memory; take a smaller network or image, or another --device"
+            )
+        self.size = tried // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whatever device: the CPU's allocator and MPS say so in words only."""
+    said = str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in said
+        or "out of memory" in said
+    )

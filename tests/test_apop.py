@@ -508,8 +508,8 @@ def test_public_names() -> None:
 def test_hits_do_not_depend_on_the_batch_size(vgg: nn.Module) -> None:
     how, data = Experiment(seed=4), load_data("scenes")
     indices = draw_images(data, 12, 4)
-    whole = how.run(vgg, data, indices)
-    parts = Hits.join([how.run(vgg, data, indices[i : i + 5]) for i in range(0, 12, 5)])
+    whole = how.run(vgg, [data[i] for i in indices], indices)
+    parts = Hits.join([how.run(vgg, [data[j] for j in indices[i : i + 5]], indices[i : i + 5]) for i in range(0, 12, 5)])
     assert list(whole.right) == list(parts.right)
     assert whole.rows() == parts.rows()
     assert whole.layers == parts.layers
@@ -518,7 +518,7 @@ def test_hits_do_not_depend_on_the_batch_size(vgg: nn.Module) -> None:
 def test_hits_are_those_of_the_public_functions(vgg: nn.Module) -> None:
     how, data, indices = Experiment(("ones",), seed=4), load_data("scenes"), [3, 90, 1000, *range(200, 212)]
     seen: list[int] = []
-    hits = how.run(vgg, data, indices, on_pass=seen.append)
+    hits = how.run(vgg, [data[i] for i in indices], indices, on_pass=seen.append)
     pixels, labels = batch(data, indices)
     normalise, network = split_normalisation(vgg)
     x = normalise(pixels)

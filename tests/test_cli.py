@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from attacks import experiment
+from attacks import study
 from srd_lab.cli import main
 
 TINY = ("attack", "--pairs", "4", "--steps", "3", "--batch-size", "2", "--device", "cpu")
@@ -116,7 +116,7 @@ def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
 ) -> None:
     from mlflow import MlflowClient
 
-    whole = experiment.attack_batch
+    whole = study.attack_batch
     calls = []
 
     def interrupted(*args: object, **kwargs: object) -> object:
@@ -125,14 +125,14 @@ def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(experiment, "attack_batch", interrupted)
+    monkeypatch.setattr(study, "attack_batch", interrupted)
     result = call(*TINY, "--method", "srd", "--method", "gradient", "--tracking-uri", store)
     stopped = run_id(store)
     assert result.exit_code == 1
     assert f"srd-lab attack --resume {stopped}" in result.output
     assert MlflowClient(store).get_run(stopped).info.status == "KILLED"
 
-    monkeypatch.setattr(experiment, "attack_batch", whole)
+    monkeypatch.setattr(study, "attack_batch", whole)
     result = call("attack", "--resume", stopped, "--tracking-uri", store, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert MlflowClient(store).get_run(stopped).info.status == "FINISHED"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 
 from srd_lab import render
-from srd_lab.render import PictureRow
+from srd_lab.render import PictureRow, pictures
 
 METHODS = ["srd", "gradient", "grad_input", "guided_backprop", "integrated_gradients", "lrp_zplus"]
 
@@ -118,7 +118,7 @@ def test_picture_grid_keeps_the_shape_of_wide_images_and_shows_no_change_as_grey
     ("largest", "factor"), [(0.0, 1), (0.5, 1), (0.9, 1), (0.25, 2), (0.01, 50), (1e-6, 1000)]
 )
 def test_magnification_never_clips(largest: float, factor: int) -> None:
-    assert render._magnification(largest) == factor
+    assert pictures._magnification(largest) == factor
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])
@@ -183,21 +183,59 @@ def test_binarisation_curve(count: int) -> None:
     check_nothing_clipped(figure)
 
 
-def test_curves() -> None:
-    mse = np.geomspace(1e-6, 1e-3, 30)
-    median = np.linspace(1, 0.2, 30)
-    traces = dict.fromkeys(METHODS, (mse, median, median - 0.1, median + 0.1))
-    figure = render.curves(traces, "vgg16, 100 pairs")
-    axes = figure.axes[0]
-    assert axes.get_xscale() == "log"
-    assert [line.get_label() for line in axes.lines] == METHODS
+@pytest.mark.parametrize("over", ["mse", "linf"])
+def test_perturbation_has_a_line_per_method_and_the_number_of_pairs(over: str) -> None:
+    reached, pairs = np.linspace(0, 1e-3, 25), np.repeat([9, 5], (20, 5))
+    median = np.linspace(1, 0.2, 25)
+    bands = dict.fromkeys(METHODS, (median, median - 0.1, median + 0.1))
+    figure = render.perturbation(over, reached, pairs, {"ssim": bands, "pcc": bands}, "vgg16, 9 pairs")
+    ssim, pcc, below, _ = figure.axes
+    for axes, label in ((ssim, "SSIM"), (pcc, "PCC")):
+        assert [line.get_label() for line in axes.lines] == METHODS
+        assert axes.get_ylabel() == label
+    assert ("MSE" in below.get_xlabel()) == (over == "mse")
+    assert below.lines[0].get_ydata().tolist() == pairs.tolist()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == METHODS
     check_nothing_clipped(figure)
 
 
-def test_curves_from_no_change_at_all() -> None:
+def test_perturbation_of_no_change_at_all() -> None:
     zero = np.zeros(3)
-    check_nothing_clipped(render.curves({"srd": (zero, zero + 1, zero + 1, zero + 1)}))
+    bands = {"ssim": {"srd": (zero + 1, zero + 1, zero + 1)}}
+    check_nothing_clipped(render.perturbation("mse", zero, zero.astype(int) + 2, bands))
+
+
+@pytest.mark.parametrize("methods", [METHODS, ["srd"]])
+def test_manipulation_figure_shows_three_maps_and_a_box_per_method(methods: list[str]) -> None:
+    shown = {method: rows(2) for method in methods}
+    figure = render.manipulation_figure(shown, scores(methods), "vgg16 on scenes, 30 pairs")
+    pictures_, panels = figure.axes[:-2], figure.axes[-2:]
+    assert len(pictures_) == 3 * (1 + len(methods))
+    assert all(axes.images for axes in pictures_)
+    for axes, name in zip(panels, ("SSIM", "PCC"), strict=True):
+        assert axes.get_ylabel() == name
+        assert len([patch for patch in axes.patches if isinstance(patch, PathPatch)]) == len(methods)
+    check_nothing_clipped(figure)
+
+
+def test_map_sheet_divides_each_map_by_its_largest_absolute_value() -> None:
+    numbers = np.random.default_rng(0)
+    raw = numbers.normal(size=(8, 8))
+    sheet = [render.SheetRow("n0/image.JPEG", numbers.random((3, 8, 8)), {"scalar": 7 * raw, "SRD": 0 * raw})] * 2
+    figure = render.map_sheet({"resnet50": sheet, "vgg16": sheet[:1]}, "Fig. 7")
+    scalar, srd = (figure.axes[i].images[0].get_array() for i in (1, 2))
+    np.testing.assert_allclose(scalar, raw / np.abs(raw).max())
+    assert not np.any(srd)
+    assert "resnet50" in figure.axes[0].get_title()
+    check_nothing_clipped(figure)
+
+
+def test_binarisation_panels_have_a_curve_per_network() -> None:
+    panels = {"vgg16": ([0.5, 0.6, 0.7], 0.9), "resnet18": ([0.1] * 17, 0.8)}
+    figure = render.binarisation_panels(panels, 0.001, "Fig. 6")
+    assert [axes.get_title() for axes in figure.axes] == list(panels)
+    assert [len(axes.lines[0].get_ydata()) for axes in figure.axes] == [3, 17]
+    check_nothing_clipped(figure)
 
 
 def test_import_is_lazy_and_drawing_leaves_no_global_state() -> None:

@@ -1,0 +1,252 @@
+"""The robustness study: every method attacked on the same pairs, batch by batch, scored, stored and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+import numpy as np
+
+from attacks.experiment import (
+    Arrays,
+    Pair,
+    at_equal_perturbation,
+    attack_batch,
+    attack_explainer,
+    draw_pairs,
+    gather,
+    perturbation_curves,
+    rows,
+)
+from attacks.manipulation import SCORES, Manipulation
+from attacks.objective import Budget, Objective
+from srd_lab import options as cli
+from srd_lab import render
+from srd_lab.data import skipped_report
+from srd_lab.metrics.summary import summarise
+from srd_lab.runtime import Batcher, pick_device
+from srd_lab.tracking import Run
+
+PICTURES = 6
+LEGEND = """
+ssim, pcc: to the original's map (1 = unmoved); noise: the same after random noise of equal MSE;
+surrogate: as the attacker sees it; target: to the map aimed at, before -> after; kept: predictions that held;
+mse: normalised units; linf: largest change of a pixel (0..255); beta: the surrogate's at the last step."""
+EQUAL = """
+At equal perturbation: every pair as far as every method brought it (by mse, by linf), mean [95 % interval]
+"""
+
+
+def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """What is attacked, name -> (method, SRD's start); SRD once for each start."""
+    found = {}
+    for method in dict.fromkeys(methods):
+        for start in dict.fromkeys(starts) if method == "srd" else starts[:1]:
+            found[f"srd_{start}" if method == "srd" and len(starts) > 1 else method] = (method, start)
+    return found
+
+
+class Robustness:
+    """One run of ``srd-lab attack``, from settings to tables and figures."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.watch = cli.Stopwatch()
+        methods = cli.ATTACKED if "all" in settings["methods"] else settings["methods"]
+        self.variants = variants(methods, settings["starts"])
+        self.device = pick_device(settings["device"])
+        name = settings["model"]
+        self.model, self.dataset = cli.subject(settings, name, [name], self.device)
+        self.pairs, self.skipped = draw_pairs(
+            *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
+        )
+        settings["batch_size"] = settings["batch_size"] or _batch_size(
+            self.dataset[self.pairs[0].original].image.shape, self.device.type
+        )
+        self.batcher = Batcher(settings["batch_size"])
+        self.shown: dict[str, list[render.PictureRow]] = {}  # the first pairs of every method
+        source = settings["data"].partition(":")[0]
+        self.title = f"{name} on {source}, {len(self.pairs)} pairs"
+
+    def run(self, run: Run) -> None:
+        """Attack every method and report."""
+        tables = {}
+        for name, (method, start) in self.variants.items():
+            with run.child(name, {"method": method, "start": start if method == "srd" else ""}) as child:
+                tables[name] = self._attack(name, child)
+        self.report(run, tables)
+
+    def _attack(self, name: str, child: Run) -> Arrays:
+        watch = cli.Stopwatch()
+        how = self.manipulation(*self.variants[name])
+        numbered = list(enumerate(self.pairs))
+        size = self.settings["batch_size"]
+        done = set(child.list("batches"))
+        parts, shown = [], []
+        with cli.progress(len(numbered) * how.steps, name) as advance:
+            for first in range(0, len(numbered), size):
+                batch = self._batch(how, child, numbered[first : first + size], done, advance)
+                # scores and curves; images and maps of every batch would pile up
+                parts.append({key: values for key, values in batch.items() if values.ndim <= 2})
+                if first < PICTURES:
+                    shown.append(batch)
+        table = gather(parts)
+        self.shown[name] = self._pictures(gather(shown))
+        self._log(name, child, table, watch.seconds())
+        return table
+
+    def manipulation(self, method: str, start: str) -> Manipulation:
+        """The attack on one method as the settings have it."""
+        s = self.settings
+        return Manipulation(
+            attack_explainer(method, start),
+            steps=s["steps"],
+            lr=s["lr"],
+            objective=Objective(output_term=s["output_term"]),
+            budget=Budget(s["bound"]),
+            stop_mse=s["stop_mse"],
+            beta_start=s["beta_start"],
+            beta_end=s["beta_end"],
+        )
+
+    def _batch(
+        self,
+        how: Manipulation,
+        child: Run,
+        part: list[tuple[int, Pair]],
+        done: set[str],
+        advance: Callable[[int], None],
+    ) -> Arrays:
+        path = f"batches/{part[0][0]:05d}-{part[-1][0]:05d}.npz"
+        if path in done:
+            advance(len(part) * how.steps)
+            return child.load_arrays(path)
+
+        def attack(some: Sequence[tuple[int, Pair]]) -> Arrays:
+            return attack_batch(
+                how, self.model, self.dataset, some, self.settings["seed"], self.device, advance
+            )
+
+        arrays = gather(self.batcher.run(attack, part))
+        child.save_arrays(path, arrays)
+        return arrays
+
+    # what is stored ------------------------------------------------------------------------------------
+    def _log(self, name: str, child: Run, table: Arrays, seconds: float) -> None:
+        child.save_text("pairs.csv", cli.csv_text(rows(table)))
+        child.log_metrics({**metrics_of(table, self.settings["seed"]), "seconds": seconds})
+        loss = _nanmean(table["loss"])
+        child.log_traces({"loss": (range(1, len(loss) + 1), loss)})
+        child.save_figure("pictures.png", render.picture_grid(self.shown[name]))
+
+    def _pictures(self, table: Arrays) -> list[render.PictureRow]:
+        name = self.dataset.classes
+        return [
+            render.PictureRow(
+                label=f"pair {table['pair'][i]}: {name[table['label'][i]]} → {name[table['goal_label'][i]]}",
+                original=table["images"][i],
+                adversarial=table["adversarial"][i],
+                map_original=table["map_original"][i],
+                map_adversarial=table["map_adversarial"][i],
+                map_target=table["map_target"][i],
+                target=table["goal_images"][i],
+                scores=f"SSIM {table['ssim'][i]:.2f}, PCC {table['pcc'][i]:.2f}\n"
+                f"to target: SSIM {table['ssim_target'][i]:.2f}, PCC {table['pcc_target'][i]:.2f}",
+            )
+            for i in range(min(PICTURES, len(table["pair"])))
+        ]
+
+    def report(self, run: Run, tables: dict[str, Arrays]) -> None:
+        """Print and store what compares the methods."""
+        self.figures(run, tables)
+        text = self.tables(tables)
+        run.save_text("summary.txt", text + "\n")
+        run.log_metrics({"seconds": self.watch.seconds()})
+        click.echo(text)
+
+    def figures(self, run: Run, tables: dict[str, Arrays]) -> None:
+        """Box plots, and the scores over the perturbation reached."""
+        scores = {m: {"ssim": t["ssim"], "pcc": t["pcc"]} for m, t in tables.items()}
+        control = {m: {"ssim": t["ssim_noise"], "pcc": t["pcc_noise"]} for m, t in tables.items()}
+        run.save_figure("scores.png", render.box_plots(scores, control, self.title))
+        for over in ("mse", "linf"):
+            c = perturbation_curves(tables, over)
+            figure = render.perturbation(over, c.reached, c.pairs, c.bands, self.title)
+            run.save_figure(f"scores_over_{over}.png", figure)
+
+    def tables(self, tables: dict[str, Arrays]) -> str:
+        """The summary as text."""
+        seed = self.settings["seed"]
+        text = f"{self.title}; original map against the map after the attack, mean [95 % interval]\n\n"
+        text += cli.text_table(*summary_table(tables, seed)) + "\n"
+        if len(tables) > 1:
+            text += EQUAL + "\n" + cli.text_table(*equal_table(tables, seed)) + "\n"
+        if self.skipped:
+            text += f"\n{skipped_report(self.skipped)}\n"
+        return text + LEGEND
+
+
+def _batch_size(shape: tuple[int, ...], device: str) -> int:
+    """Pairs at once: about 24 of 64 x 64 or 2 of 224 x 224 on a CPU, 32 times as many on an accelerator."""
+    pixels = 2 * 224 * 224 * (1 if device == "cpu" else 32)
+    return max(1, pixels // (shape[-1] * shape[-2]))
+
+
+def metrics_of(table: Arrays, seed: int) -> dict[str, float]:
+    """What is logged of one method: means with intervals of the scores, means of all else."""
+    metrics: dict[str, float] = {}
+    for name in SCORES:
+        summary = summarise(table[name], seed)
+        metrics |= {
+            name: summary.mean,
+            f"{name}_median": summary.median,
+            f"{name}_low": summary.low,
+            f"{name}_high": summary.high,
+            f"{name}_noise": float(table[f"{name}_noise"].mean()),
+            f"{name}_best": float(table[f"{name}_best"].mean()),
+        }
+    surrogate = (f"{name}_surrogate" for name in SCORES[:2])
+    before = (f"{name}_before" for name in SCORES[2:])
+    for name in (*surrogate, *before, "prediction_kept", "mse", "linf", "steps", "beta"):
+        metrics[name] = float(table[name].mean())
+    return metrics
+
+
+def summary_table(tables: dict[str, Arrays], seed: int) -> tuple[list[str], list[list[str]]]:
+    """Header and one line of text per method."""
+    header = ["method"]
+    header += [column for score in ("ssim", "pcc") for column in (score, "noise", "surrogate")]
+    header += ["ssim target", "pcc target", "kept", "mse", "linf", "steps", "beta"]
+    lines = []
+    for method, table in tables.items():
+        mean = {name: table[name].mean() for name in table if table[name].dtype.kind in "bfi"}
+        cells = [method]
+        for name in ("ssim", "pcc"):
+            cells += [interval(table[name], seed), f"{mean[f'{name}_noise']:.3f}"]
+            cells += [f"{mean[f'{name}_surrogate']:.3f}"]
+        cells += [f"{mean[f'{name}_before']:.3f} -> {mean[name]:.3f}" for name in SCORES[2:]]
+        cells += [f"{mean['prediction_kept']:.0%}", f"{mean['mse']:.1e}", f"{mean['linf']:.1f}"]
+        cells += [f"{mean['steps']:.0f}", f"{mean['beta']:.0f}"]
+        lines.append(cells)
+    return header, lines
+
+
+def equal_table(tables: dict[str, Arrays], seed: int) -> tuple[list[str], list[list[str]]]:
+    """Header and one line of text per method: scores of every pair at the perturbation that all methods reached."""
+    kinds = [(score, over) for over in ("mse", "linf") for score in ("ssim", "pcc")]
+    found = [at_equal_perturbation(tables, score, over) for score, over in kinds]
+    header = ["method", *(f"{score} at equal {over}" for score, over in kinds)]
+    return header, [[method, *(interval(scores[method], seed) for scores in found)] for method in tables]
+
+
+def interval(values: np.ndarray, seed: int) -> str:
+    """Mean and its 95 % interval as text."""
+    s = summarise(values, seed)
+    return f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]"
+
+
+def _nanmean(loss: np.ndarray) -> np.ndarray:
+    """Mean over the images still under attack at each step, as far as any is."""
+    running = np.isfinite(loss).any(0)
+    return np.nanmean(loss[:, running], axis=0)

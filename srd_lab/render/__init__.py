@@ -1,0 +1,39 @@
+"""Pictures and figures: the only room that draws.
+
+Every figure function returns a ``matplotlib.figure.Figure`` that stands alone (no pyplot state, no
+display needed); ``figure.savefig(path)`` or ``Run.save_figure`` writes it.
+"""
+
+from srd_lab.render.pictures import (
+    PictureRow,
+    SheetRow,
+    heat,
+    map_sheet,
+    overlay,
+    picture_grid,
+    strength,
+)
+from srd_lab.render.plots import (
+    apop_bars,
+    binarisation_curve,
+    binarisation_panels,
+    box_plots,
+    manipulation_figure,
+    perturbation,
+)
+
+__all__ = [
+    "PictureRow",
+    "SheetRow",
+    "apop_bars",
+    "binarisation_curve",
+    "binarisation_panels",
+    "box_plots",
+    "heat",
+    "manipulation_figure",
+    "map_sheet",
+    "overlay",
+    "perturbation",
+    "picture_grid",
+    "strength",
+]

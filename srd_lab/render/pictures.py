@@ -1,0 +1,191 @@
+"""Pictures: images beside the maps that explain them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from srd_lab.render.style import blank, style, title_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    Picture: TypeAlias = np.ndarray | Tensor  # anything on the CPU that np.asarray takes
+
+_COLOUR_MAP = "inferno"
+_SCORED = 4  # the column of a picture grid under which the scores stand: the map of the adversarial image
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One attacked image in a ``picture_grid``.
+
+    original, adversarial, target : (3, H, W) pixels in [0, 1]; target is the image whose map was aimed at.
+    map_original, map_adversarial, map_target : (H, W) raw maps, signed or not.
+    scores : text below the maps, such as "to original: SSIM 0.31, PCC 0.42".
+    """
+
+    label: str
+    original: Picture
+    adversarial: Picture
+    map_original: Picture
+    map_adversarial: Picture
+    map_target: Picture
+    target: Picture | None = None
+    scores: str = ""
+
+
+def heat(saliency: Picture) -> np.ndarray:
+    """Colours (H, W, 3) uint8 of a map (H, W) in [0, 1]."""
+    from matplotlib import colormaps
+
+    colours = colormaps[_COLOUR_MAP](np.clip(np.asarray(saliency, dtype=np.float64), 0, 1))
+    return np.round(255 * colours[..., :3]).astype(np.uint8)
+
+
+def overlay(image: Picture, saliency: Picture) -> np.ndarray:
+    """The map (H, W) in [0, 1] over its image (3, H, W) in [0, 1], greyed: (H, W, 3) uint8."""
+    grey = np.clip(np.asarray(image, dtype=np.float64).mean(axis=0), 0, 1)[..., None]
+    return np.round(0.4 * 255 * grey + 0.6 * heat(saliency)).astype(np.uint8)
+
+
+def strength(saliency: Picture) -> np.ndarray:
+    """Absolute value of a raw map (H, W) divided by its maximum; zero where the map is zero or not finite."""
+    size = np.abs(np.nan_to_num(np.asarray(saliency, dtype=np.float64), nan=0, posinf=0, neginf=0))
+    return size / (size.max(initial=0) or 1)
+
+
+def picture_grid(rows: Sequence[PictureRow]) -> Figure:
+    """A row per attacked image: both images, their magnified difference, the three maps, the aim.
+
+    The difference has one factor for the whole grid; every map is shown as ``strength``.
+    """
+    columns = _columns(rows)
+    height, width = np.asarray(rows[0].original).shape[-2:]
+    cell = (1.35, 1.35 * height / width)
+    lines = max(len(row.scores.splitlines()) for row in rows)
+    below = 0.08 + 0.15 * lines
+    labels = [_wrapped(row.label, cell[1]) for row in rows]
+    left = 0.2 + 0.14 * max(len(label.splitlines()) for label in labels)
+    top, bottom, gap = 0.42, 0.5, 0.06
+    size = (left + len(columns) * (cell[0] + gap), top + len(rows) * (cell[1] + below) + bottom)
+    with style():
+        figure = blank(size, layout="none")
+        for i, row in enumerate(rows):
+            y = size[1] - top - (i + 1) * cell[1] - i * below
+            _side_label(figure, labels[i], 0.5 * left, y + 0.5 * cell[1])
+            for j, (title, pictures) in enumerate(columns.items()):
+                axes = _axes_at(figure, left + j * (cell[0] + gap), y, *cell)
+                axes.imshow(pictures[i], aspect="auto", interpolation="nearest")
+                axes.set_title(title if i == 0 else "", fontsize=8)
+                axes.set_xlabel(row.scores if j == _SCORED else "", fontsize=7, labelpad=2)
+        _map_scale(figure, left + _SCORED * (cell[0] + gap), 0.3, cell[0] + gap)
+    return figure
+
+
+def _axes_at(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes without ticks or frame; inches from the lower left corner."""
+    across, up = figure.get_size_inches()
+    axes = figure.add_axes((x / across, y / up, width / across, height / up), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _side_label(figure: Figure, label: str, x: float, y: float) -> None:
+    across, up = figure.get_size_inches()
+    centred: dict[str, Any] = {"ha": "center", "va": "center", "multialignment": "center"}
+    figure.text(x / across, y / up, label, rotation=90, parse_math=False, **centred)
+
+
+def _columns(rows: Sequence[PictureRow]) -> dict[str, list[np.ndarray]]:
+    """Column title -> one (H, W, 3) picture per row."""
+    changes = [np.asarray(row.adversarial, float) - np.asarray(row.original, float) for row in rows]
+    factor = _magnification(max(float(np.abs(change).max(initial=0)) for change in changes))
+    columns = {
+        "original": [pixels(row.original) for row in rows],
+        "adversarial": [pixels(row.adversarial) for row in rows],
+        f"difference × {factor}\n(grey = none)": [pixels(0.5 + factor * change) for change in changes],
+        "map of\noriginal": [heat(strength(row.map_original)) for row in rows],
+        "map of\nadversarial": [heat(strength(row.map_adversarial)) for row in rows],
+        "target map": [heat(strength(row.map_target)) for row in rows],
+    }
+    if any(row.target is not None for row in rows):
+        blank = np.ones_like(columns["original"][0])
+        columns["target image"] = [blank if row.target is None else pixels(row.target) for row in rows]
+    return columns
+
+
+def _magnification(largest: float) -> int:
+    """The largest of 1, 2, 5, 10, ... 1000 that keeps ``largest`` within half the range of a pixel."""
+    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    return max((step for step in steps if step * largest <= 0.5), default=1) if largest else 1
+
+
+def pixels(image: Picture) -> np.ndarray:
+    """(3, H, W) in any range as (H, W, 3) in [0, 1]."""
+    return np.clip(np.moveaxis(np.asarray(image, dtype=np.float64), 0, -1), 0, 1)
+
+
+def _wrapped(label: str, inches: float) -> str:
+    return textwrap.fill(label, max(8, int(inches * 15)), break_long_words=False)
+
+
+def _map_scale(figure: Figure, x: float, y: float, width: float) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    axes = _axes_at(figure, x, y, width, 0.08)
+    colours = ScalarMappable(cmap=_COLOUR_MAP)
+    bar: Any = figure.colorbar(colours, cax=axes, orientation="horizontal", ticks=[0, 1])
+    bar.outline.set_visible(False)
+    axes.tick_params(length=0, labelsize=7, pad=2)
+    axes.set_xlabel("|map| / its maximum", fontsize=7, labelpad=-6)
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One image (3, H, W) in a ``map_sheet`` and its maps (H, W), raw and signed, by what made them."""
+
+    label: str
+    image: Picture
+    maps: Mapping[str, Picture]
+
+
+def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figure:
+    """A block of columns per network, a row per image: the image, then each of its maps, red > 0 > blue.
+
+    Every map is divided by its own largest absolute value.
+    """
+    count = max(len(rows) for rows in blocks.values())
+    columns = [("image", *rows[0].maps) for rows in blocks.values()]
+    width = sum(map(len, columns))
+    with style():
+        figure = blank((1.35 * width + 0.3, 1.5 * count + 0.7))
+        grid = figure.subplots(count, width, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+        for axes in grid.flat:
+            axes.spines[:].set_visible(False)
+        first = 0
+        for (block, rows), names in zip(blocks.items(), columns, strict=True):
+            for i, row in enumerate(rows):
+                grid[i, first].imshow(pixels(row.image), interpolation="nearest")
+                grid[i, first].set_ylabel(_wrapped(row.label.rpartition("/")[2], 1.1), fontsize=6)
+                for j, raw in enumerate(row.maps.values(), 1):
+                    grid[i, first + j].imshow(
+                        _signed(raw), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+                    )
+            for j, name in enumerate(names):
+                grid[0, first + j].set_title(f"{block}\n{name}" if j == 0 else f"\n{name}", fontsize=8)
+            first += len(names)
+        title_of(figure, title)
+    return figure
+
+
+def _signed(raw: Picture) -> np.ndarray:
+    """A raw map divided by its largest absolute value."""
+    values = np.nan_to_num(np.asarray(raw, dtype=np.float64), nan=0, posinf=0, neginf=0)
+    return values / (np.abs(values).max(initial=0) or 1)

@@ -1,0 +1,135 @@
+"""``srd-lab reproduce NAME``: an experiment of the paper, its numbers beside those measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from srd_lab import options as cli
+
+BUNDLED = ("vgg16", "resnet18", "resnet50")
+TABLE_3 = ("vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+@click.group()
+def reproduce() -> None:
+    """Redo an experiment of the SRD paper: the paper's value, the measured one with its 95 % interval, the number of
+    images, whether the first lies inside the second, and every deviation from the paper's setting."""
+
+
+def models_option(*paper: str) -> Callable[..., Any]:
+    """``--model``, by default the networks of the paper (of them the bundled ones, on scenes)."""
+    return click.option(
+        "--model",
+        "models",
+        multiple=True,
+        help=f"Network; repeatable. [default: the paper's: {', '.join(paper)}; on scenes the bundled ones]",
+        callback=lambda ctx, option, given: given or _default(ctx, paper),
+        is_eager=False,
+    )
+
+
+def _default(ctx: click.Context, paper: tuple[str, ...]) -> tuple[str, ...]:
+    if ctx.params.get("resume"):
+        return ()
+    return tuple(n for n in paper if n in BUNDLED) if ctx.params["data"] == "scenes" else paper
+
+
+def images_option(default: str) -> Callable[..., Any]:
+    """``--images``, a number or ``all``."""
+    return click.option(
+        "--images",
+        default=default,
+        show_default=True,
+        type=cli.Count(),
+        help="Random images, drawn by the seed: a number, or all.",
+    )
+
+
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1), help="Images at once. [default: by image size]"
+)
+
+
+@reproduce.command()
+@cli.common_options
+@models_option(*TABLE_3)
+@images_option("all")
+@batch_size_option
+@click.pass_context
+@cli.command_errors
+def table1(ctx: click.Context, /, **_: Any) -> None:
+    """Activation-pattern-only prediction from zeros, top-1 and top-5."""
+    from srd_lab.reproduce.patterns import Table1
+
+    cli.tracked(ctx, "reproduce table1", ", ".join(ctx.params["models"]), Table1)
+
+
+@reproduce.command()
+@cli.common_options
+@models_option(*TABLE_3)
+@images_option("all")
+@batch_size_option
+@click.pass_context
+@cli.command_errors
+def table3(ctx: click.Context, /, **_: Any) -> None:
+    """Activation-pattern-only prediction from zeros, ones and noise, with and without ReLU after the mask."""
+    from srd_lab.reproduce.patterns import Table3
+
+    cli.tracked(ctx, "reproduce table3", ", ".join(ctx.params["models"]), Table3)
+
+
+@reproduce.command()
+@cli.common_options
+@models_option("vgg16", "resnet18", "resnet50")
+@images_option("all")
+@batch_size_option
+@click.pass_context
+@cli.command_errors
+def fig6(ctx: click.Context, /, **_: Any) -> None:
+    """Accuracy when one activation call gives 0 or 1 only, for every call in turn."""
+    from srd_lab.reproduce.patterns import Figure6
+
+    cli.tracked(ctx, "reproduce fig6", ", ".join(ctx.params["models"]), Figure6)
+
+
+@reproduce.command()
+@cli.common_options
+@click.option("--model", default="vgg16", show_default=True, help="Network; the paper attacks VGG16.")
+@click.option(
+    "--pairs", default=100, show_default=True, type=click.IntRange(1), help="Random pairs of images."
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice([*cli.ATTACKED, "all"]),
+    default=["all"],
+    show_default=True,
+    help="Explanation method; repeatable.",
+)
+@click.option("--steps", default=100, show_default=True, type=click.IntRange(1), help="Adam steps at most.")
+@click.option("--batch-size", type=click.IntRange(1), help="Pairs attacked at once. [default: by image size]")
+@click.pass_context
+@cli.command_errors
+def fig4(ctx: click.Context, /, **_: Any) -> None:
+    """All methods attacked on the same pairs: box plots, controls, and scores at equal perturbation."""
+    from srd_lab.reproduce.manipulation import Figure4
+
+    cli.tracked(ctx, "reproduce fig4", ctx.params["model"], Figure4)
+
+
+@reproduce.command()
+@cli.common_options
+@models_option("resnet50", "vgg16")
+@images_option("200")
+@batch_size_option
+@click.pass_context
+@cli.command_errors
+def fig7(ctx: click.Context, /, **_: Any) -> None:
+    """SRD by neuron, with post-activation vectors, and as it is: pictures, sparseness and roughness."""
+    from srd_lab.reproduce.ablation import Figure7
+
+    cli.tracked(ctx, "reproduce fig7", ", ".join(ctx.params["models"]), Figure7)

@@ -1,0 +1,101 @@
+"""What the paper says (``paper.json``, with its source), and findings to hold against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srd_lab.metrics.summary import summarise
+from srd_lab.options import csv_text, text_table
+
+FEW = 10  # below, a bootstrap interval is too narrow to settle anything
+HEADER = ("", "paper", "measured [95 % interval]", "n", "paper's value")
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """``source``, ``settings``, ``table1``, ``table3`` (network -> ... -> accuracy) and ``claims`` (figure -> text)."""
+    return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the paper says, and what was measured.
+
+    what : in words; paper : its value, or the claim (``> 0``).
+    measured, low, high : value and 95 % interval over n images or pairs.
+    verdict : ``inside`` or ``outside`` for a value; ``holds``, ``does not hold``, ``open`` (the interval holds the limit)
+        or ``too few`` images for a claim.
+    """
+
+    what: str
+    paper: str
+    measured: float
+    low: float
+    high: float
+    n: int
+    verdict: str
+
+    def cells(self) -> list[str]:
+        """A line of the table."""
+        measured = f"{self.measured:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return [self.what, self.paper, measured, str(self.n), self.verdict]
+
+
+def against_value(what: str, value: float, measured: float, low: float, high: float, n: int) -> Finding:
+    """Whether the paper's value lies in the measured interval."""
+    return Finding(
+        what, f"{value:g}", measured, low, high, n, "inside" if low <= value <= high else "outside"
+    )
+
+
+def against_claim(what: str, limit: float, measured: float, low: float, high: float, n: int) -> Finding:
+    """Whether something is larger than ``limit``: open while the interval holds it."""
+    verdict = "holds" if low > limit else "does not hold" if high < limit else "open"
+    return Finding(what, f"> {limit:g}", measured, low, high, n, verdict)
+
+
+def paired_claim(what: str, larger: np.ndarray, smaller: np.ndarray, seed: int) -> Finding:
+    """The claim that ``larger`` - ``smaller``, both (N,) over the same images, is positive on average."""
+    s = summarise(larger - smaller, seed)
+    finding = against_claim(what, 0, s.mean, s.low, s.high, s.n)
+    return finding if s.n >= FEW else replace(finding, verdict="too few")
+
+
+def report(title: str, tables: Sequence[str], findings: Sequence[Finding], deviations: Sequence[str]) -> str:
+    """The whole output of a reproduction as text."""
+    parts = [title, *tables]
+    if findings:
+        parts.append("Beside the paper:")
+        parts.append(text_table(HEADER, [finding.cells() for finding in findings]))
+    else:
+        parts.append("The paper has no value for these networks.")
+    parts.append("Deviations from the paper's setting:\n" + "\n".join(f"- {line}" for line in deviations))
+    parts.append(f"Paper: {paper()['source']}")
+    return "\n\n".join(parts)
+
+
+def findings_csv(findings: Sequence[Finding]) -> str:
+    """The findings as a table for a spreadsheet."""
+    return csv_text([vars(finding) for finding in findings])
+
+
+def data_deviations(settings: dict[str, Any], count: int, models: Sequence[str]) -> list[str]:
+    """How data and weights differ from the paper's: ImageNet's validation set, torchvision's networks."""
+    said, source = paper()["settings"], settings["data"].partition(":")[0]
+    lines = []
+    if not source.startswith("imagenet"):
+        lines.append(f"data: {source}, not {said['data']}; the networks are others of the same names")
+    elif count < said["images"]:
+        lines.append(f"images: {count:,} of the {said['images']:,} of {said['data']}, if they are from it")
+    lines += [f"weights: {Path(file).name}, not {said['weights']}" for file in settings["weights"]]
+    unknown = [name for name in models if name not in paper()["table3"]]
+    if unknown:
+        lines.append(f"networks that the paper does not have: {', '.join(unknown)}")
+    return lines

@@ -1,0 +1,155 @@
+"""Table 1, Table 3 and Fig. 6: prediction from activation patterns, and with binarised activations."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import click
+
+from apop.experiment import Hits
+from apop.study import Survey, table_3
+from srd_lab import options as cli
+from srd_lab import render
+from srd_lab.data import skipped_report
+from srd_lab.reproduce.paper import (
+    Finding,
+    against_claim,
+    against_value,
+    data_deviations,
+    findings_csv,
+    paper,
+    report,
+)
+from srd_lab.tracking import Run
+
+WORDS = {"apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
+
+
+class _Reproduction(Survey):
+    """A survey of all images that ends beside the paper's numbers."""
+
+    NAME = ""
+    FIXED: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        settings.update(self.FIXED, save_patterns=False)
+        super().__init__(settings)
+
+    def report(self, run: Run, results: dict[str, Hits]) -> None:
+        """Print and store table, findings and deviations."""
+        findings = [finding for name, hits in results.items() for finding in self.findings(name, hits)]
+        count = len(next(iter(results.values())).index)
+        deviations = data_deviations(self.settings, count, self.models)
+        if skipped := next(iter(results.values())).skipped:
+            deviations.append(skipped_report(skipped))
+        text = report(self.title(), self.tables(results), findings, deviations)
+        self.figure(run, results)
+        run.save_text("summary.txt", text + "\n")
+        if findings:
+            run.save_text("findings.csv", findings_csv(findings))
+        run.log_metrics({"seconds": self.watch.seconds()})
+        click.echo(text)
+
+    def title(self) -> str:
+        """What was done, in a line."""
+        return f"{self.NAME} of the paper on {self.about}"
+
+    def tables(self, results: dict[str, Hits]) -> list[str]:
+        """The experiment's own tables."""
+        raise NotImplementedError
+
+    def findings(self, name: str, hits: Hits) -> list[Finding]:
+        """What the paper says of network ``name``."""
+        raise NotImplementedError
+
+    def figure(self, run: Run, results: dict[str, Hits]) -> None:
+        """The figure in the paper's layout, where it has one."""
+
+
+class Table3(_Reproduction):
+    """Accuracy of every network with zeros, ones or noise replayed under the pattern of the image."""
+
+    NAME = "Table 3"
+    FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros", "ones", "normal"), "binarize": False}
+
+    def tables(self, results: dict[str, Hits]) -> list[str]:
+        return [cli.text_table(*table_3(results, self.experiment))]
+
+    def findings(self, name: str, hits: Hits) -> list[Finding]:
+        published = paper()["table3"].get(name, {})
+        found = []
+        for kind, settings in published.items():
+            if kind == "original":
+                settings = {"original": settings}
+            for setting, values in settings.items():
+                for top, value in values.items():
+                    condition = f"{top}/original" if kind == "original" else f"{top}/{kind}/{setting}"
+                    words = "original" if kind == "original" else f"{kind}, {WORDS[setting]}"
+                    found.append(_accuracy(f"{name}: {words}, {WORDS[top]}", value, hits, condition))
+        return found
+
+
+class Table1(_Reproduction):
+    """Accuracy of every network, and of its activation pattern alone (zeros)."""
+
+    NAME = "Table 1"
+    FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros",), "binarize": False}
+    CONDITIONS: ClassVar[dict[str, str]] = {"original": "original", "apop": "zeros/apop"}
+
+    def tables(self, results: dict[str, Hits]) -> list[str]:
+        header = ["Model", "Top-1 Ori.", "Top-1 APOP", "Top-5 Ori.", "Top-5 APOP"]
+        lines = []
+        for name, hits in results.items():
+            each = [hits.interval(f"{top}/{c}") for top in ("top1", "top5") for c in self.CONDITIONS.values()]
+            lines.append([name, *(f"{i.accuracy:.3f} ±{i.half_width:.3f}" for i in each)])
+        return [cli.text_table(header, lines)]
+
+    def findings(self, name: str, hits: Hits) -> list[Finding]:
+        published = paper()["table1"].get(name, {})
+        return [
+            _accuracy(f"{name}: {what}, {WORDS[top]}", value, hits, f"{top}/{self.CONDITIONS[what]}")
+            for top, values in published.items()
+            for what, value in values.items()
+        ]
+
+
+class Figure6(_Reproduction):
+    """Accuracy with each activation call binarised in turn."""
+
+    NAME = "Fig. 6"
+    FIXED: ClassVar[dict[str, Any]] = {"inputs": (), "binarize": True}
+
+    def tables(self, results: dict[str, Hits]) -> list[str]:
+        header = ["Model", "original", "calls", "lowest", "at", "median", "calls not above chance"]
+        lines = []
+        for name, hits in results.items():
+            curve = hits.curve()
+            values = sorted(each.accuracy for each in curve)
+            lowest = min(range(len(curve)), key=lambda i: curve[i].accuracy)
+            below = sum(each.low <= self._chance() for each in curve)
+            original = hits.interval("top1/original").accuracy
+            numbers = [f"{original:.3f}", str(len(curve)), f"{values[0]:.3f}", hits.layers[lowest]]
+            lines.append([name, *numbers, f"{values[len(values) // 2]:.3f}", str(below)])
+        return ["One activation call binarised, top-1:", cli.text_table(header, lines)]
+
+    def findings(self, name: str, hits: Hits) -> list[Finding]:
+        """The claim is about all layers: every call above guessing."""
+        return [
+            against_claim(f"{name}: {layer} binarised, top-1", self._chance(), i.accuracy, i.low, i.high, i.n)
+            for layer, i in zip(hits.layers, hits.curve(), strict=True)
+        ]
+
+    def figure(self, run: Run, results: dict[str, Hits]) -> None:
+        panels = {
+            name: ([i.accuracy for i in hits.curve()], hits.interval("top1/original").accuracy)
+            for name, hits in results.items()
+        }
+        run.save_figure("fig6.png", render.binarisation_panels(panels, self._chance(), self.title()))
+
+    def _chance(self) -> float:
+        return 1 / len(self.dataset.classes)
+
+
+def _accuracy(what: str, value: float, hits: Hits, condition: str) -> Finding:
+    i = hits.interval(condition)
+    return against_value(what, value, i.accuracy, i.low, i.high, i.n)
