@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from srd_lab.data import batch, load_data, scenes
-from srd_lab.data.imagenet import ImageNetFolder, class_names, fit, wnids
+from srd_lab.data import SOURCES, batch, load_data, scenes
+from srd_lab.data.imagenet import ImageNetFolder, class_names, wnids
+from srd_lab.data.pictures import fit
 from srd_lab.data.scenes import BANDS, CLASSES, DISTRACTORS, LENGTHS, SHAPES, SIZE, Scenes
 from srd_lab.types import SrdLabError
 
@@ -184,13 +185,25 @@ def test_a_photograph_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"spec": "cifar"}, r"'cifar'.*scenes, imagenet:DIR"),
-        ({"spec": "imagenet:"}, r"scenes, imagenet:DIR"),
+        *(
+            ({"spec": spec}, f"'{spec}'.*{', '.join(SOURCES)}")
+            for spec in ("cifar", "imagenet:", "voc", ":x")
+        ),
         ({"split": "valid"}, r"'valid'.*train, val, test"),
         ({"seed": -1}, r"0 or more"),
         ({"size": 32}, r"64 x 64"),
         ({"limit": 0}, r"1 or more"),
         ({"spec": "imagenet:no/such/folder"}, r"no/such/folder is not a folder"),
+        ({"spec": "imagefolder:no/such/folder"}, r"no/such/folder is not a folder"),
+        ({"spec": "imagenet-s:no/such/folder"}, r"no/such/folder/validation is not a folder"),
+        ({"spec": "voc:no/such/folder"}, r"no/such/folder holds no ImageSets/Segmentation/val.txt"),
+        ({"spec": "cifar10:no/such/file.npz"}, r"there is no no/such/file.npz"),
+        ({"spec": "cifar10:.", "split": "val"}, r"cifar10 has no split 'val'.*train, test"),
+        ({"spec": "cifar100:.", "size": 64}, r"cifar100 has 32 x 32 pixels"),
+        ({"spec": "imagenet:.", "non_rgb": "drop"}, r"'drop'.*skip or convert"),
+        ({"spec": "imagefolder:.", "boxes": "x"}, r"boxes go with imagenet:DIR"),
+        ({"spec": "imagefolder:.", "limit": 0}, r"1 or more"),
+        ({"spec": "cifar10:.", "limit": 0}, r"1 or more"),
     ],
 )
 def test_what_load_data_cannot_do_is_said(arguments: dict, message: str) -> None:
@@ -290,7 +303,7 @@ def test_all_kinds_of_images_become_upright_rgb(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright: to be turned clockwise
     _save(_ramp(20, 20), home / "turned.png", exif=turned)
-    data = ImageNetFolder(tmp_path, size=20)
+    data = ImageNetFolder(tmp_path, size=20, non_rgb="convert")
     means = {sample.name[10:]: sample.image.mean(dim=(1, 2)) for sample in (data[k] for k in range(4))}
     torch.testing.assert_close(means["grey.png"], torch.full((3,), 0.2))
     torch.testing.assert_close(means["inks.jpg"], torch.ones(3))

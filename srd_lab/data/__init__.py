@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from srd_lab.data.loading import Loaded, load_batches, skipped_report
+from srd_lab.data.pictures import NON_RGB, SkippedFile
 from srd_lab.types import Dataset, SrdLabError
 
-__all__ = ["SOURCES", "batch", "load_data"]
+__all__ = [
+    "NON_RGB",
+    "SOURCES",
+    "Loaded",
+    "SkippedFile",
+    "batch",
+    "load_batches",
+    "load_data",
+    "skipped_report",
+]
 
-SOURCES = ("scenes", "imagenet:DIR")
+SOURCES = (
+    "scenes",
+    "imagenet:DIR",
+    "imagenet-s:DIR",
+    "imagefolder:DIR",
+    "cifar10:PATH",
+    "cifar100:PATH",
+    "voc:DIR",
+)
 
 
 def load_data(
@@ -21,24 +41,58 @@ def load_data(
     seed: int = 0,
     size: int | None = None,
     limit: int | None = None,
+    non_rgb: str = "skip",
+    boxes: str | Path | None = None,
 ) -> Dataset:
-    """The data set that ``spec`` names, one of ``SOURCES``.
+    """The data set that ``spec`` names, one of ``SOURCES``; what it accepts stands at the top of its module.
 
-    split, seed : of ``scenes`` (train, val or test); a folder of images has neither.
-    size : side of the images in pixels; 224 for ImageNet unless given, always 64 for ``scenes``.
-    limit : so many images at most: the first of ``scenes``, whose classes go round; evenly spread ones of a
-        folder.
+    split : of ``scenes`` (train, val or test) and CIFAR (train or test); a folder has but one.
+    seed : of ``scenes``.
+    size : side of the images in pixels; 224 unless given, always 64 for ``scenes`` and 32 for CIFAR.
+    limit : so many images at most: the first of ``scenes``, whose classes go round; evenly spread ones of all else.
+    non_rgb : what becomes of files that are not 8-bit RGB: "skip" raises SkippedFile on access, "convert" makes
+        RGB of them.
+    boxes : for ``imagenet``, the folder of XML annotations or the table of bounding boxes that give the masks,
+        where they do not lie in DIR or beside it.
 
-    Raises SrdLabError for an unknown source, split or size, and for a folder that cannot be used.
+    Raises SrdLabError for an unknown source, split or size, and for files that cannot be used; on access
+    SkippedFile for one that cannot.
     """
-    source, _, folder = spec.partition(":")
+    source, _, place = spec.partition(":")
+    if boxes is not None and source != "imagenet":
+        raise SrdLabError(f"boxes go with imagenet:DIR, not with {spec}; leave them out")
     if spec == "scenes":
         return _scenes(split, seed, size, limit)
-    if source == "imagenet" and folder:
+    side = 224 if size is None else size
+    if source == "imagenet" and place:
         from srd_lab.data.imagenet import ImageNetFolder
 
-        return ImageNetFolder(folder, 224 if size is None else size, limit=limit)
+        return ImageNetFolder(place, side, limit=limit, non_rgb=non_rgb, boxes=boxes)
+    if source == "imagenet-s" and place:
+        from srd_lab.data.imagenet_s import ImageNetS
+
+        return ImageNetS(place, side, limit=limit, non_rgb=non_rgb)
+    if source == "imagefolder" and place:
+        from srd_lab.data.imagefolder import ImageFolder
+
+        return ImageFolder(place, side, limit=limit, non_rgb=non_rgb)
+    if source in ("cifar10", "cifar100") and place:
+        return _cifar(source, place, split, size, limit, non_rgb)
+    if source == "voc" and place:
+        from srd_lab.data.voc import Voc
+
+        return Voc(place, side, limit=limit, non_rgb=non_rgb)
     raise SrdLabError(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
+
+
+def _cifar(kind: str, path: str, split: str, size: int | None, limit: int | None, non_rgb: str) -> Dataset:
+    from srd_lab.data.cifar import SIZE, Cifar
+
+    if size not in (None, SIZE):
+        raise SrdLabError(
+            f"{kind} has {SIZE} x {SIZE} pixels, size {size} is not to be had; leave the size out"
+        )
+    return Cifar(path, kind, split, limit=limit, non_rgb=non_rgb)
 
 
 def _scenes(split: str, seed: int, size: int | None, limit: int | None) -> Dataset:

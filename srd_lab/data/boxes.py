@@ -1,0 +1,150 @@
+"""Bounding boxes of ImageNet's objects, from its XML annotations or from a table, as masks of stored pixels.
+
+Corners are those of the first and the last pixel inside, counted from 0, in an image of the size that the box
+was drawn on. Where the image at hand has another size, the box is scaled with it, and holds the pixels whose
+centre lies inside.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import numpy as np
+
+from srd_lab.data.pictures import Picture, SkippedFile, complaint
+from srd_lab.types import SrdLabError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+Size = tuple[int, int]  # width, height
+BoxSource = Callable[[Picture, Size], Iterable[Box]]  # an image and its stored size -> edges in stored pixels
+
+CORNERS = ("x0", "y0", "x1", "y1")
+XML_PLACES = ("Annotations/CLS-LOC/val", "ILSVRC/Annotations/CLS-LOC/val", "Annotations", "boxes")
+
+
+def boxes_of(root: Path, given: str | Path | None, wnids: tuple[str, ...]) -> BoxSource | None:
+    """The boxes for the images in ``root``: a file or folder ``given``, else what lies there; None without any.
+
+    Looked for are ``boxes.csv``, then the folders ``XML_PLACES``, in ``root`` and then beside it.
+    Raises SrdLabError where what is given is not there, or a table cannot be used.
+    """
+    if given is not None:
+        place = Path(given).expanduser()
+        if not place.exists():
+            raise SrdLabError(f"there are no boxes at {place}; give a folder of XML files or a boxes.csv")
+        return XmlBoxes(place, wnids) if place.is_dir() else TableBoxes(place)
+    if (root / "boxes.csv").is_file():
+        return TableBoxes(root / "boxes.csv")
+    places = [home / place for home in (root, root.parent) for place in XML_PLACES]
+    return next((XmlBoxes(place, wnids) for place in places if place.is_dir()), None)
+
+
+def rasterise(boxes: Iterable[Box], size: Size) -> Image.Image | None:
+    """The union of boxes, given by their edges, as a mask (mode L) of this size; None where there is no box."""
+    from PIL import Image
+
+    boxes = list(boxes)
+    if not boxes:
+        return None
+    mask = np.zeros(size[::-1], dtype=np.uint8)
+    for box in boxes:
+        x0, y0, x1, y1 = (max(0, math.ceil(edge - 0.5)) for edge in box)
+        mask[y0:y1, x0:x1] = 255
+    return Image.fromarray(mask)
+
+
+def _edges(box: Box, drawn_on: Size, size: Size) -> Box:
+    """The edges, in an image of ``size``, of a box with these corners on an image of another size."""
+    x0, y0, x1, y1 = box
+    across, down = size[0] / drawn_on[0], size[1] / drawn_on[1]
+    return x0 * across, y0 * down, (x1 + 1) * across, (y1 + 1) * down
+
+
+class XmlBoxes:
+    """``folder/NAME.xml`` or ``folder/nXXXXXXXX/NAME.xml`` for NAME.JPEG, as ImageNet distributes them.
+
+    An object counts where it bears the wnid of the image's label. No file means no box.
+    """
+
+    def __init__(self, folder: Path, wnids: tuple[str, ...]) -> None:
+        self.folder, self.wnids = folder, wnids
+
+    def __call__(self, picture: Picture, size: Size) -> list[Box]:
+        wnid, name = self.wnids[picture.label], f"{picture.file.stem}.xml"
+        file = next((f for f in (self.folder / name, self.folder / wnid / name) if f.is_file()), None)
+        if file is None:
+            return []
+        try:
+            root = ElementTree.parse(file).getroot()
+            drawn_on = int(root.findtext("size/width", "0")), int(root.findtext("size/height", "0"))
+            boxes = [
+                tuple(float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+                for thing in root.iter("object")
+                for box in thing.iter("bndbox")
+                if thing.findtext("name", "").strip() == wnid
+            ]
+        except Exception as error:  # damaged XML fails in many ways
+            raise SkippedFile(picture.name, f"its boxes {name} cannot be read: {complaint(error)}") from None
+        return [_edges(box, drawn_on if all(drawn_on) else size, size) for box in boxes]  # type: ignore[arg-type]
+
+
+class TableBoxes:
+    """A CSV table with the column ``file`` (as a sample's name), a line per box, and its corners.
+
+    Of these columns, the first that are there: ``x0,y0,x1,y1`` in stored pixels; ``x0_orig,...`` on the original,
+    whose ``orig_width`` and ``orig_height`` stand in ``labels.csv`` beside the table; ``x0_227,...`` on a version
+    of that side (227 or any other), for images that are stored so.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: dict[str, list[dict[str, str]]] = {}
+        for row in read_table(file):
+            self.rows.setdefault(row.get("file") or "", []).append(row)
+        if "" in self.rows or not self.rows:
+            raise SrdLabError(f"{file} names no image in some line; expected columns file, x0, y0, x1, y1")
+        labels = file.with_name("labels.csv")
+        sizes = read_table(labels) if labels.is_file() else []
+        self.originals: Mapping[str, tuple[str, str]] = {
+            row["file"]: (row["orig_width"], row["orig_height"])
+            for row in sizes
+            if row.get("file") and row.get("orig_width") and row.get("orig_height")
+        }
+
+    def __call__(self, picture: Picture, size: Size) -> list[Box]:
+        return [self._box(row, picture.name, size) for row in self.rows.get(picture.name, [])]
+
+    def _box(self, row: dict[str, str], name: str, size: Size) -> Box:
+        original = self.originals.get(name)
+        try:
+            for suffix, drawn_on in (
+                ("", size),
+                ("_orig", original),
+                (f"_{size[0]}", size if size[0] == size[1] else None),
+            ):
+                if drawn_on and all(row.get(corner + suffix) for corner in CORNERS):
+                    x0, y0, x1, y1 = (float(row[corner + suffix]) for corner in CORNERS)
+                    return _edges((x0, y0, x1, y1), (int(drawn_on[0]), int(drawn_on[1])), size)
+        except (ValueError, ZeroDivisionError):
+            raise SrdLabError(f"{self.file} has a box of {name} that is not in numbers; mend it") from None
+        raise SrdLabError(
+            f"{self.file} has no box of {name} for an image of {size[0]} x {size[1]} pixels; expected columns x0, y0, "
+            "x1, y1, or x0_orig, ... and the original's size in labels.csv"
+        )
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file under the names in its first line; SrdLabError where it cannot be read."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            return list(csv.DictReader(lines))
+    except (OSError, ValueError, csv.Error) as error:
+        raise SrdLabError(f"{file} cannot be read as a table ({complaint(error)}); expected CSV") from None

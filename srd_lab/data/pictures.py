@@ -1,0 +1,212 @@
+"""Image files as square pictures, with a mask that goes the same way, and the files that are left out by name."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srd_lab.types import Sample, SrdLabError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+NON_RGB = ("skip", "convert")
+ORIENTATION = 0x0112  # of EXIF, and what undoes it
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+Item = TypeVar("Item")
+
+
+class SkippedFile(SrdLabError):
+    """A sample that cannot be used, by its ``name``, and the ``reason``; the other samples of its data set can."""
+
+    def __init__(self, name: str, reason: str, cure: str = "replace or remove the file") -> None:
+        super().__init__(name, reason, cure)  # the arguments again, so that it crosses between processes
+        self.name, self.reason, self.cure = name, reason, cure
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be used: {self.reason}; {self.cure}"
+
+
+# --- one picture ------------------------------------------------------------------------------------------
+
+
+def decode(source: Path | IO[bytes], name: str, non_rgb: str = "skip") -> tuple[Image.Image, int]:
+    """The image in RGB as it is stored, and its EXIF orientation, which ``upright`` takes.
+
+    Raises SkippedFile for what cannot be decoded, and with ``non_rgb="skip"`` for all but 8-bit RGB: grey,
+    palette, CMYK, transparency, 16 bits. "convert" makes RGB of these, as torchvision does.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            strange = _strangeness(image)
+            if strange and non_rgb == "skip":
+                raise SkippedFile(name, strange, 'replace the file, or give non_rgb="convert" for all such')
+            return image.convert("RGB"), image.getexif().get(ORIENTATION, 1)
+    except (SkippedFile, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders let through whatever they stumble over
+        raise SkippedFile(name, f"cannot be decoded: {complaint(error)}") from None
+
+
+def _strangeness(image: Image.Image) -> str:
+    """What keeps an opened image from being 8-bit RGB; empty where nothing does."""
+    if image.mode != "RGB":
+        return f"not RGB but {image.mode}"
+    # Pillow calls 16 bits per channel RGB as well, and drops the lower half.
+    return "16 bits per channel" if any("16" in str(tile[3]) for tile in getattr(image, "tile", ())) else ""
+
+
+def complaint(error: Exception) -> str:
+    """The first line of an error; without the path, which its reader knows."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "no image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def decode_mask(file: Path, name: str) -> Image.Image:
+    """The image ``file`` in its own mode; SkippedFile says that the sample ``name`` lacks a mask."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as mask:
+            mask.load()
+            return mask
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise SkippedFile(name, f"its mask {file.name} cannot be read: {complaint(error)}") from None
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """``image`` turned or mirrored as its EXIF orientation asks."""
+    from PIL import Image
+
+    turn = TURNS.get(orientation)
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def fit(image: Image.Image, size: int, *, mask: bool = False) -> Image.Image:
+    """``image`` as a ``size`` x ``size`` square, the usual way for ImageNet.
+
+    The shorter side is resized to ``size * 256 / 224`` (bilinear with antialiasing), then the centre is cut
+    out. An image that is square already, with a side between ``size`` and that, is only cropped: it has been
+    through a resize before (a set stored at 227 x 227, say), and a second one would blur it. With ``mask``,
+    each pixel takes the value of the one pixel that its centre falls into.
+    """
+    from PIL import Image
+
+    shorter = round(size * 256 / 224)
+    width, height = image.size
+    if width != height or not size <= width <= shorter:
+        scale = shorter / min(width, height)
+        shape = max(shorter, int(width * scale)), max(shorter, int(height * scale))
+        image = image.resize(shape, Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR)
+        left, top = (round((side - size) / 2) for side in image.size)  # as torchvision's CenterCrop
+    else:
+        left = top = (width - size) // 2  # as Caffe, whose convention such sets follow
+    return image.crop((left, top, left + size, top + size))
+
+
+# --- a set of them ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image file, its class index, and what its data set calls it."""
+
+    file: Path
+    label: int
+    name: str
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files directly in ``folder``, sorted, without hidden ones."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+    )
+
+
+def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
+    """``limit`` of the items, evenly spread over all; all where there are no more."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[k * len(items) // limit] for k in range(limit)]
+
+
+class PictureFolder(ABC):
+    """Image files as (3, size, size) in steps of 1/255; a subclass per source says which, and has their masks.
+
+    ``pictures`` are the files, ``labels`` their class indices; with ``limit``, so many of them, evenly spread
+    over all. ``fit`` says how they are resized. EXIF orientation is applied to the image and to its mask,
+    which is given for the pixels as stored. A mask may be all False where the crop leaves nothing of the object.
+
+    Raises SrdLabError for what is no such folder, and SkippedFile on access for a file that cannot be decoded,
+    or is not 8-bit RGB unless ``non_rgb`` is "convert".
+    """
+
+    classes: list[str]
+
+    def __init__(
+        self, folder: str | Path, size: int = 224, *, limit: int | None = None, non_rgb: str = "skip"
+    ) -> None:
+        if size < 1 or (limit is not None and limit < 1):
+            raise SrdLabError(f"image size {size} and limit {limit} must be 1 or more")
+        if non_rgb not in NON_RGB:
+            raise SrdLabError(f"files that are not RGB cannot be {non_rgb!r}; choose {' or '.join(NON_RGB)}")
+        self.folder, self.size, self.non_rgb = Path(folder).expanduser(), size, non_rgb
+        self.pictures = spread(self._find(), limit)
+        self.labels: Tensor = torch.tensor([picture.label for picture in self.pictures])
+
+    @abstractmethod
+    def _find(self) -> list[Picture]:
+        """All pictures in ``self.folder``, at least one, and ``self.classes`` on the way."""
+
+    def _mask(self, picture: Picture, size: tuple[int, int]) -> Image.Image | None:
+        """Mask of the object in stored pixels, of this (width, height), mode L, 0 outside; None without any."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r}, size={self.size}, length={len(self)})"
+
+    def __getitem__(self, index: int) -> Sample:
+        picture = self.pictures[operator.index(index)]
+        image, orientation = decode(picture.file, picture.name, self.non_rgb)
+        mask = self._mask(picture, image.size)
+        pixels = np.array(fit(upright(image, orientation), self.size))
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+        if mask is None:
+            return Sample(tensor, picture.label, None, picture.name)
+        if mask.size != image.size:
+            sizes = (f"{width} x {height}" for width, height in (mask.size, image.size))
+            raise SkippedFile(picture.name, "its mask has {} pixels, the image {}".format(*sizes))
+        covered = np.array(fit(upright(mask, orientation), self.size, mask=True)) > 0
+        return Sample(tensor, picture.label, torch.from_numpy(covered), picture.name)
