@@ -161,7 +161,11 @@ def as_setting(value: Any) -> Any:
     """A setting as a run stores it; what is unset is the empty string."""
     if value is None:
         return ""
-    return ",".join(str(v) for v in value) if isinstance(value, tuple) else value
+    if not isinstance(value, tuple):
+        return value
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(value)  # quotes what holds a comma
+    return line.getvalue()
 
 
 def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, Any]:
@@ -174,9 +178,14 @@ def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, 
         text = stored[name]
         raw: Any = None if text == "" else text
         if getattr(option, "multiple", False):
-            raw = text.split(",") if text else ()
+            raw = next(csv.reader([text]), ())
         values[name] = option.type_cast_value(ctx, raw)
     return values
+
+
+def finished_batches(run: Any, settings: Mapping[str, Any]) -> set[str]:
+    """What an interrupted run left to go on from; never what another run left in the folder of ``--out``."""
+    return set(run.list("batches")) if settings["resume"] else set()
 
 
 class Study(Protocol):
@@ -197,9 +206,10 @@ def tracked(
     weights file's hash.
     """
     from srd_lab import tracking
-    from srd_lab.runtime import keep_freed_memory
+    from srd_lab.runtime import full_precision, keep_freed_memory
 
     keep_freed_memory()
+    full_precision()
     resume = ctx.params["resume"]
     study = None if resume else study_of(dict(ctx.params))
     run = tracking.open_run(

@@ -56,6 +56,12 @@ def keep_freed_memory() -> None:
         allocator(trim_threshold, 2**31 - 1)
 
 
+def full_precision() -> None:
+    """Convolutions on CUDA in float32 as it stands: PyTorch would round their factors to 10 bits (TF32)."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 class Batcher:
     """Runs work on at most ``size`` items at once; where memory runs out, on half as many, for good.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srd_lab.metrics.similarity import _float64
+from srd_lab.metrics.similarity import float64
 from srd_lab.types import SrdLabError
 
 
@@ -69,4 +69,4 @@ def _pixels(maps: Tensor) -> Tensor:
         raise SrdLabError(
             f"a batch of maps (N, H, W) is scored, got shape {tuple(maps.shape)}; add a batch axis with maps[None]"
         )
-    return _float64(maps)
+    return float64(maps)

@@ -36,7 +36,7 @@ class SSIM:
             raise SrdLabError(
                 f"SSIM window must be odd and at most the map's side {min(a.shape[1:])}, got {self.window}"
             )
-        a, b = _float64(a)[:, None], _float64(b)[:, None]
+        a, b = float64(a)[:, None], float64(b)[:, None]
         stacked = torch.cat([a, b, a * a, b * b, a * b], 1)
         mean_a, mean_b, aa, bb, ab = F.avg_pool2d(stacked, self.window, stride=1).unbind(1)
         unbiased = self.window**2 / max(1, self.window**2 - 1)
@@ -58,7 +58,7 @@ class PCC:
     def score(self, a: Tensor, b: Tensor) -> Tensor:
         """Correlation of maps a and b, both (N, H, W), as (N,)."""
         _check(a, b)
-        a, b = _float64(a).flatten(1), _float64(b).flatten(1)
+        a, b = float64(a).flatten(1), float64(b).flatten(1)
         equal = (a == b).all(1)
         constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
         a, b = _unit(a - a.mean(1, keepdim=True)), _unit(b - b.mean(1, keepdim=True))
@@ -66,7 +66,7 @@ class PCC:
         return torch.where(constant, 0.0, r).masked_fill(equal, 1.0)
 
 
-def _float64(t: Tensor) -> Tensor:
+def float64(t: Tensor) -> Tensor:
     """t in float64, which MPS does not have."""
     return (t.cpu() if t.device.type == "mps" else t).double()
 
