@@ -2,6 +2,9 @@
 
 The rule is live for exactly one backward pass. Differentiating a map differentiates the forward chain too, and that
 must use the true derivatives: a rule that stayed live would give second derivatives of the wrong sign.
+
+What has no rule is refused when the live pass reaches it, and only then: what lies behind the start, feeds a gate
+alone or makes attention weights may be anything.
 """
 
 from __future__ import annotations
@@ -16,43 +19,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.calls import Call, Convolution, function_name
+from srd_lab.calls import Call, Convolution, Function, function_name, in_place
 from srd_lab.checks import refuse_checkpoint
 from srd_lab.intercept import Interceptor, SmoothModel
 from srd_lab.types import SrdLabError
 
 Note = TypeVar("Note")
 T = torch.Tensor
-_GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
+GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
 _NOT_AFFINE = {
     # layers
-    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.conv1d, F.conv3d),
-    *(F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.normalize),
-    *(F.bilinear, F.scaled_dot_product_attention, F.multi_head_attention_forward),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.conv1d, F.conv3d, F.bilinear),
+    *(F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm),
+    *(F.instance_norm, torch.instance_norm, F.local_response_norm, F.normalize),
+    *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
     # activations without a name in srd_lab.calls
     *(F.softsign, F.hardshrink, F.softshrink, F.tanhshrink, F.glu, F.rrelu, F.rrelu_, F.logsigmoid),
     *(F.threshold, F.threshold_, torch.threshold, torch.rrelu, torch.rrelu_),  # type: ignore[attr-defined]
     *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
     *(torch.clamp_max, T.clamp_max, T.clamp_min, torch.clamp_min, T.clamp_max_, T.clamp_min_),
     *(torch.sigmoid_, T.sigmoid_, torch.maximum, T.maximum, torch.minimum, T.minimum),
+    *(F.log_softmax, torch.log_softmax, T.log_softmax, F.softmin, F.gumbel_softmax),
     # elementwise functions
     *(torch.abs, T.abs, T.abs_, torch.exp, T.exp, T.exp_, torch.log, T.log, torch.sqrt, T.sqrt, torch.rsqrt, T.rsqrt),
-    *(torch.square, T.square, torch.pow, T.pow, T.pow_, T.__pow__, T.__rpow__, torch.sin, T.sin, torch.cos, T.cos),
-    *(torch.reciprocal, T.reciprocal, T.__rdiv__),
+    *(torch.square, T.square, torch.pow, T.pow, T.pow_, T.__pow__, T.__rpow__, T.__ipow__),
+    *(torch.sin, T.sin, torch.cos, T.cos, torch.erf, T.erf, torch.reciprocal, T.reciprocal, T.__rdiv__),
+    *(torch.log1p, T.log1p, torch.expm1, T.expm1, torch.atan, T.atan),
+    # statistics
+    *(torch.var, T.var, torch.std, T.std, torch.var_mean, torch.std_mean, torch.norm, T.norm),
+    *(torch.linalg.norm, torch.linalg.vector_norm, torch.prod, T.prod, torch.logsumexp, T.logsumexp),
+    *(torch.cumprod, T.cumprod, torch.cdist, F.cosine_similarity),
 }  # fmt: skip
-_PRODUCTS = {
-    *(torch.mul, T.mul, T.mul_, torch.div, T.div, T.div_, torch.true_divide, T.true_divide),
-    *(torch.matmul, T.matmul, torch.bmm, T.bmm, torch.einsum),
+_DIVISIONS = {torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide}
+_PRODUCTS = _DIVISIONS | {
+    *(torch.mul, T.mul, T.mul_, torch.multiply, T.multiply),
+    *(
+        torch.matmul,
+        T.matmul,
+        torch.mm,
+        T.mm,
+        torch.mv,
+        T.mv,
+        torch.bmm,
+        T.bmm,
+        torch.einsum,
+        torch.tensordot,
+    ),
+    *(torch.addmm, T.addmm, torch.baddbmm, T.baddbmm, torch.addcmul, T.addcmul, torch.lerp, T.lerp),
 }
+_NO_GATE = "is used for more than multiplying a map by it"
 
 
 class Switch:
-    """Whether the rule is live, and the relevance it left at each call. Holds no graph between passes."""
+    """Whether the rule is live, and the relevance it left at each call. Holds no graph between passes.
+
+    lost : relevance that live passes could hand to nobody, by cause; None where nobody keeps account.
+    """
 
     def __init__(self, rule: rules.Rule) -> None:
         self.rule = rule
         self.live = False
         self.relevance: dict[int, Tensor] = {}
+        self.lost: dict[str, Tensor] | None = None
+
+    def lose(self, cause: str, relevance: Callable[[], Tensor]) -> None:
+        """Put down all of ``relevance()`` as lost, if anybody keeps account."""
+        if self.lost is not None:
+            self.lost[cause] = self.lost.get(cause, 0) + relevance().detach().sum()
 
 
 class _Gate(torch.autograd.Function):
@@ -61,45 +94,52 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, switch: Switch, index: int) -> Tensor:
         ctx.switch, ctx.index = switch, index
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, v)
         return v.view_as(v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         switch: Switch = ctx.switch
-        if not switch.live:
+        if not switch.live or grads[0] is None:
             return None, grads[0], None, None
         u, v = ctx.saved_tensors
-        passed = switch.rule(u, v, grads[0])
-        if passed.relevance is not None:
-            switch.relevance[ctx.index] = passed.relevance
-        return passed.to_u, passed.through_v, None, None
+        to_u, through_v, r = switch.rule(u, v, grads[0])
+        if r is not None and to_u is not None:
+            switch.relevance[ctx.index] = r
+            switch.lose("dead fields", lambda: r[(to_u == 0).all(1)])
+        return to_u, through_v, None, None
 
 
 class _ShareBias(torch.autograd.Function):
-    """Forward: y as it is. Backward while live: the bias's share goes to the input x of its layer as well."""
+    """Forward: y as it is. Backward while live: the bias's share goes to the input x of its layer as well.
+
+    axis : the channels of y; x and a bias that is not a plain vector have theirs along dimension 1.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None, switch: Switch
+        ctx: Any, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None, axis: int, switch: Switch
     ) -> Tensor:
-        ctx.switch, ctx.conv = switch, conv
+        ctx.switch, ctx.conv, ctx.axis = switch, conv, axis
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, bias)
         ctx.mark_dirty(y)  # a view of y would forbid the in-place activation that often follows
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        g = grads[0]
-        share = None
-        if ctx.switch.live:
+        g, share = grads[0], None
+        if ctx.switch.live and g is not None:
             x, bias = ctx.saved_tensors
-            share = rules.share_bias(x, bias, g, ctx.conv)
-        return g, share, None, None, None
+            carried = rules.carried_by(bias, g.movedim(ctx.axis, 1))
+            share = rules.share_bias(x, carried, ctx.conv)
+            ctx.switch.lose("dead fields", lambda: carried[rules.dead_fields(x, ctx.conv)])
+        return g, share, None, None, None, None
 
 
 class _Hold(torch.autograd.Function):
-    """A multiplicative gate: constant while the rule is live, itself otherwise."""
+    """A factor that counts as a constant while the rule is live, and as itself otherwise."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, switch: Switch) -> Tensor:
@@ -109,6 +149,39 @@ class _Hold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return (None if ctx.switch.live else grads[0]), None
+
+
+class _Refuse(torch.autograd.Function):
+    """Forward: y. Backward: an error if a signal arrives while the rule is live."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, switch: Switch, complaint: str) -> Tensor:
+        ctx.switch, ctx.complaint = switch, complaint
+        ctx.set_materialize_grads(False)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        g = grads[0]
+        if ctx.switch.live and g is not None and g.any():  # a signal of zeros is none: autograd fills them in
+            raise SrdLabError(ctx.complaint)
+        return g, None, None
+
+
+class _Absorb(torch.autograd.Function):
+    """Forward: y. Backward while live: what the constant part of y earns is put down as lost."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, constant: Tensor, switch: Switch) -> Tensor:
+        ctx.switch, ctx.constant = switch, constant
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        g = grads[0]
+        if ctx.switch.live:  # an infinite constant is a mask, and earns nothing
+            ctx.switch.lose("constants", lambda: torch.where(g == 0, 0, ctx.constant * g))
+        return g, None, None
 
 
 class Gated(Interceptor):
@@ -149,62 +222,127 @@ class Gated(Interceptor):
 class Decomposed(Gated):
     """A gated pass whose rule accounts for everything: what lies between two activations must be affine.
 
-    Gates (a sigmoid times a map) are constants of the live pass; anything else that is not affine is refused.
+    Gates (a sigmoid or softmax times a map) are constants of the live pass; a live pass that meets anything else
+    which is not affine refuses it by name.
     """
 
     def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
         super().__init__(model, rule)
-        self._held: TensorNotes[bool] = TensorNotes()
-        # With weights that ask for gradients too, a product of map and weight looks like one of two maps.
-        self._frozen = not any(p.requires_grad for p in model.parameters())
+        self._still: TensorNotes[bool] = TensorNotes()  # gates, and what is made of gates and weights alone
 
-    def share_bias(self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None) -> Tensor:
-        """``y``, whose layer added ``bias`` to what it made of its input ``x``."""
+    def moves(self, t: Tensor) -> bool:
+        """Whether ``t`` is a map: made of the input, and not held."""
+        return t.requires_grad and not t.is_leaf and not self._still.get(t)
+
+    def moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The maps among a call's operands, as often as they occur."""
+        return [t for t in tensors_in(args, kwargs) if self.moves(t)]
+
+    def hold(self, t: Tensor) -> Tensor:
+        """``t`` as a factor that the live pass takes for a constant."""
+        return _Hold.apply(t, self.switch) if t.requires_grad else t  # type: ignore[no-untyped-call,no-any-return]
+
+    def share_bias(
+        self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None = None, axis: int = 1
+    ) -> Tensor:
+        """``y``, whose layer added ``bias`` to what it made of its input ``x``; both with channels along ``axis``.
+
+        ``bias`` is a vector of channels, or of the shape of ``y`` with channels along dimension 1.
+        """
         if not x.requires_grad:
             return y
-        return _ShareBias.apply(y, x, bias, conv, self.switch)  # type: ignore[no-untyped-call,no-any-return]
+        return _ShareBias.apply(y, x.movedim(axis, 1), bias, conv, axis, self.switch)  # type: ignore[no-untyped-call,no-any-return]
 
-    def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = function(*args, **kwargs)
-        if not any(t.requires_grad for t in tensors_in(out)):
-            return out
-        if function in _GATES:
-            out = _Hold.apply(out, self.switch)  # type: ignore[no-untyped-call]
-            self._held.put(out, True)
-            return out
-        maps = [t for t in tensors_in(args) if t.requires_grad]
-        moving = [t for t in maps if not self._held.get(t)]
-        if self.accountable(out) and (
-            function in _NOT_AFFINE or (function in _PRODUCTS and self._frozen and len(moving) > 1)
-        ):
-            self.refuse(function)
-        if maps and not moving and isinstance(out, Tensor):
-            self._held.put(out, True)
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        moving = self.moving(args, kwargs)
+        if not moving:
+            return self._keep_still(function(*args, **kwargs))
+        if function in GATES:
+            return self._keep_still(self._refused(function, args, kwargs, _NO_GATE))
+        if not self.is_affine(function, args, kwargs, moving):
+            return self._refused(function, args, kwargs, "is neither affine nor an activation")
+        if function in _PRODUCTS:
+            overwritten = args[0] if overwrites(function, kwargs) else None
+            factors = [t for t in tensors_in(args, kwargs) if self._still.get(t) and t is not overwritten]
+            args, kwargs = exchanged(args, kwargs, {id(t): self.hold(t) for t in factors})
+        return function(*args, **kwargs)
+
+    def is_affine(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
+    ) -> bool:
+        """Whether a call that is no layer is affine in the maps among its operands."""
+        if function in _PRODUCTS:
+            divisor = args[1] if len(args) > 1 else kwargs.get("other")
+            return len(moving) == 1 and not (function in _DIVISIONS and divisor is moving[0])
+        return function not in _NOT_AFFINE and function not in GATES
+
+    def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
+        """``out``, of which ``constant`` came from no map, and is lost to the live pass."""
+        return _Absorb.apply(out, constant, self.switch)  # type: ignore[no-untyped-call,no-any-return]
+
+    def as_gate(self, t: Tensor, function: Function) -> Tensor:
+        """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
+        return self._keep_still(self._guarded(t, function, _NO_GATE))  # type: ignore[no-any-return]
+
+    def _keep_still(self, out: Any) -> Any:
+        for t in tensors_in((out,)):
+            if t.requires_grad:
+                self._still.put(t, True)
         return out
 
-    def accountable(self, out: Any) -> bool:
-        """Whether relevance passes through what makes ``out``."""
-        return True
-
-    def refuse(self, function: Callable[..., Any]) -> None:
-        """Say which operation cannot be decomposed, and where."""
-        raise SrdLabError(
-            f"{function_name(function)} in {self.where()} is neither affine nor an activation, and there is no rule "
-            "for it; choose another network, or a method that needs gradients only"
+    def _guarded(self, t: Tensor, function: Function, why: str) -> Tensor:
+        if not t.requires_grad:
+            return t
+        complaint = (
+            f"{function_name(function)} in {self.where()} {why}, and there is no rule for it; "
+            "choose another network, or a method that needs gradients only"
         )
+        return _Refuse.apply(t, self.switch, complaint)  # type: ignore[no-untyped-call,no-any-return]
+
+    def _refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
+        """The call as it is, and an error for any live pass that arrives there."""
+
+        def guarded(t: Any) -> Any:
+            return self._guarded(t, function, why) if isinstance(t, Tensor) else t
+
+        if overwrites(function, kwargs):
+            return in_place(args[0], lambda t: guarded(function(t, *args[1:], **kwargs)))
+        out = function(*args, **kwargs)
+        return tuple(guarded(t) for t in out) if isinstance(out, tuple) else guarded(out)
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors among a call's arguments or results, one level of lists deep."""
-    leaves = value if isinstance(value, tuple | list) else (value,)
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
+    """The tensors among a call's arguments, one level of lists deep."""
+    leaves = (*args, *(kwargs or {}).values())
     flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, tuple | list) else (leaf,))]
     return [t for t in flat if isinstance(t, Tensor)]
 
 
-class TensorNotes(Generic[Note]):
-    """Notes about tensor objects, void once the tensor is gone or was changed in place."""
+def exchanged(
+    args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with the tensors of these ids exchanged, one level of lists deep."""
 
-    def __init__(self) -> None:
+    def one(arg: Any) -> Any:
+        return table.get(id(arg), arg)
+
+    def each(arg: Any) -> Any:
+        return type(arg)(map(one, arg)) if type(arg) in (tuple, list) else one(arg)
+
+    return tuple(map(each, args)), {name: each(arg) for name, arg in kwargs.items()}
+
+
+def overwrites(function: Function, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes its result into its first argument."""
+    name = getattr(function, "__name__", "").replace("__ipow__", "pow_")
+    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+
+
+class TensorNotes(Generic[Note]):
+    """Notes about tensor objects, void once the tensor is gone or (unless ``lasting``) was changed in place."""
+
+    def __init__(self, lasting: bool = False) -> None:
+        self._lasting = lasting
         self._notes: dict[int, tuple[weakref.ref[Tensor], int, Note]] = {}
 
     def put(self, tensor: Tensor, note: Note) -> None:
@@ -212,9 +350,9 @@ class TensorNotes(Generic[Note]):
 
     def get(self, tensor: Tensor) -> Note | None:
         found = self._notes.get(id(tensor))
-        if found is None or found[0]() is not tensor or found[1] != tensor._version:
+        if found is None or found[0]() is not tensor:
             return None
-        return found[2]
+        return found[2] if self._lasting or found[1] == tensor._version else None
 
     def clear(self) -> None:
         self._notes.clear()

@@ -104,7 +104,7 @@ _CLAMPS = {
 }
 _THRESHOLDS = {F.threshold, F.threshold_, torch.threshold}  # type: ignore[attr-defined]
 MAX_POOLS = (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
-DROPOUTS = {
+_DROPOUTS: set[Function] = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.alpha_dropout),
 }
@@ -295,7 +295,7 @@ def _kind_of_threshold(threshold: Any, value: Any, *other: Any, **others: Any) -
     return "relu" if threshold == value == 0 else None
 
 
-def is_training(
+def _is_training(
     input: Tensor,
     p: float = 0.5,
     train: bool = True,
@@ -305,6 +305,33 @@ def is_training(
 ) -> bool:
     """Whether a dropout call drops anything: ``train`` is torch's name for it, ``training`` is that of functional."""
     return p > 0 and (train if training is None else training)
+
+
+def _attention_drops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *other: Any,
+    **others: Any,
+) -> bool:
+    """Whether a call of scaled_dot_product_attention drops anything."""
+    return dropout_p > 0
+
+
+def _heads_drop(*args: Any, training: bool = True, **others: Any) -> bool:
+    """Whether a call of multi_head_attention_forward drops anything; its probability is the eleventh argument."""
+    probability = others["dropout_p"] if "dropout_p" in others else args[10]
+    return training and probability > 0
+
+
+# what decides whether chance has a part in a call
+DROPPING: dict[Function, Callable[..., bool]] = {
+    **dict.fromkeys(_DROPOUTS, _is_training),
+    F.scaled_dot_product_attention: _attention_drops,
+    F.multi_head_attention_forward: _heads_drop,
+}
 
 
 def convolution_of(

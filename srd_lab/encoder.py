@@ -11,21 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import Decomposed, TensorNotes
-from srd_lab.calls import BatchNorm, Call, Convolution, MaxPool
+from srd_lab.backprop import Decomposed, TensorNotes, exchanged, overwrites
+from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool
+from srd_lab.held import HELD
+from srd_lab.layout import Channels, has_extent
 from srd_lab.types import SrdLabError
 
+T = torch.Tensor
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 _SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
 _NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
+_SHIFTS = {
+    *(torch.add, T.add, T.add_, torch.sub, T.sub, T.sub_, torch.subtract, T.subtract, T.subtract_),
+    *(torch.rsub, T.__rsub__),
+}
 
 
 @dataclass(frozen=True)
 class End:
-    """Where the encoder ends: its output map as it was then, and the activation call that made it (None after a
-    pool)."""
+    """Where the encoder ends: its output map as it was then, the axis of its channels, and the activation call that
+    made it (None after anything else)."""
 
     output: Tensor
+    axis: int
     call: Call | None
     version: int
 
@@ -34,13 +42,23 @@ class SRDTrace(Decomposed):
     """A forward pass that can be decomposed backwards.
 
     encoder : dotted module name, "" for the model itself, None to find it.
-    with_bias : whether biases and batch-norm shifts are shared (Eq. 11).
+    with_bias : whether biases, shifts of normalisations and added constants are shared (Eq. 11).
+    accounting : whether live passes put down what is lost, for one image at a time.
     """
 
-    def __init__(self, model: nn.Module, rule: rules.Rule, encoder: str | None, with_bias: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: rules.Rule,
+        encoder: str | None,
+        with_bias: bool,
+        accounting: bool = False,
+    ) -> None:
         super().__init__(model, rule)
-        self.u: list[Tensor] = []
+        self.u: list[Tensor] = []  # channels along dimension 1, here and in v
         self.v: list[Tensor] = []
+        self.channels = Channels()
+        self._axis = 1  # of the activation call that is running
         self._with_bias = with_bias
         self._encoder = None if encoder is None else find_module(model, encoder)
         self._encoder_name = encoder
@@ -50,6 +68,8 @@ class SRDTrace(Decomposed):
         self._input: Tensor | None = None  # what the network proper is fed with, once normalised
         self._at_input = True
         self._shape: torch.Size | None = None
+        if accounting:
+            self.switch.lost = {}
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
         """Output of the model and the tensor that input relevance refers to: leaf, or what a leading
@@ -62,7 +82,8 @@ class SRDTrace(Decomposed):
         """Where the encoder ended in the last trace."""
         if self._found is None:
             raise SrdLabError(
-                "no end of an encoder was found (a map with spatial extent before global pooling or flattening); "
+                "no end of an encoder was found (a map with spatial extent before global pooling or flattening, or "
+                "tokens before one is picked or all are averaged); "
                 'name the submodule that puts it out with encoder="..." ("" is the model itself)'
             )
         if self._found.output._version != self._found.version:
@@ -70,10 +91,15 @@ class SRDTrace(Decomposed):
                 "what was found as the encoder's output is overwritten by the model later on; name the submodule that "
                 'puts it out with encoder="..."'
             )
-        if self._found.output.dim() != 4:
+        if self._found.output.dim() < 3:
             raise SrdLabError(
                 f"encoder {self._encoder_name!r} puts out shape {tuple(self._found.output.shape)}; expected a map "
-                "(N, C, h, w): name a submodule before pooling or flattening"
+                "(N, C, h, w) or tokens (N, S, D): name a submodule before pooling or flattening"
+            )
+        if self._shape is not None and self._found.output.shape[0] != self._shape[0]:
+            raise SrdLabError(
+                f"the encoder puts out shape {tuple(self._found.output.shape)} for {self._shape[0]} images; expected the "
+                'batch first: name another submodule with encoder="..."'
             )
         return self._found
 
@@ -81,26 +107,27 @@ class SRDTrace(Decomposed):
         """Let go of every tensor, so that the graph dies with whoever still needs it."""
         self.u.clear()
         self.v.clear()
+        self.channels.clear()
         self._made_by.clear()
         self._convolved.clear()
         self._found = self._input = None
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
-        self._at_input = False
-        self._reopen(x)
+        self._axis = self.channels.of(x)
+        self._layer(x, self._axis)
         out = super().activate(call, x, inplace)
         self._made_by.put(out, call)
-        return out
+        return self.channels.put(out, self._axis)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        u, v = u.movedim(self._axis, 1), v.movedim(self._axis, 1)
         self.u.append(u)
         self.v.append(v)
-        return super().gate(call, u, v)
+        return super().gate(call, u, v).movedim(1, self._axis)
 
     def convolution(self, conv: Convolution) -> Tensor:
-        self._at_input = False
-        self._reopen(conv.x)
+        self._layer(conv.x, 1)
         y = conv.apply(conv.x, conv.weight, conv.bias)
         if conv.bias is not None and self._with_bias:
             y = self.share_bias(y, conv.x, conv.bias, conv)
@@ -108,15 +135,16 @@ class SRDTrace(Decomposed):
         return y
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self._at_input = False
+        last = x.dim() - 1
+        self._layer(x, last)
         y = F.linear(x, weight, bias)
-        if bias is None or not self._with_bias or x.dim() != 2:
-            return y
-        return self.share_bias(y, x, bias, None)
+        if bias is not None and self._with_bias and last:
+            y = self.share_bias(y, x, bias, axis=last)
+        return self.channels.put(y, last)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
         self._at_input = False
-        y = run()
+        y = self.channels.put(run(), 1)
         if not self._with_bias:
             return y
         conv = self._convolved.get(norm.x)
@@ -126,13 +154,62 @@ class SRDTrace(Decomposed):
         self._at_input = False
         return super().max_pool(pool)
 
-    def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = super().other(function, args, kwargs)
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        moving = self.moving(args, kwargs)
+        if not moving:
+            return super().other(function, args, kwargs)
+        x = max(moving, key=Tensor.dim)
+        axis = self.channels.of(x)
+        if function in HELD:
+            self._layer(x, axis)
+            out = HELD[function](self, *args, **kwargs)
+            if out is not None:
+                return out
+        if self._with_bias and function in _SHIFTS and len(moving) == 1:
+            out = self._shift(function, args, kwargs, x, axis)
+        else:
+            out = super().other(function, args, kwargs)
+            if self.switch.lost is not None and self.is_affine(function, args, kwargs, moving):
+                out = self._account(function, args, kwargs, moving, out)
+        self.channels.follow(function, args, kwargs, x, axis, out)
         if isinstance(out, Tensor) and out.requires_grad:
             self._follow_input(function, out)
             if args and isinstance(args[0], Tensor):
                 self._look_for_end(function, args[0], out)
         return out
+
+    # constants -----------------------------------------------------------------------------------------
+    def shifted(self, y: Tensor, x: Tensor, shift: Tensor, axis: int) -> Tensor:
+        """``y + shift``, the shift shared along the vectors of ``x``; all have their channels along ``axis``."""
+        out = y + shift
+        if not self._with_bias:
+            return out
+        return self.share_bias(out, x.expand(out.shape), shift.expand(out.shape).movedim(axis, 1), axis=axis)
+
+    def _shift(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
+    ) -> Tensor:
+        """A constant belongs to the vector that it is added to, as the shift of a batch norm does."""
+        carrier = x.clone() if overwrites(function, kwargs) else x
+        shift = _of_zeros(function, args, kwargs, [x])
+        out = super().other(function, args, kwargs)
+        if out.dim() > x.dim():
+            return out  # type: ignore[no-any-return]
+        return self.share_bias(out, carrier.expand(out.shape), shift.movedim(axis, 1), axis=axis)
+
+    def _account(
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        moving: list[Tensor],
+        out: Any,
+    ) -> Any:
+        """``out`` of an affine call, its constant part put down as lost: a class token put in front, say."""
+        if not isinstance(out, Tensor) or not out.requires_grad or overwrites(function, kwargs):
+            return out
+        constant = _of_zeros(function, args, kwargs, moving)
+        return self.absorb(out, constant) if constant.any() else out
 
     # where things begin and end --------------------------------------------------------------------------
     def left(self, module: nn.Module, output: Any) -> Any:
@@ -141,35 +218,43 @@ class SRDTrace(Decomposed):
                 raise SrdLabError(
                     f"encoder {self._encoder_name!r} puts out {type(output).__name__}; expected one tensor"
                 )
-            self._found = End(output, self._made_by.get(output), output._version)
+            self._found = self._end(output)
             return output.clone()  # what follows may overwrite it
         return None
 
-    def accountable(self, out: Any) -> bool:
-        """Behind the encoder anything goes: the start needs gradients only."""
-        if self._found is None:
-            return True
-        return self._encoder is None and isinstance(out, Tensor) and out.dim() == 4 and max(out.shape[2:]) > 1
+    def _end(self, output: Tensor) -> End:
+        return End(output, self.channels.of(output), self._made_by.get(output), output._version)
 
-    def _follow_input(self, function: Callable[..., Any], out: Tensor) -> None:
+    def _follow_input(self, function: Function, out: Tensor) -> None:
         """A shift or scale ahead of the first layer is normalisation: the input is what it puts out."""
         if self._at_input and out.shape == self._shape and getattr(function, "__name__", "") in _NORMALISING:
             self._input = out
 
-    def _reopen(self, x: Tensor) -> None:
+    def _layer(self, x: Tensor, axis: int) -> None:
         """A layer on a map with spatial extent: what was pooled before was a side branch, not the end."""
-        if self._encoder is None and x.dim() == 4 and max(x.shape[2:]) > 1:
+        self._at_input = False
+        if self._encoder is None and has_extent(x, axis):
             self._found = None
 
-    def _look_for_end(self, function: Callable[..., Any], first: Tensor, out: Tensor) -> None:
-        if self._encoder is not None or self._found is not None:
+    def _look_for_end(self, function: Function, first: Tensor, out: Tensor) -> None:
+        if self._encoder is not None or self._found is not None or not first.requires_grad:
             return
-        if first.dim() != 4 or not first.requires_grad:
+        extended = has_extent(first, self.channels.of(first))
+        if first.dim() not in (3, 4) or (first.dim() == 3 and not extended):
             return
-        pooled = out.dim() == 4 and max(out.shape[2:]) == 1 < max(first.shape[2:])
-        flattened = out.dim() < 4 and out.shape[0] == first.shape[0]
-        if function in _GLOBAL_POOLS or pooled or flattened:
-            self._found = End(first, self._made_by.get(first), first._version)
+        pooled = extended and out.dim() == first.dim() and not has_extent(out, self.channels.of(out))
+        flattened = out.dim() < first.dim() and out.shape[0] == first.shape[0]
+        if pooled or flattened or (function in _GLOBAL_POOLS and first.dim() == 4):
+            self._found = self._end(first)
+
+
+def _of_zeros(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
+) -> Tensor:
+    """What an affine call makes of zeros: its constant part."""
+    with torch.no_grad():
+        args, kwargs = exchanged(args, kwargs, {id(t): torch.zeros_like(t) for t in moving})
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

@@ -27,10 +27,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from srd_lab.calls import (
-    DROPOUTS,
+    DROPPING,
     MAX_POOLS,
     BatchNorm,
     Call,
@@ -41,7 +42,6 @@ from srd_lab.calls import (
     convolution_of,
     first_tensor,
     in_place,
-    is_training,
     linear_of,
     max_pool_of,
     recognise,
@@ -102,7 +102,8 @@ class Interceptor(TorchFunctionMode):
     def run(self, x: Tensor) -> Any:
         """The model's output for ``x``; refuses what it cannot see through, before and after."""
         check_model(self.model)
-        with self._following_modules(), self:
+        # fused attention cannot be differentiated twice, as the attack must
+        with sdpa_kernel(SDPBackend.MATH), self._following_modules(), self:
             output = self.model(x)
         if self.needs_activations and not self.calls:
             raise SrdLabError(
@@ -168,7 +169,7 @@ class Interceptor(TorchFunctionMode):
             return self.max_pool(
                 max_pool_of(*args, **{"return_indices": func is F.max_pool2d_with_indices, **kwargs})
             )
-        if func in DROPOUTS and is_training(*args, **kwargs):
+        if func in DROPPING and DROPPING[func](*args, **kwargs):
             raise SrdLabError(f"dropout is active in {self.where()}; call model.eval() first")
         return self.other(func, args, kwargs)
 

@@ -76,17 +76,29 @@ def guided(u: Tensor, v: Tensor, g: Tensor) -> Passed:
     return Passed(None, g * (g > 0))
 
 
-def share_bias(x: Tensor, bias: Tensor, g: Tensor, conv: Convolution | None) -> Tensor:
-    """Signal that a bias adds at the input x of its layer (Eq. 11).
+def carried_by(bias: Tensor, g: Tensor) -> Tensor:
+    """<bias, g> over channels, (N, 1, ...): what a bias earns. It is a vector of channels or has the shape of g."""
+    if bias.dim() > 1:
+        return inner(bias, g)
+    return torch.einsum("nc...,c->n...", g, bias).unsqueeze(1)
+
+
+def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> Tensor:
+    """Signal that a bias adds at the input x of its layer (Eq. 11), ``carried`` being what the bias earns.
 
     Every position i of a receptive field takes the share ||x_i|| / sum_k ||x_k|| of the bias, along x_i.
-    ``conv`` is the geometry of the receptive fields; None is one position (1x1 convolution, batch norm, linear).
-    Zero padding has norm 0 and takes nothing; a dead field passes nothing on.
+    ``conv`` is the geometry of the receptive fields; None is one position (1x1 convolution, normalisation, linear
+    layer, a constant added to a map). Zero padding has norm 0 and takes nothing; a dead field passes nothing on.
     """
-    carried = torch.einsum("nc...,c->n...", g, bias).unsqueeze(1)
     square = squared_norm(x)
     if conv is None:
         return x * divide(carried, square)
     inverse = torch.rsqrt(square.masked_fill(square == 0, torch.inf))
     norm = square * inverse
     return x * (inverse * conv.box_spread(divide(carried, conv.box_sum(norm))))
+
+
+def dead_fields(x: Tensor, conv: Convolution | None) -> Tensor:
+    """Where :func:`share_bias` finds nobody to carry a bias: bool (N, 1, ...) over the layer's output."""
+    square = squared_norm(x)
+    return (square if conv is None else conv.box_sum(square)) == 0

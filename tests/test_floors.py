@@ -30,6 +30,8 @@ FLOORS = {
     "srd_lab.rules": 2,
     "apop.pattern": 2,
     "srd_lab.backprop": 3,
+    "srd_lab.layout": 3.2,
+    "srd_lab.held": 3.3,
     "srd_lab.encoder": 3.5,
     "srd_lab.methods": 4,
     "srd_lab.metrics": 4,
@@ -39,6 +41,9 @@ FLOORS = {
     "attacks.manipulation": 6,
     "attacks.experiment": 6.5,
     "srd_lab.options": 6.5,
+    "attacks.study": 6.8,
+    "apop.study": 6.8,
+    "srd_lab.reproduce": 7.2,
     "attacks.cli": 7,
     "apop.cli": 7,
     "srd_lab.cli": 8,
@@ -50,6 +55,7 @@ DOORS = {
     "mlflow": ("srd_lab.store",),
     "matplotlib": ("srd_lab.render",),
     "PIL": ("srd_lab.render", "srd_lab.data"),
+    "safetensors": ("srd_lab.models",),
 }
 START = ("torch", "torchvision", "numpy", "scipy", "skimage", "mlflow", "matplotlib", "PIL")
 

@@ -25,8 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import maps, rules
-from srd_lab.backprop import Decomposed, TensorNotes, split_normalisation, tensors_in, traced
-from srd_lab.calls import BatchNorm, Call, Convolution, MaxPool, take
+from srd_lab.backprop import (
+    GATES,
+    Decomposed,
+    TensorNotes,
+    exchanged,
+    overwrites,
+    split_normalisation,
+    tensors_in,
+    traced,
+)
+from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take
 from srd_lab.checks import check_input, check_target
 from srd_lab.types import SrdLabError
 
@@ -162,21 +171,24 @@ class _LRPTrace(Decomposed):
             self._note(out, [take(t, winners) for t in (box or (self.plus(pool.x),))])
         return out
 
-    def other(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other affine operation does to the positive parts what it does to the values."""
-        tensors = tensors_in(args)
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any other affine operation does to the positive parts what it does to the values; a gate is one factor for
+        both. What is refused is refused in the positive parts too, where the live pass goes."""
+        run = super().other
+        tensors = tensors_in(args, kwargs)
+        if function in GATES or not self.moving(args, kwargs):
+            return run(function, args, kwargs)
         if any(self._noted(t) for t in tensors):
-            mirrored = [_replace(function, args, {id(t): self.plus(t) for t in tensors})]
+            tables = [{id(t): self.plus(t) for t in tensors}]
         elif any(self._boxes.get(t) for t in tensors):
             bounds = {id(t): self._boxes.get(t) or (t, t) for t in tensors}
-            mirrored = [
-                _replace(function, args, {key: ends[i] for key, ends in bounds.items()}) for i in (0, 1)
-            ]
+            tables = [{key: ends[i] for key, ends in bounds.items()} for i in (0, 1)]
         else:
-            return super().other(function, args, kwargs)
-        out = super().other(function, args, kwargs)
+            return run(function, args, kwargs)
+        mirrored = [_mirror(function, args, kwargs, table) for table in tables]
+        out = run(function, args, kwargs)
         if _made_tensors(out):
-            self._note(out, [function(*given, **kwargs) for given in mirrored])
+            self._note(out, [run(function, *given) for given in mirrored])
         return out
 
     # positive parts ------------------------------------------------------------------------------------
@@ -203,18 +215,12 @@ class _LRPTrace(Decomposed):
         return run(x, weight) - run(box[0], weight.clamp_min(0)) - run(box[1], weight.clamp_max(0))
 
 
-def _replace(function: Callable[..., Any], args: tuple[Any, ...], table: dict[int, Tensor]) -> list[Any]:
-    """``args`` with every tensor exchanged; what an in-place function would overwrite is copied first."""
-    new = [
-        type(arg)(table.get(id(leaf), leaf) for leaf in arg)
-        if isinstance(arg, tuple | list)
-        else table.get(id(arg), arg)
-        for arg in args
-    ]
-    name = getattr(function, "__name__", "")
-    if isinstance(new[0], Tensor) and name.endswith("_") and not name.endswith("__"):
-        new[0] = new[0].clone()
-    return new
+def _mirror(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with every tensor exchanged; what it would overwrite is copied first."""
+    args, kwargs = exchanged(args, kwargs, table)
+    return ((args[0].clone(), *args[1:]) if overwrites(function, kwargs) else args), kwargs
 
 
 def _made_tensors(out: Any) -> bool:

@@ -4,7 +4,8 @@ A pointwise feature vector (PFV) is the vector along channels at one position. T
 is the sum of what the PFVs of the layer before contribute to it, u_j = sum_i vhat_ij, and PFV i takes the share
 ``mu_ij = <vhat_ij, u_j> / ||u_j||^2`` of its relevance (Eq. 5-8; the printed Eq. 6 divides by ||vhat_ij||, which does
 not sum to 1). As one backward pass: an activation replaces its derivative by ``u R / ||u||^2`` with R = <v, G>, and
-everything affine keeps its vector-Jacobian product. Biases and batch-norm shifts are shared by Eq. 11.
+everything affine keeps its vector-Jacobian product. Biases and shifts are shared by Eq. 11. Gates, the scale of a
+normalisation that depends on the input and attention weights are held constant (:mod:`srd_lab.held`).
 
 The pass starts at the encoder output with ``mu = relu(sum_k alpha_k A_k)``, alpha the spatial mean of the gradient of
 ``y_c - mean_k y_k`` (Eq. 3, 4, 9).
@@ -21,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +31,13 @@ from torch import Tensor, nn
 from srd_lab import rules
 from srd_lab.backprop import traced
 from srd_lab.checks import check_input, check_target
-from srd_lab.encoder import SRDTrace
+from srd_lab.encoder import End, SRDTrace
 from srd_lab.types import SrdLabError
 
 STARTS = ("contrastive", "gradcam", "ones")
 UNITS = ("vector", "scalar")
 VALUES = ("pre", "post")
+LEAKS = ("dead fields", "constants", "other")
 _RULES = {
     ("vector", "pre"): rules.srd_vector,
     ("vector", "post"): rules.srd_vector_post,
@@ -47,7 +51,8 @@ class SRD:
     """Sharing Ratio Decomposition.
 
     encoder : dotted name of the submodule whose output is the encoder output, "" = the model itself, None = found
-        (the last map with spatial extent before global pooling or flattening).
+        (the last map with spatial extent before global pooling or flattening; the last tokens before one of them is
+        picked or all are averaged).
     start : relevance at the encoder output: "contrastive" (Eq. 4), "gradcam" (no class mean), "ones" (section 4.3,
         class-agnostic).
     level : resolution of the map: "input"; "high" = the last activation at 1/8 of the input (28 of 224); "low" = the
@@ -90,10 +95,11 @@ class SRD:
         start: str | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Relevance of every layer: key "input" (N, H, W) and one key per activation call of the encoder in call
-        order (N, h, w). ``start`` overrides the start, by name or as a tensor (N, h, w) at the encoder output.
+        order (N, h, w), or (N, S) on tokens. ``start`` overrides the start, by name or as a tensor of that shape at
+        the encoder output.
 
         Input relevance refers to x, or to the normalised tensor where the model begins with a normalisation.
-        The sum is the same at every cut through the network, up to what dead receptive fields absorb.
+        The sum is the same at every cut through the network, up to what :meth:`leaks` reports.
         """
         with _tracing(self, model, x) as run:
             return run.everywhere(run.begin(target, start))
@@ -108,17 +114,49 @@ class SRD:
     ) -> Tensor:
         """Share (N,) of the relevance at the encoder output that arrives at the input; 0 where there was none.
 
-        1 minus this is the leak: what dead receptive fields absorbed. It can have either sign.
+        1 minus this is the leak, which can have either sign; :meth:`leaks` says where it went.
         """
         with _tracing(self, model, x) as run:
             begin = run.begin(target, start)
-            return run.finish(rules.divide(run.at_input(begin).sum((1, 2)), begin.relevance.sum((1, 2))))
+            return run.finish(rules.divide(_total(run.at_input(begin)), _total(begin.relevance)))
+
+    def leaks(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor | int | None = None,
+        *,
+        start: str | Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What became of the relevance that did not arrive: shares (N,) of that at the encoder output, by cause.
+        With :meth:`conserved` they sum to 1; all are 0 where the encoder output held none.
+
+        dead fields : went to a vector, or to a bias whose whole receptive field is, zero.
+        constants : went to what no pixel had a part in, such as a class token put among the others.
+        other : all else, which is rounding. unit="scalar" and values="post" do not conserve, and show it here.
+        """
+        # One image at a time: inside windows, or in (S, N, D) layouts, a sum over the batch is not easily split.
+        each = [
+            self._leaks_of_one(model, x[i : i + 1], _row(target, i, len(x)), _row(start, i, len(x)))
+            for i in range(len(x))
+        ]
+        return {cause: torch.stack([one[cause] for one in each]) for cause in LEAKS}
+
+    def _leaks_of_one(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None, start: str | Tensor | None
+    ) -> dict[str, Tensor]:
+        with _tracing(self, model, x.detach(), accounting=True) as run:
+            begin = run.begin(target, start)
+            total, arrived = begin.relevance.sum(), run.at_input(begin).sum()
+            lost = {cause: run.lost.get(cause, torch.zeros_like(total)) for cause in LEAKS[:-1]}
+            lost[LEAKS[-1]] = total - arrived - torch.stack([*lost.values()]).sum()
+            return {cause: rules.divide(amount, total).detach() for cause, amount in lost.items()}
 
     def erf(
-        self, model: nn.Module, x: Tensor, layer: str | int, positions: Sequence[tuple[int, int]]
+        self, model: nn.Module, x: Tensor, layer: str | int, positions: Sequence[tuple[int, ...]]
     ) -> Tensor:
-        """Effective receptive fields (Eq. 1-2) of the PFVs at ``positions`` (row, column) of an activation call:
-        (N, P, H, W). Each sums to 1, up to what dead receptive fields absorb."""
+        """Effective receptive fields (Eq. 1-2) of the PFVs at ``positions`` (row, column) of an activation call, or
+        (index,) on tokens: (N, P, H, W). Each sums to 1, up to the leaks."""
         if not len(positions):
             raise SrdLabError("no positions were given; expected pairs (row, column)")
         with _tracing(self, model, x) as run:
@@ -127,12 +165,12 @@ class SRD:
 
     def sharing_ratio(self, model: nn.Module, x: Tensor, source: str | int, target: str | int) -> Tensor:
         """Sharing ratios mu_{i->j} (Eq. 6) between neighbouring layers: (N, h_j, w_j, h_i, w_i), j in the activation
-        call ``target``, i in the activation call ``source`` or "input". Entry [n, j] is a map over i. Where other
-        activations lie on paths from i to j, the sum over all paths (Eq. 17)."""
+        call ``target``, i in the activation call ``source`` or "input"; one axis instead of two on tokens. Entry
+        [n, j] is a map over i. Where other activations lie on paths from i to j, the sum over all paths (Eq. 17)."""
         with _tracing(self, model, x) as run:
             j = run.call_index(target)
-            h, w = run.trace.u[j].shape[2:]
-            begins = (run.single(j, (row, column)) for row in range(h) for column in range(w))
+            places = tuple(run.trace.u[j].shape[2:])
+            begins = (run.single(j, position) for position in product(*map(range, places)))
             if source == "input":
                 shares = [run.at_input(begin) for begin in begins]
             else:
@@ -143,7 +181,7 @@ class SRD:
                     )
                 shares = [run.at_call(begin, i) for begin in begins]
             stacked = torch.stack(shares, 1)
-            return stacked.unflatten(1, (h, w))
+            return stacked.unflatten(1, places)
 
 
 @dataclass(frozen=True)
@@ -159,11 +197,18 @@ class _Begin:
 class _Run:
     """One traced forward pass and the backward passes made from it."""
 
-    def __init__(self, method: SRD, model: nn.Module, leaf: Tensor, differentiable: bool) -> None:
+    def __init__(
+        self, method: SRD, model: nn.Module, leaf: Tensor, differentiable: bool, accounting: bool
+    ) -> None:
         self.method, self.leaf, self.differentiable = method, leaf, differentiable
-        vector = method.unit == "vector"
-        self.trace = SRDTrace(model, _RULES[method.unit, method.values], method.encoder, with_bias=vector)
+        rule, with_bias = _RULES[method.unit, method.values], method.unit == "vector"
+        self.trace = SRDTrace(model, rule, method.encoder, with_bias, accounting)
         self.output, self.input = self.trace.trace(self.leaf)
+
+    @property
+    def lost(self) -> dict[str, Tensor]:
+        """What the backward passes lost until now, by cause."""
+        return self.trace.switch.lost or {}
 
     def finish(self, t: Tensor) -> Tensor:
         return t if self.differentiable else t.detach()
@@ -171,29 +216,39 @@ class _Run:
     # starts --------------------------------------------------------------------------------------------
     def begin(self, target: Tensor | int | None, start: str | Tensor | None) -> _Begin:
         end = self.trace.end()
-        r = self._start_map(end.output, target, self.method.start if start is None else start)
+        r = self._start_map(end, target, self.method.start if start is None else start)
         if end.call is None:
-            return _Begin(end.output, _inject(end.output, r), r, None)
+            front = end.output.movedim(end.axis, 1)
+            return self._inject(front, front, r, None)
         return self._at(end.call.index, r)
 
-    def single(self, index: int, position: tuple[int, int]) -> _Begin:
+    def single(self, index: int, position: tuple[int, ...]) -> _Begin:
         """Relevance 1 at one position of an activation call, for every image."""
         u = self.trace.u[index]
-        row, column = position
-        if u.dim() != 4 or not (0 <= row < u.shape[2] and 0 <= column < u.shape[3]):
+        places = tuple(u.shape[2:])
+        if len(position) != len(places) or any(
+            not 0 <= i < size for i, size in zip(position, places, strict=True)
+        ):
             raise SrdLabError(
-                f"position {position} is outside the map of {self.trace.calls[index].name}, {tuple(u.shape[2:])}"
+                f"position {position} is outside the map of {self.trace.calls[index].name}, {places}"
             )
-        r = u.new_zeros(u.shape[0], *u.shape[2:])
-        r[:, row, column] = 1
+        r = u.new_zeros(u.shape[0], *places)
+        here: tuple[Any, ...] = (slice(None), *position)
+        r[here] = 1
         return self._at(index, r)
 
     def _at(self, index: int, r: Tensor) -> _Begin:
         u = self.trace.u[index]
-        reference = u if self.method.values == "pre" else self.trace.v[index]
-        return _Begin(u, _inject(reference, r), r, index)
+        return self._inject(u, u if self.method.values == "pre" else self.trace.v[index], r, index)
 
-    def _start_map(self, encoded: Tensor, target: Tensor | int | None, start: str | Tensor) -> Tensor:
+    def _inject(self, tensor: Tensor, reference: Tensor, r: Tensor, call: int | None) -> _Begin:
+        """Signal u R / ||u||^2, so that the relevance of every position is R (per neuron, R is split as u^2 is)."""
+        signal = reference * rules.divide(r[:, None], rules.squared_norm(reference))
+        self.trace.switch.lose("dead fields", lambda: r[(reference == 0).all(1)])
+        return _Begin(tensor, signal, r, call)
+
+    def _start_map(self, end: End, target: Tensor | int | None, start: str | Tensor) -> Tensor:
+        encoded = end.output.movedim(end.axis, 1)
         shape = (encoded.shape[0], *encoded.shape[2:])
         if isinstance(start, Tensor):
             if start.shape != shape:
@@ -207,7 +262,7 @@ class _Run:
             raise SrdLabError(
                 f"start={start!r} is not known; expected a tensor or one of {', '.join(STARTS)}"
             )
-        if self.output is encoded or self.output.dim() != 2:
+        if self.output is end.output or self.output.dim() != 2:
             raise SrdLabError(
                 f'start={start!r} needs class logits behind the encoder; use start="ones" or give a tensor'
             )
@@ -215,9 +270,10 @@ class _Run:
         if start == "contrastive":
             score = score - self.output.mean(1)
         (slope,) = torch.autograd.grad(
-            score.sum(), encoded, create_graph=self.differentiable, retain_graph=True
+            score.sum(), end.output, create_graph=self.differentiable, retain_graph=True
         )
-        return torch.relu((slope.mean((2, 3), keepdim=True) * encoded).sum(1))
+        alpha = slope.movedim(end.axis, 1).mean([*range(2, slope.dim())], keepdim=True)
+        return torch.relu((alpha * encoded).sum(1))
 
     # backward passes -----------------------------------------------------------------------------------
     def _back(self, begin: _Begin, to: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
@@ -245,7 +301,8 @@ class _Run:
     def at_call(self, begin: _Begin, index: int) -> Tensor:
         if index == begin.call:
             return self.finish(begin.relevance)
-        _, relevance = self._back(begin, self.trace.u[index])
+        u = self.trace.u[index]
+        relevance = self._back(begin, u)[1] if u.requires_grad else {}
         if index not in relevance:
             raise SrdLabError(
                 f"no relevance reaches {self.trace.calls[index].name!r}: it lies behind the layer that the pass starts at, "
@@ -257,8 +314,15 @@ class _Run:
         if level == "input":
             return self.at_input(begin)
         if level == "low":
-            return self.finish(begin.relevance)
-        return self.at_call(begin, self._high(begin) if level == "high" else self.call_index(level))
+            found = self.finish(begin.relevance)
+        else:
+            found = self.at_call(begin, self._high(begin) if level == "high" else self.call_index(level))
+        if found.dim() != 3:
+            raise SrdLabError(
+                f"level {level!r} holds relevance of shape {tuple(found.shape)} here (tokens), which is no map (N, h, w); "
+                'use level="input", or relevance() for the numbers as they are'
+            )
+        return found
 
     def everywhere(self, begin: _Begin) -> dict[str, Tensor]:
         g, relevance = self._back(begin, self.input)
@@ -266,7 +330,9 @@ class _Run:
         last = max(relevance, default=-1)
         for call in self.trace.calls[: last + 1]:
             u = self.trace.u[call.index]
-            maps[call.name] = self.finish(relevance.get(call.index, u.new_zeros(u.shape[0], *u.shape[2:])))
+            if u.requires_grad:  # else no image had a part in it
+                nothing = u.new_zeros(u.shape[0], *u.shape[2:])
+                maps[call.name] = self.finish(relevance.get(call.index, nothing))
         return maps
 
     # layers --------------------------------------------------------------------------------------------
@@ -307,17 +373,22 @@ class _Run:
         return fitting[-1]
 
 
-def _inject(u: Tensor, r: Tensor) -> Tensor:
-    """Signal u R / ||u||^2, so that the relevance of every position is R (per neuron, R is split as u^2 is)."""
-    return u * rules.divide(r[:, None], rules.squared_norm(u))
+def _total(relevance: Tensor) -> Tensor:
+    """Sum over positions, (N,)."""
+    return relevance.flatten(1).sum(1)
+
+
+def _row(value: Any, i: int, n: int) -> Any:
+    """Image ``i``'s entry where ``value`` holds one for each of ``n`` images."""
+    return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == n else value
 
 
 @contextmanager
-def _tracing(method: SRD, model: nn.Module, x: Tensor) -> Iterator[_Run]:
+def _tracing(method: SRD, model: nn.Module, x: Tensor, accounting: bool = False) -> Iterator[_Run]:
     check_input(x, model)
     leaf, differentiable = traced(x)
     with torch.enable_grad():
-        run = _Run(method, model, leaf, differentiable)
+        run = _Run(method, model, leaf, differentiable, accounting)
         try:
             yield run
         finally:
