@@ -31,7 +31,7 @@ class Survey:
         cli.weights_of(settings["weights"], self.models)
         self.device = pick_device(settings["device"])
         self.experiment = Experiment(settings["inputs"], settings["binarize"], settings["seed"])
-        size = input_size(self.models[0], settings["data"])
+        size, *_ = (input_size(name, settings["data"]) for name in self.models)
         self.dataset: Dataset = load_data(
             settings["data"], seed=settings["seed"], size=size, non_rgb=settings["non_rgb"]
         )
@@ -54,7 +54,7 @@ class Survey:
         size = self.settings["batch_size"]
         parts = [self.indices[first : first + size] for first in range(0, len(self.indices), size)]
         paths = [f"{i * size:05d}-{i * size + len(part) - 1:05d}.npz" for i, part in enumerate(parts)]
-        done = set(child.list("batches"))
+        done = cli.finished_batches(child, self.settings)
         to_do = [part for part, path in zip(parts, paths, strict=True) if f"batches/{path}" not in done]
         arriving = load_batches(dataset, to_do, self.settings["workers"])
         batcher, passes = Batcher(size), self._passes(name, model)
@@ -123,7 +123,8 @@ class Survey:
             for kind in self.experiment.inputs
             for setting in SETTINGS
         }
-        child.save_figure("apop.png", render.apop_bars(bars, original, chance, title))
+        if bars:
+            child.save_figure("apop.png", render.apop_bars(bars, original, chance, title))
         if hits.layers:
             curve = [interval.accuracy for interval in hits.curve()]
             figure = render.binarisation_curve(hits.layers, curve, original, chance, title)

@@ -193,16 +193,17 @@ def scores_at(table: Arrays, score: str, reached: np.ndarray, over: str = "mse")
     """``score`` (``ssim`` or ``pcc``) of every pair at the moment when its perturbation first reached given values.
 
     reached : (S,) for all pairs or (P, S), in the units of ``over``: ``mse`` (normalised) or ``linf`` (0..255).
-    Judged scores are interpolated from (0, 1) on; NaN where a pair never came so far. Returns (P, S).
+    Between two looks at a pair both go straight, from (0, 1) on; NaN where it never came so far. Returns (P, S).
     """
     moved, values = table[f"curve/{over}"], table[f"curve/{score}"]
     wanted = np.broadcast_to(reached, (len(moved), np.shape(reached)[-1]))
     lines = np.empty(wanted.shape)
     for i in range(len(moved)):
         there = np.isfinite(moved[i])
-        xs, ys = np.r_[0, moved[i][there]], np.r_[1, values[i][there]]
-        new = np.r_[True, xs[1:] > np.maximum.accumulate(xs)[:-1]]  # Adam also comes back
-        lines[i] = np.interp(wanted[i], xs[new], ys[new], right=np.nan)
+        xs, ys = np.r_[-1, 0, moved[i][there], np.inf], np.r_[1, 1, values[i][there], np.nan]
+        first = np.searchsorted(np.maximum.accumulate(xs), wanted[i])  # Adam also comes back
+        share = (wanted[i] - xs[first - 1]) / (xs[first] - xs[first - 1])
+        lines[i] = (1 - share) * ys[first - 1] + share * ys[first]
     return lines
 
 

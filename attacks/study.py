@@ -82,7 +82,7 @@ class Robustness:
         how = self.manipulation(*self.variants[name])
         numbered = list(enumerate(self.pairs))
         size = self.settings["batch_size"]
-        done = set(child.list("batches"))
+        done = cli.finished_batches(child, self.settings)
         parts, shown = [], []
         with cli.progress(len(numbered) * how.steps, name) as advance:
             for first in range(0, len(numbered), size):

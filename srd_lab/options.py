@@ -47,9 +47,12 @@ class Count(click.ParamType):
     name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "all":
-            return "all"
-        return click.IntRange(1).convert(value, param, ctx)  # type: ignore[no-any-return]
+        text = str(value)
+        if text == "all":
+            return text
+        if not text.isdecimal() or int(text) < 1:
+            self.fail(f"{text!r} is not how many; expected a number from 1 on, or all", param, ctx)
+        return int(text)
 
 
 def _named_file(text: str) -> tuple[str, Path]:

@@ -110,5 +110,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or "can't allocate memory" in said
+        or "not enough memory" in said  # on Windows
         or "out of memory" in said
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -509,7 +510,9 @@ def test_hits_do_not_depend_on_the_batch_size(vgg: nn.Module) -> None:
     how, data = Experiment(seed=4), load_data("scenes")
     indices = draw_images(data, 12, 4)
     whole = how.run(vgg, [data[i] for i in indices], indices)
-    parts = Hits.join([how.run(vgg, [data[j] for j in indices[i : i + 5]], indices[i : i + 5]) for i in range(0, 12, 5)])
+    parts = Hits.join(
+        [how.run(vgg, [data[j] for j in indices[i : i + 5]], indices[i : i + 5]) for i in range(0, 12, 5)]
+    )
     assert list(whole.right) == list(parts.right)
     assert whole.rows() == parts.rows()
     assert whole.layers == parts.layers
@@ -587,6 +590,45 @@ def test_hits_survive_arrays_and_names_fit_mlflow() -> None:
     assert metric_name("a+b/c") == "a_b_c"
     with pytest.raises(SrdLabError, match="no input 'noise'"):
         Experiment(("noise",))
+
+
+def some_hits(first: int, right: list[bool], skipped: dict[str, str] | None = None) -> Hits:
+    count, places = len(right), np.arange(first, first + len(right))
+    names = np.array([f"{n}.png" for n in places])
+    return Hits(
+        places, names, np.zeros(count, int), ("relu",), {"top1/original": np.array(right)}, skipped or {}
+    )
+
+
+def test_batches_join_with_what_was_skipped_in_each() -> None:
+    """Also where a whole batch was; names longer than those before stay whole."""
+    nothing = Hits.nothing({"3.png": "no image"})
+    parts = [
+        Hits.nothing({}),
+        some_hits(0, [True, False], {"2.png": "not RGB but L"}),
+        nothing,
+        some_hits(99999, [True], {"a long name.png": "x"}),
+    ]
+    joined = Hits.join([Hits.from_arrays(part.to_arrays()) for part in parts])
+    assert [row["name"] for row in joined.rows()] == ["0.png", "1.png", "99999.png"]
+    assert joined.index.tolist() == [0, 1, 99999]
+    assert joined.right["top1/original"].tolist() == [True, False, True]
+    assert joined.layers == ("relu",)
+    assert list(joined.skipped.items()) == [
+        ("2.png", "not RGB but L"),
+        ("3.png", "no image"),
+        ("a long name.png", "x"),
+    ]
+    assert joined.interval("top1/original").n == 3
+    again = Hits.from_arrays(nothing.to_arrays())
+    assert (len(again.index), again.skipped, again.right) == (0, {"3.png": "no image"}, {})
+    whole = Hits.from_arrays(joined.to_arrays())
+    assert (whole.rows(), whole.skipped) == (joined.rows(), joined.skipped)
+
+
+def test_no_image_at_all_is_said_with_its_reasons() -> None:
+    with pytest.raises(SrdLabError, match=r"^not one image is left; 2 files skipped: a \(x\), b \(y\)$"):
+        Hits.join([Hits.nothing({"a": "x"}), Hits.nothing({"b": "y"})])
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -728,7 +770,7 @@ def test_output_without_tracking(tmp_path: Path) -> None:
         (
             ("--model", "vgg16", "--model", "resnet18", "--weights", __file__, "--no-track"),
             1,
-            "give one --model",
+            "give NAME=",
         ),
     ],
 )
@@ -737,3 +779,41 @@ def test_wrong_input_gets_one_clear_line(arguments: tuple[str, ...], code: int, 
     assert result.exit_code == code
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_where_memory_runs_out_the_hits_are_the_same(
+    store: str, finished: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network takes two images at once; patterns are stored as they were taken."""
+    whole, sizes = experiment.replay, list[int]()
+
+    def narrow(network: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 2 and len(sizes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(network, x, *rest)
+
+    monkeypatch.setattr(experiment, "replay", narrow)
+    terminal = Terminal()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        arguments = [*TINY, "--batch-size", "5", "--save-patterns", "--no-track", "--out", str(tmp_path)]
+        command.main(arguments, standalone_mode=False)
+    assert sizes[:3] == [5, 5, 5]
+    assert max(sizes[3:]) == 2
+    assert "100%" in terminal.getvalue()
+    expected = artifact(store, finished[1], "images.csv").read_text()
+    assert (tmp_path / "vgg16" / "images.csv").read_text() == expected
+    stored = {
+        folder: sorted(file.name for file in (tmp_path / "vgg16" / folder).iterdir())
+        for folder in ("patterns", "batches")
+    }
+    assert stored == {
+        "patterns": ["00000-00001.npz", "00002-00003.npz", "00004-00004.npz", "00005-00006.npz"],
+        "batches": ["00000-00004.npz", "00005-00006.npz"],
+    }

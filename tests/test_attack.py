@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from attacks import AttackResult, Budget, Manipulation, Objective
+from attacks.experiment import at_equal_perturbation, common_reach, perturbation_curves, scores_at
 from attacks.manipulation import noise_at_equal_mse, normalisation_scale, similarity
 from srd_lab import maps
 from srd_lab.intercept import SmoothModel
@@ -346,6 +347,160 @@ def test_noise_reaches_the_same_distance_within_the_budget(dtype: torch.dtype) -
     assert ((beyond - x).abs() <= torch.tensor(8 / 255, dtype=dtype)).all()
     still = noise_at_equal_mse(x, torch.zeros(4, dtype=dtype), scale, Budget(), noise)
     torch.testing.assert_close(still, x, rtol=0, atol=1e-9)
+
+
+# --- what the attacker sees ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [20, 6])
+@pytest.mark.parametrize("name", ["srd", "gradient"])
+def test_surrogate_scores_are_those_of_the_last_step(name: str, steps: int) -> None:
+    """Both maps of every image by itself, on softplus(beta) with the beta of the step that it stopped at."""
+    model, x, goal = model_of(), pixels(4), pixels(4, seed=2)
+    x[1] = 0.5 + 0.001 * x[1]
+    x[3, :, :, 6:] = 0
+    target = torch.tensor([4, 0, 2, 2])
+    attack = Manipulation(explainer(name), steps=steps, lr=0.02, stop_mse=6e-3, judge_every=7)
+    result = attack.run(model, x, goal, target)
+    assert len(set(result.steps.tolist())) > 1
+    assert (result.steps == steps).any() == (steps == 6)
+    assert set(result.scores_surrogate) == {"ssim", "pcc"}
+    for i in range(4):
+        beta = 10 * (100 / 10) ** ((int(result.steps[i]) - 1) / steps)
+        surrogate = SmoothModel(model, beta)
+        shown = []
+        for image in (x, result.adversarial):
+            raw = attack.explainer.explain(surrogate, image[i : i + 1], target[i : i + 1]).abs()
+            shown.append(raw / raw.max())
+        for metric, score in (("ssim", SSIM()), ("pcc", PCC())):
+            expected = score.score(shown[1], shown[0])[0]
+            torch.testing.assert_close(result.scores_surrogate[metric][i], expected, rtol=1e-7, atol=1e-9)
+            assert (
+                abs(result.scores_surrogate[metric][i] - result.scores[metric][i]) > 1e-6
+            )  # not the network's own
+
+
+# --- equal perturbation ---------------------------------------------------------------------------------------------------
+
+Tables = dict[str, dict[str, np.ndarray]]
+
+
+def made_up(seed: int, pairs: int = 9, looks: int = 8) -> Tables:
+    """Curves that come back, stop early, and were not looked at now and then; no two methods alike."""
+    chance = np.random.default_rng(seed)
+    tables: Tables = {}
+    for name in ("srd", "gradient", "lrp_zplus"):
+        table: dict[str, np.ndarray] = {"pair": np.arange(pairs)}
+        unseen = chance.random((pairs, looks)) < 0.2
+        unseen |= np.arange(looks) >= chance.integers(1, looks + 1, (pairs, 1))
+        unseen[:, 0] = False
+        for over in ("mse", "linf"):
+            table[f"curve/{over}"] = np.abs(chance.normal(0.3, 1, (pairs, looks)).cumsum(1)).astype(
+                np.float32
+            )
+        for score in ("ssim", "pcc"):
+            table[f"curve/{score}"] = chance.uniform(-0.2, 1, (pairs, looks)).astype(np.float32)
+        for values in table.values():
+            if values.ndim == 2:
+                values[unseen] = np.nan
+        tables[name] = table
+    return tables
+
+
+def first_passage(moved: np.ndarray, values: np.ndarray, wanted: float) -> float:
+    """The score where the line from look to look first comes as far as ``wanted``."""
+    x, y = 0.0, 1.0
+    if wanted <= 0:
+        return y
+    for x_next, y_next in zip(moved.tolist(), values.tolist(), strict=True):
+        if np.isnan(x_next):
+            continue
+        if x_next >= wanted:
+            return y + (y_next - y) * (wanted - x) / (x_next - x)
+        x, y = x_next, y_next
+    return float("nan")
+
+
+def literal(table: dict[str, np.ndarray], score: str, pair: int, wanted: float, over: str) -> float:
+    return first_passage(table[f"curve/{over}"][pair], table[f"curve/{score}"][pair], wanted)
+
+
+def farthest(table: dict[str, np.ndarray], pair: int, over: str) -> float:
+    return max(float(v) for v in table[f"curve/{over}"][pair] if not np.isnan(v))
+
+
+@pytest.mark.parametrize("over", ["mse", "linf"])
+@pytest.mark.parametrize("seed", range(6))
+def test_scores_at_are_read_where_the_line_first_gets_there(seed: int, over: str) -> None:
+    came_back = 0
+    for table in made_up(seed).values():
+        shared = np.linspace(0, 4, 9)
+        own = np.stack([np.linspace(0.1 * i, farthest(table, i, over) + 0.1, 5) for i in range(9)])
+        at_ends = np.array([[farthest(table, i, over)] for i in range(9)])
+        came_back += sum(bool((np.diff(row[~np.isnan(row)]) < 0).any()) for row in table[f"curve/{over}"])
+        for wanted in (shared, own, at_ends):
+            got = scores_at(table, "pcc", wanted, over)
+            each = np.broadcast_to(wanted, got.shape)
+            expected = [[literal(table, "pcc", i, w, over) for w in each[i].tolist()] for i in range(9)]
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+        assert (scores_at(table, "ssim", np.zeros(1), over) == 1).all()
+        assert np.isfinite(scores_at(table, "ssim", at_ends, over)).all()
+        assert np.isnan(scores_at(table, "ssim", at_ends * 1.001, over)).all()
+    assert came_back
+
+
+def test_a_way_back_counts_for_what_lies_beyond_it() -> None:
+    """5, back to 3, on to 7: 4 is passed on the way to 5, and 6 on the way from 3."""
+    row = {
+        "curve/mse": np.array([[5.0, 3.0, np.nan, 7.0]]),
+        "curve/ssim": np.array([[0.8, 0.6, np.nan, 0.4]]),
+    }
+    got = scores_at(row, "ssim", np.array([0, 4, 5, 6, 7, 7.1]))
+    np.testing.assert_allclose(got, [[1, 0.84, 0.8, 0.45, 0.4, np.nan]], rtol=1e-12)
+    still = {"curve/mse": np.zeros((1, 3)), "curve/ssim": np.array([[0.9, 0.8, 0.7]])}
+    np.testing.assert_array_equal(scores_at(still, "ssim", np.array([0, 1e-9])), [[1, np.nan]])
+
+
+@pytest.mark.parametrize("over", ["mse", "linf"])
+@pytest.mark.parametrize("seed", range(6))
+def test_methods_are_compared_at_equal_perturbation(seed: int, over: str) -> None:
+    tables = made_up(seed)
+    reach = [min(farthest(table, i, over) for table in tables.values()) for i in range(9)]
+    np.testing.assert_array_equal(common_reach(tables, over), np.array(reach, np.float32))
+    for score in ("ssim", "pcc"):
+        got = at_equal_perturbation(tables, score, over)
+        assert list(got) == list(tables)
+        for name, table in tables.items():
+            expected = [literal(table, score, i, reach[i], over) for i in range(9)]
+            np.testing.assert_allclose(got[name], expected, rtol=1e-6, atol=1e-6)
+            assert np.isfinite(got[name]).all()
+
+
+@pytest.mark.parametrize(("pairs", "over"), [(1, "mse"), (4, "linf"), (9, "mse"), (23, "linf")])
+@pytest.mark.parametrize("seed", range(3))
+def test_curves_stand_for_the_pairs_that_every_method_brought_so_far(
+    seed: int, pairs: int, over: str
+) -> None:
+    tables = made_up(seed, pairs)
+    curves = perturbation_curves(tables, over, points=7)
+    reach = [min(farthest(table, i, over) for table in tables.values()) for i in range(pairs)]
+    assert curves.over == over
+    assert curves.reached[0] == 0
+    assert curves.reached[-1] in reach
+    assert np.diff(curves.reached).min() > 0
+    for at, s in enumerate(curves.reached.tolist()):
+        inside = [i for i in range(pairs) if reach[i] >= s]
+        assert curves.pairs[at] == len(inside)
+        for score, bands in curves.bands.items():
+            for name, (median, low, high) in bands.items():
+                values = [literal(tables[name], score, i, s, over) for i in inside]
+                expected = np.quantile(values, (0.5, 0.25, 0.75))
+                np.testing.assert_allclose([median[at], low[at], high[at]], expected, rtol=1e-6, atol=1e-6)
+    assert set(curves.bands) == {"ssim", "pcc"}
+    assert curves.pairs.tolist() == sorted(curves.pairs.tolist(), reverse=True)
+    assert curves.pairs[0] == pairs
+    assert curves.pairs[-1] >= pairs / 4
+    assert sum(each > curves.reached[-1] for each in reach) < pairs / 4 + 1
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------

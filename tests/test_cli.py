@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from attacks import study
 from srd_lab.cli import main
+from srd_lab.methods.gradient import Gradient
+from srd_lab.models import WEIGHTS
+from srd_lab.runtime import Batcher
+from srd_lab.tracking import Run
 
 TINY = ("attack", "--pairs", "4", "--steps", "3", "--batch-size", "2", "--device", "cpu")
 
@@ -220,3 +227,208 @@ def test_help_loads_nothing_heavy() -> None:
     code = "import sys, srd_lab.cli; print(sorted({'torch', 'mlflow', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules)))"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not written, which takes most of a small run's time."""
+    monkeypatch.setattr(Run, "save_figure", lambda run, path, figure: None)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.usefixtures("unseen")
+def test_where_memory_runs_out_an_attack_ends_with_the_same_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The explainer holds two images at most; the bar of a terminal stands the steps that are taken twice."""
+    command = [
+        "attack",
+        "--pairs",
+        "5",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+        "--method",
+        "gradient",
+        "--no-track",
+    ]
+    assert call(*command, "--batch-size", "2", "--out", str(tmp_path / "roomy")).exit_code == 0
+
+    whole, sizes = Gradient.explain_with_logits, list[int]()
+
+    def narrow(self: Gradient, model: Any, x: Any, target: Any = None) -> Any:
+        sizes.append(len(x))
+        if len(x) > 2 and len(sizes) > 3:  # in the middle of the attack
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(self, model, x, target)
+
+    monkeypatch.setattr(Gradient, "explain_with_logits", narrow)
+    terminal = Terminal()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        main.main([*command, "--batch-size", "5", "--out", str(tmp_path / "narrow")], standalone_mode=False)
+    assert sizes[0] == sizes[3] == 5
+    assert max(sizes[4:]) == 2
+    assert "100%" in terminal.getvalue()
+    tables = [(tmp_path / run / "gradient" / "pairs.csv").read_text() for run in ("roomy", "narrow")]
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 1 + 5
+
+
+def test_what_does_not_fit_into_memory_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_fits(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(study, "attack_batch", nothing_fits)
+    result = call(*TINY, "--no-track")
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: not even one image fits into memory; take ")
+    assert result.output.count("\n") == 1
+
+
+# --- weights, how many, and where files go ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled files, but that VGG16 says class 3 to everything and ResNet18 class 4."""
+    files = {}
+    folder = tmp_path_factory.mktemp("weights")
+    for name, bias, label in (("vgg16", "classifier.6.bias", 3), ("resnet18", "fc.bias", 4)):
+        with np.load(WEIGHTS / f"{name}_scenes.npz") as arrays:
+            state = dict(arrays)
+        state[bias] = np.where(np.arange(10) == label, 1000, 0).astype(state[bias].dtype)
+        files[name] = folder / f"{name}, stubborn.npz"  # a comma, since settings are stored as lists
+        np.savez(files[name], **state)
+    return files
+
+
+SURVEY = ("apop", "--images", "20", "--inputs", "zeros", "--no-binarize", "--device", "cpu")
+BOTH = ("--model", "vgg16", "--model", "resnet18")
+
+
+def surveyed(out: Path, model: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / model / "images.csv").read_text().splitlines()))
+
+
+def says_always(rows: list[dict[str, str]], label: int) -> bool:
+    return [row["top1/original"] == "1" for row in rows] == [row["label"] == str(label) for row in rows]
+
+
+def test_each_model_gets_its_weights_file(weights: dict[str, Path], tmp_path: Path) -> None:
+    given = [part for name in reversed(weights) for part in ("--weights", f"{name}={weights[name]}")]
+    result = call(*SURVEY, *BOTH, *given, "--no-track", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for model, label in (("vgg16", 3), ("resnet18", 4)):
+        assert len(surveyed(tmp_path, model)) == 20
+        assert says_always(surveyed(tmp_path, model), label)
+    params = json.loads((tmp_path / "run.json").read_text())["params"]
+    sums = [hashlib.sha256(weights[name].read_bytes()).hexdigest() for name in ("resnet18", "vgg16")]
+    assert params["weights_sha256"] == ",".join(sums)
+
+
+def test_one_named_file_leaves_the_other_model_its_own(weights: dict[str, Path], tmp_path: Path) -> None:
+    given = ("--weights", f"resnet18={weights['resnet18']}")
+    result = call(*SURVEY, *BOTH, *given, "--no-track", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert says_always(surveyed(tmp_path, "resnet18"), 4)
+    rows = surveyed(tmp_path, "vgg16")
+    assert sum(row["top1/original"] == "1" for row in rows) > 15
+
+
+def test_a_resumed_run_finds_its_weights_files(
+    weights: dict[str, Path], store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Batcher, "run", interrupt)
+        result = call(*SURVEY, "--weights", str(weights["vgg16"]), "--tracking-uri", store)
+    stopped = run_id(store, "apop vgg16")
+    assert f"srd-lab apop --resume {stopped}" in result.output
+    result = call("apop", "--resume", stopped, "--tracking-uri", store, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    wrong = [line for line in result.output.splitlines() if line.startswith("vgg16")]
+    assert float(wrong[0].split()[2]) < 0.5
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("apop", *BOTH, "--weights", "{}"), 1, "--weights {} does not say which of 2 models it is for"),
+        (
+            ("apop", *BOTH, "--weights", "vgg19={}"),
+            1,
+            "vgg19={} is for a model that is not asked for; the models",
+        ),
+        (("apop", "--weights", "vgg16={}", "--weights", "{}"), 1, "two --weights files for vgg16; give one"),
+        (("attack", "--weights", "{}", "--weights", "{}"), 1, "two --weights files for vgg16; give one"),
+        (
+            ("attack", "--weights", "resnet18={}"),
+            1,
+            "for a model that is not asked for; the models are vgg16",
+        ),
+        (
+            ("apop", *BOTH, "--weights", "vgg16=gone.npz"),
+            2,
+            "there is no file gone.npz; expected FILE or NAME=FILE",
+        ),
+        (("attack", "--weights", "resnet18_{}"), 2, "there is no file resnet18_"),
+        (("reproduce", "table1", "--weights", "{}"), 1, "does not say which of 3 models"),
+        (("reproduce", "fig4", "--weights", "resnet18={}"), 1, "not asked for; the models are vgg16"),
+        (("reproduce", "fig7", "--weights", "vgg19={}"), 1, "not asked for; the models are resnet50, vgg16"),
+        (("apop", "--images", "0"), 2, "'0' is not how many; expected a number from 1 on, or all"),
+        (("apop", "--images", "many"), 2, "'many' is not how many"),
+        (("reproduce", "fig7", "--images", "-1"), 2, "'-1' is not how many"),
+        (("apop", *BOTH, "--model", "vgg61", "--images", "1"), 1, "no network 'vgg61'"),
+        (
+            ("reproduce", "fig7", "--model", "vgg16", "--model", "vgg61", "--images", "1"),
+            1,
+            "no network 'vgg61'",
+        ),
+    ],
+)
+def test_weights_and_numbers_that_make_no_sense_are_one_line(
+    arguments: tuple[str, ...], code: int, message: str, weights: dict[str, Path], store: str
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    before = len(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+    file = str(weights["vgg16"])
+    result = call(*(text.replace("{}", file) for text in arguments), "--tracking-uri", store)
+    assert result.exit_code == code, result.output
+    *usage, last = result.output.strip().splitlines()
+    assert message.replace("{}", file) in last
+    assert last.startswith("Error: ")
+    assert bool(usage) == (code == 2)
+    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == before
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(
+    ("command", "table"),
+    [
+        (("apop", "--images", "3", "--inputs", "zeros", "--no-binarize"), "vgg16/images.csv"),
+        (("attack", "--pairs", "1", "--steps", "1", "--method", "gradient"), "gradient/pairs.csv"),
+    ],
+    ids=["apop", "attack"],
+)
+def test_a_folder_with_another_runs_files_gives_none_of_its_numbers(
+    command: tuple[str, ...], table: str, tmp_path: Path
+) -> None:
+    """The same batches by name, stored there by another seed."""
+    for seed, out in (("1", "fresh"), ("0", "used"), ("1", "used")):
+        arguments = ("--seed", seed, "--device", "cpu", "--no-track", "--out", str(tmp_path / out))
+        assert call(*command, *arguments).exit_code == 0
+    assert (tmp_path / "used" / table).read_text() == (tmp_path / "fresh" / table).read_text()

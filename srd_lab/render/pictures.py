@@ -159,7 +159,7 @@ class SheetRow:
 def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figure:
     """A block of columns per network, a row per image: the image, then each of its maps, red > 0 > blue.
 
-    Every map is divided by its own largest absolute value.
+    Full colour is the absolute value that half a percent of a map's pixels exceed.
     """
     count = max(len(rows) for rows in blocks.values())
     columns = [("image", *rows[0].maps) for rows in blocks.values()]
@@ -173,7 +173,7 @@ def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figu
         for (block, rows), names in zip(blocks.items(), columns, strict=True):
             for i, row in enumerate(rows):
                 grid[i, first].imshow(pixels(row.image), interpolation="nearest")
-                grid[i, first].set_ylabel(_wrapped(row.label.rpartition("/")[2], 1.1), fontsize=6)
+                grid[i, first].set_ylabel(_wrapped(row.label.rpartition("/")[2], 1.1), fontsize=5)
                 for j, raw in enumerate(row.maps.values(), 1):
                     grid[i, first + j].imshow(
                         _signed(raw), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
@@ -186,6 +186,7 @@ def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figu
 
 
 def _signed(raw: Picture) -> np.ndarray:
-    """A raw map divided by its largest absolute value."""
+    """A raw map in [-1, 1], which stand for the size that half a percent of its pixels exceed."""
     values = np.nan_to_num(np.asarray(raw, dtype=np.float64), nan=0, posinf=0, neginf=0)
-    return values / (np.abs(values).max(initial=0) or 1)
+    size = np.abs(values)
+    return np.clip(values / (np.quantile(size, 0.995) or size.max() or 1), -1, 1)

@@ -16,10 +16,11 @@ from srd_lab.data import Loaded, load_batches, skipped_report
 from srd_lab.methods.srd import SRD
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import summarise
+from srd_lab.models import input_size
 from srd_lab.reproduce.paper import Finding, data_deviations, findings_csv, paired_claim, report
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
-from srd_lab.types import Sample
+from srd_lab.types import Sample, SrdLabError
 
 VARIANTS = {
     "scalar": SRD(unit="scalar"),
@@ -44,9 +45,9 @@ class Figure7:
         self.models = list(dict.fromkeys(settings["models"]))
         self.device = pick_device(settings["device"])
         cli.weights_of(settings["weights"], self.models)
-        self.model, self.dataset = cli.subject(settings, self.models[0], self.models, self.device)
+        side, *_ = (input_size(name, settings["data"]) for name in self.models)
+        _, self.dataset = cli.subject(settings, self.models[0], self.models, self.device)
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
-        side = self.dataset[self.indices[0]].image.shape[-1]
         settings["batch_size"] = settings["batch_size"] or max(1, min(50, 8 * 224 * 224 // side**2))
 
     def run(self, run: Run) -> None:
@@ -62,24 +63,29 @@ class Figure7:
         size = self.settings["batch_size"]
         parts = [self.indices[first : first + size] for first in range(0, len(self.indices), size)]
         paths = [f"batches/{part[0]:05d}-{part[-1]:05d}.npz" for part in parts]
-        done = set(child.list("batches"))
+        done = cli.finished_batches(child, self.settings)
         arriving = load_batches(
             dataset,
             [p for p, path in zip(parts, paths, strict=True) if path not in done],
             self.settings["workers"],
         )
         batcher, found = Batcher(size), []
+        sheet: list[render.SheetRow] = []
         with cli.progress(len(self.indices), name) as advance:
             for part, path in zip(parts, paths, strict=True):
                 if path not in done:
-                    child.save_arrays(path, self._batch(model, next(arriving), batcher))
+                    child.save_arrays(
+                        path, self._batch(model, next(arriving), batcher, PICTURES - len(sheet))
+                    )
                 found.append(child.load_arrays(path))
+                sheet += _sheet_rows(found[-1])
                 advance(len(part))
         self.skipped = {str(n): str(why) for arrays in found for n, why in arrays["skipped"]}
+        found = [arrays for arrays in found if len(arrays["name"])]
+        if not found:
+            raise SrdLabError(f"not one image is left; {skipped_report(self.skipped)}")
         measured = {
-            variant: {
-                f: np.concatenate([a[f"{variant}/{f}"] for a in found if len(a["name"])]) for f in FIGURES
-            }
+            variant: {f: np.concatenate([arrays[f"{variant}/{f}"] for arrays in found]) for f in FIGURES}
             for variant in VARIANTS
         }
         names = np.concatenate([a["name"] for a in found])
@@ -92,9 +98,11 @@ class Figure7:
             {f"{f}/{v}".replace(",", "").replace("(", "").replace(")", ""): float(np.nanmean(measured[v][f]))
              for v in VARIANTS for f in FIGURES}
         )  # fmt: skip
-        return measured, self._sheet(name, found)
+        return measured, sheet
 
-    def _batch(self, model: Any, loaded: Loaded, batcher: Batcher) -> Arrays:
+    def _batch(self, model: Any, loaded: Loaded, batcher: Batcher, pictures: int) -> Arrays:
+        """Scores of every image; the first ``pictures`` with their maps, as those of all would pile up."""
+
         def measure(some: Sequence[Sample]) -> Arrays:
             x = torch.stack([sample.image for sample in some]).to(self.device)
             arrays: Arrays = {"images": x.cpu().numpy(), "name": np.array([sample.name for sample in some])}
@@ -107,18 +115,9 @@ class Figure7:
 
         parts = batcher.run(measure, loaded.samples)
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+        joined = {key: values[:pictures] if values.ndim > 1 else values for key, values in joined.items()}
         skipped = np.array(list(loaded.skipped.items()), "U").reshape(-1, 2)
         return {"name": np.array([], "U"), **joined, "skipped": skipped}
-
-    def _sheet(self, name: str, found: list[Arrays]) -> list[render.SheetRow]:
-        rows: list[render.SheetRow] = []
-        for arrays in found:
-            for i in range(len(arrays["name"])):
-                if len(rows) == PICTURES:
-                    return rows
-                maps = {variant: arrays[f"{variant}/map"][i] for variant in VARIANTS}
-                rows.append(render.SheetRow(str(arrays["name"][i]), arrays["images"][i], maps))
-        return rows
 
     def _report(
         self, run: Run, results: dict[str, dict[str, Arrays]], sheets: dict[str, list[render.SheetRow]]
@@ -131,7 +130,8 @@ class Figure7:
             for i, variant in enumerate(VARIANTS):
                 cells = [_interval(measured[variant][f], seed) for f in FIGURES]
                 lines.append([name if i == 0 else "", variant, *cells])
-        deviations = data_deviations(self.settings, len(self.indices), self.models)
+        count = len(next(iter(results.values()))[OURS]["sparseness"])
+        deviations = data_deviations(self.settings, count, self.models)
         if self.skipped:
             deviations.append(skipped_report(self.skipped))
         deviations.append(
@@ -156,6 +156,14 @@ class Figure7:
             paired_claim(what, measured[variant][figure], measured[OURS][figure], seed)
             for what, (figure, variant) in pairs.items()
         ]
+
+
+def _sheet_rows(arrays: Arrays) -> list[render.SheetRow]:
+    """The images of a batch that are stored with their maps."""
+    return [
+        render.SheetRow(str(arrays["name"][i]), image, {v: arrays[f"{v}/map"][i] for v in VARIANTS})
+        for i, image in enumerate(arrays.get("images", ()))
+    ]
 
 
 def _interval(values: np.ndarray, seed: int) -> str:

@@ -15,8 +15,11 @@ TABLE_3 = ("vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resne
 
 @click.group()
 def reproduce() -> None:
-    """Redo an experiment of the SRD paper: the paper's value, the measured one with its 95 % interval, the number of
-    images, whether the first lies inside the second, and every deviation from the paper's setting."""
+    """Redo an experiment of the SRD paper.
+
+    Prints the paper's value, the measured one with its 95 % interval, the number of images, whether the first lies
+    inside the second, and every deviation from the paper's setting.
+    """
 
 
 def models_option(*paper: str) -> Callable[..., Any]:
@@ -61,7 +64,7 @@ batch_size_option = click.option(
 @click.pass_context
 @cli.command_errors
 def table1(ctx: click.Context, /, **_: Any) -> None:
-    """Activation-pattern-only prediction from zeros, top-1 and top-5."""
+    """Prediction from activation patterns alone (zeros)."""
     from srd_lab.reproduce.patterns import Table1
 
     cli.tracked(ctx, "reproduce table1", ", ".join(ctx.params["models"]), Table1)
@@ -75,7 +78,7 @@ def table1(ctx: click.Context, /, **_: Any) -> None:
 @click.pass_context
 @cli.command_errors
 def table3(ctx: click.Context, /, **_: Any) -> None:
-    """Activation-pattern-only prediction from zeros, ones and noise, with and without ReLU after the mask."""
+    """The same from zeros, ones and noise, & relu."""
     from srd_lab.reproduce.patterns import Table3
 
     cli.tracked(ctx, "reproduce table3", ", ".join(ctx.params["models"]), Table3)
@@ -89,7 +92,7 @@ def table3(ctx: click.Context, /, **_: Any) -> None:
 @click.pass_context
 @cli.command_errors
 def fig6(ctx: click.Context, /, **_: Any) -> None:
-    """Accuracy when one activation call gives 0 or 1 only, for every call in turn."""
+    """One activation call binarised, each in turn."""
     from srd_lab.reproduce.patterns import Figure6
 
     cli.tracked(ctx, "reproduce fig6", ", ".join(ctx.params["models"]), Figure6)
@@ -115,7 +118,10 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
 @click.pass_context
 @cli.command_errors
 def fig4(ctx: click.Context, /, **_: Any) -> None:
-    """All methods attacked on the same pairs: box plots, controls, and scores at equal perturbation."""
+    """All methods attacked on the same pairs.
+
+    Box plots, the control by noise of equal MSE, SRD from both starts, and scores at equal perturbation.
+    """
     from srd_lab.reproduce.manipulation import Figure4
 
     cli.tracked(ctx, "reproduce fig4", ctx.params["model"], Figure4)
@@ -129,7 +135,10 @@ def fig4(ctx: click.Context, /, **_: Any) -> None:
 @click.pass_context
 @cli.command_errors
 def fig7(ctx: click.Context, /, **_: Any) -> None:
-    """SRD by neuron, with post-activation vectors, and as it is: pictures, sparseness and roughness."""
+    """SRD by neuron, by post-activation vector, as it is.
+
+    Pictures side by side, and the sparseness and roughness of the maps.
+    """
     from srd_lab.reproduce.ablation import Figure7
 
     cli.tracked(ctx, "reproduce fig7", ", ".join(ctx.params["models"]), Figure7)

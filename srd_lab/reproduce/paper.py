@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from srd_lab.metrics.summary import summarise
-from srd_lab.options import csv_text, text_table
+from srd_lab.options import csv_text, text_table, weights_of
 
 FEW = 10  # below, a bootstrap interval is too narrow to settle anything
 HEADER = ("", "paper", "measured [95 % interval]", "n", "paper's value")
@@ -75,8 +75,10 @@ def report(title: str, tables: Sequence[str], findings: Sequence[Finding], devia
         parts.append("Beside the paper:")
         parts.append(text_table(HEADER, [finding.cells() for finding in findings]))
     else:
-        parts.append("The paper has no value for these networks.")
-    parts.append("Deviations from the paper's setting:\n" + "\n".join(f"- {line}" for line in deviations))
+        parts.append("The paper has no value and no claim for what was measured here.")
+    parts.append(
+        "Deviations from the paper's setting:\n" + "\n".join(f"- {d}" for d in deviations or ["none"])
+    )
     parts.append(f"Paper: {paper()['source']}")
     return "\n\n".join(parts)
 
@@ -91,10 +93,13 @@ def data_deviations(settings: dict[str, Any], count: int, models: Sequence[str])
     said, source = paper()["settings"], settings["data"].partition(":")[0]
     lines = []
     if not source.startswith("imagenet"):
-        lines.append(f"data: {source}, not {said['data']}; the networks are others of the same names")
+        lines.append(f"data: {source}, not {said['data']}; networks made for it")
     elif count < said["images"]:
         lines.append(f"images: {count:,} of the {said['images']:,} of {said['data']}, if they are from it")
-    lines += [f"weights: {Path(file).name}, not {said['weights']}" for file in settings["weights"]]
+    files = weights_of(settings["weights"], models)
+    lines += [
+        f"weights of {name}: {file.name}, not {said['weights']}" for name, file in files.items() if file
+    ]
     unknown = [name for name in models if name not in paper()["table3"]]
     if unknown:
         lines.append(f"networks that the paper does not have: {', '.join(unknown)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any, ClassVar
 
 import click
@@ -22,7 +23,7 @@ from srd_lab.reproduce.paper import (
 )
 from srd_lab.tracking import Run
 
-WORDS = {"apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
+WORDS = {"original": "original", "apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
 
 
 class _Reproduction(Survey):
@@ -107,7 +108,7 @@ class Table1(_Reproduction):
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         published = paper()["table1"].get(name, {})
         return [
-            _accuracy(f"{name}: {what}, {WORDS[top]}", value, hits, f"{top}/{self.CONDITIONS[what]}")
+            _accuracy(f"{name}: {WORDS[what]}, {WORDS[top]}", value, hits, f"{top}/{self.CONDITIONS[what]}")
             for top, values in published.items()
             for what, value in values.items()
         ]
@@ -124,12 +125,12 @@ class Figure6(_Reproduction):
         lines = []
         for name, hits in results.items():
             curve = hits.curve()
-            values = sorted(each.accuracy for each in curve)
-            lowest = min(range(len(curve)), key=lambda i: curve[i].accuracy)
+            values = [each.accuracy for each in curve]
+            lowest = values.index(min(values))
             below = sum(each.low <= self._chance() for each in curve)
             original = hits.interval("top1/original").accuracy
-            numbers = [f"{original:.3f}", str(len(curve)), f"{values[0]:.3f}", hits.layers[lowest]]
-            lines.append([name, *numbers, f"{values[len(values) // 2]:.3f}", str(below)])
+            numbers = [f"{original:.3f}", str(len(curve)), f"{min(values):.3f}", hits.layers[lowest]]
+            lines.append([name, *numbers, f"{median(values):.3f}", str(below)])
         return ["One activation call binarised, top-1:", cli.text_table(header, lines)]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:

@@ -1,0 +1,251 @@
+"""Work in batches that memory may not hold, and what the options of a command mean."""
+
+from __future__ import annotations
+
+import io
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+from srd_lab import options
+from srd_lab.options import Count, WeightsFile, as_setting, progress, stored_settings, weights_of
+from srd_lab.runtime import Batcher, is_out_of_memory
+from srd_lab.types import SrdLabError
+
+# --- batches -----------------------------------------------------------------------------------------------
+
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 1152921504606846976 bytes. Error code 12 (Cannot allocate memory)"
+)
+OUT_OF_MEMORY: dict[str, Callable[[], BaseException]] = {
+    "Python": MemoryError,
+    "NumPy": lambda: MemoryError("Unable to allocate 1.00 PiB for an array with shape (1,) and data type u1"),
+    "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024.00 GiB."),
+    "driver": lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "MPS": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 18.02 GB)"),
+    "CPU": lambda: RuntimeError(CPU),
+    "Windows": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes half a second with all that is loaded here, and there is nothing to collect."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
+class Narrow:
+    """Doubles what fits, ``room`` items at once; keeps the sizes that were tried."""
+
+    def __init__(self, room: int, error: Callable[[], BaseException] = MemoryError) -> None:
+        self.room, self.error, self.tried = room, error, list[int]()
+
+    def __call__(self, part: Sequence[int]) -> list[int]:
+        self.tried.append(len(part))
+        if len(part) > self.room:
+            raise self.error()
+        return [2 * item for item in part]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_where_memory_runs_out_half_as_many_are_taken_for_good(error: Callable[[], BaseException]) -> None:
+    batcher, work = Batcher(8), Narrow(3, error)
+    assert batcher.run(work, range(11)) == [[0, 2], [4, 6], [8, 10], [12, 14], [16, 18], [20]]
+    assert work.tried == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert batcher.run(work, range(3)) == [[0, 2], [4]]
+    assert (work.tried[8:], batcher.size) == ([2, 1], 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 20])
+@pytest.mark.parametrize("room", [1, 2, 5, 50])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9])
+def test_results_are_complete_and_in_order(size: int, room: int, count: int) -> None:
+    batcher, work = Batcher(size), Narrow(room)
+    results = batcher.run(work, range(count))
+    assert [item for part in results for item in part] == [2 * item for item in range(count)]
+    assert work.tried == sorted(work.tried[:-1], reverse=True) + work.tried[-1:]
+    assert batcher.size <= size
+    assert (batcher.size == size) == all(tried <= room for tried in work.tried)
+
+
+def test_a_short_last_part_is_halved_by_its_own_length() -> None:
+    batcher, taken = Batcher(8), []
+
+    def work(part: Sequence[int]) -> int:
+        if len(part) == 3:
+            raise MemoryError
+        taken.append(len(part))
+        return sum(part)
+
+    assert batcher.run(work, range(11)) == [sum(range(8)), 8, 9, 10]
+    assert (taken, batcher.size) == ([8, 1, 1, 1], 1)
+
+
+def test_what_does_not_fit_alone_is_said_in_one_line() -> None:
+    work = Narrow(0)
+    with pytest.raises(SrdLabError, match=r"not even one image fits into memory; take .*--device") as caught:
+        Batcher(4).run(work, range(9))
+    assert "\n" not in str(caught.value)
+    assert work.tried == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        SrdLabError("out of memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_go_through(error: BaseException) -> None:
+    batcher, work = Batcher(4), Narrow(0, lambda: error)
+    with pytest.raises(type(error)) as caught:
+        batcher.run(work, range(9))
+    assert caught.value is error
+    assert (work.tried, batcher.size) == ([4], 4)
+
+
+def test_what_the_failed_work_held_is_free_before_the_next_try() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def work(part: Sequence[int]) -> None:
+        assert not any(tensor() is not None for tensor in held)
+        large = torch.zeros(len(part))
+        held.append(weakref.ref(large))
+        if len(large) > 1:
+            raise MemoryError
+
+    Batcher(8).run(work, range(4))
+    assert len(held) == 2 + 4
+
+
+def test_the_words_are_those_of_the_allocator_here() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8, device="cpu")
+    assert is_out_of_memory(caught.value)
+    assert Batcher(2).run(Narrow(1, lambda: caught.value), range(2)) == [[0], [2]]
+    assert not is_out_of_memory(RuntimeError("The size of tensor a (3) must match"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_stands_more_progress_than_there_is_to_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that ran out of memory has reported some already and reports it again."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress(10, "srd") as advance:
+        for _ in range(4):
+            advance(4)
+    shown = terminal.getvalue()
+    assert "srd" in shown
+    assert "100%" in shown
+    assert not {"120%", "160%"} & set(shown.split())
+
+
+# --- weights files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "net.npz"
+    path.touch()
+    return str(path)
+
+
+def convert(kind: click.ParamType, text: str) -> Any:
+    return kind.convert(text, None, None)
+
+
+def test_weights_go_to_the_model_they_are_for(file: str) -> None:
+    assert weights_of([], ["a", "b"]) == {"a": None, "b": None}
+    assert weights_of([file], ["a"]) == {"a": Path(file)}
+    assert weights_of([f"b={file}"], ["a", "b"]) == {"a": None, "b": Path(file)}
+    assert weights_of([f"b={file}", f"a={file}"], ["a", "b"]) == {"a": Path(file), "b": Path(file)}
+
+
+def test_a_file_name_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    odd = tmp_path / "lr=0.1.npz"
+    odd.touch()
+    assert convert(WeightsFile(), str(odd)) == str(odd)
+    assert weights_of([str(odd)], ["a"]) == {"a": odd}
+    assert weights_of([f"b={odd}"], ["a", "b"]) == {"a": None, "b": odd}
+
+
+@pytest.mark.parametrize(
+    ("given", "models", "message"),
+    [
+        (["{}"], ["a", "b"], "--weights {} does not say which of 2 models it is for; give NAME={}"),
+        (["c={}"], ["a", "b"], "--weights c={} is for a model that is not asked for; the models are a, b"),
+        (["b={}"], ["a"], "--weights b={} is for a model that is not asked for; the models are a"),
+        (["{}", "{}"], ["a"], "two --weights files for a; give one"),
+        (["a={}", "b={}", "a={}"], ["a", "b"], "two --weights files for a; give one"),
+        (["{}", "a={}"], ["a"], "two --weights files for a; give one"),
+    ],
+)
+def test_weights_that_are_for_none_or_for_two(
+    given: list[str], models: list[str], message: str, file: str
+) -> None:
+    with pytest.raises(SrdLabError) as caught:
+        weights_of([text.replace("{}", file) for text in given], models)
+    assert str(caught.value) == message.replace("{}", file)
+
+
+@pytest.mark.parametrize("text", ["gone.npz", "vgg16=gone.npz", "vgg16=", ""])
+def test_weights_that_are_not_there(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"there is no file .*; expected FILE or NAME=FILE"):
+        convert(WeightsFile(), text)
+
+
+# --- settings ----------------------------------------------------------------------------------------------
+
+
+def test_how_many() -> None:
+    assert convert(Count(), "all") == "all"
+    assert convert(Count(), "17") == convert(Count(), 17) == 17  # type: ignore[arg-type]
+    for wrong in ("0", "-3", "many", "1.5", "", "ALL"):
+        with pytest.raises(click.BadParameter, match="expected a number from 1 on, or all"):
+            convert(Count(), wrong)
+
+
+@pytest.mark.parametrize(
+    "files", [(), ("{}/a.npz",), ("x={}/a, b.npz", "{}/c.npz"), ('{}/"quoted", twice.npz',)]
+)
+def test_a_run_gives_its_settings_back(files: tuple[str, ...], tmp_path: Path) -> None:
+    """Also files with a comma in their name."""
+    files = tuple(text.replace("{}", str(tmp_path)) for text in files)
+    for text in files:
+        Path(text.rpartition("x=")[2]).touch()
+
+    @click.command()
+    @click.option("--weights", multiple=True, type=WeightsFile())
+    @click.option("--images", type=Count(), default="all")
+    @click.option("--batch-size", type=int)
+    @click.option("--resume")
+    def command(**_: Any) -> None: ...
+
+    arguments = [part for text in files for part in ("--weights", text)]
+    params = command.make_context("it", [*arguments, "--images", "7"]).params
+    stored = {name: str(as_setting(value)) for name, value in params.items() if name != "resume"}
+    bare = command.make_context("it", ["--resume", "abc"])
+    assert stored_settings(bare, stored) == params | {"resume": "abc"}
+    assert as_setting(("srd", "gradient")) == "srd,gradient"
+
+
+def test_only_a_resumed_run_goes_on_from_stored_batches() -> None:
+    class Folder:
+        def list(self, folder: str) -> list[str]:
+            return [f"{folder}/0.npz"]
+
+    assert options.finished_batches(Folder(), {"resume": None}) == set()
+    assert options.finished_batches(Folder(), {"resume": "abc"}) == {"batches/0.npz"}
