@@ -634,12 +634,13 @@ def test_what_has_no_rule_is_refused_by_name(name: str) -> None:
     [
         lambda t: t * torch.sigmoid(t.abs().sqrt().var(1, keepdim=True)),
         lambda t: torch.softmax(t.flatten(2) @ t.flatten(2).transpose(1, 2) * 2, -1) @ t.flatten(2),
+        lambda t: t * torch.sigmoid(torch.tanh(F.linear(t.mean((2, 3)), noise(4, 4))))[..., None, None],
         lambda t: t * (1 - torch.sigmoid(t).square().clamp(max=0.4)),
         lambda t: (y := t * 1, y.mul_(F.hardsigmoid(t)))[0],
         lambda t: torch.mul(input=t, other=torch.sigmoid(t)),
         lambda t: t + 0 * t.exp(),
     ],
-    ids=["statistics", "softmax", "made of gates", "in place", "by name", "no signal"],
+    ids=["statistics", "softmax", "squeezed", "made of gates", "in place", "by name", "no signal"],
 )
 def test_what_relevance_does_not_pass_may_be_anything(function: Any, trainable: bool) -> None:
     """What feeds a gate alone; with weights that ask for gradients and without."""
@@ -720,19 +721,16 @@ def test_lrp_takes_a_gate_for_the_factor_that_it_is() -> None:
     class Net(Calls):
         def __init__(self) -> None:
             super().__init__(nn.Identity())
-            self.squeeze, self.next = nn.Linear(4, 4), nn.Conv2d(4, 4, 3)
+            self.squeeze, self.next, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
             self.written: Tensor | None = None
-            drawn(self)
+            drawn(self).last.weight.abs_()  # every channel has a part in every class
 
         def forward(self, x: Tensor) -> Tensor:
             t = super().forward(x)
-            gate = (
-                torch.sigmoid(self.squeeze(t.mean((2, 3))))[..., None, None]
-                if self.written is None
-                else self.written
-            )
+            gate = torch.sigmoid(self.squeeze(t.mean((2, 3), keepdim=True)))
+            gate = gate if self.written is None else self.written
             self.seen = gate.detach()
-            return torch.relu(self.next(t) * gate).sum((2, 3))
+            return torch.relu(self.last(self.next(t) * gate)).sum((2, 3))
 
     model, x = Net(), noise(2, 3, 4, 4).abs()
     found = LRPZPlus(high=5).explain(model, x, 1)

@@ -104,35 +104,39 @@ def newest(store: str) -> tuple[Any, dict[str, Any], Path]:
     return parent, {run.info.run_name: run for run in own}, Path(parent.info.artifact_uri)
 
 
-class Interrupted:
-    """In the place of ``Batcher.run``: Ctrl-C comes in the ``n``-th batch."""
+class Counted:
+    """In the place of ``Batcher.run``: counts the batches; Ctrl-C comes in the last of ``so_many``."""
 
-    def __init__(self, n: int) -> None:
-        self.left, self.run = n, Batcher.run
+    def __init__(self, so_many: int | None = None) -> None:
+        self.count, self.so_many, self.run = 0, so_many, Batcher.run
 
     def __get__(self, batcher: Batcher, _: object) -> Any:
         def run(*arguments: Any) -> Any:
-            self.left -= 1
-            if self.left == 0:
+            self.count += 1
+            if self.count == self.so_many:
                 raise KeyboardInterrupt
             return self.run(batcher, *arguments)
 
         return run
 
 
-def resumed(store: str, arguments: Sequence[str], n: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a run prints that was interrupted in its ``n``-th batch, then resumed; without the line about the run."""
-    command = [part for part in arguments[:2] if not part.startswith("--")]
+def resumed(store: str, arguments: Sequence[str], batches: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a run prints that was interrupted in the last of its batches, then resumed; without where it is stored."""
     with monkeypatch.context() as patched:
-        patched.setattr(Batcher, "run", Interrupted(n))
+        patched.setattr(Batcher, "run", Counted(batches))
         result = call(*arguments, "--tracking-uri", store)
-    parent, _, _ = newest(store)
     assert result.exit_code == 1
-    again = f"srd-lab {' '.join(command)} --resume {parent.info.run_id}"
-    assert f"interrupted; what was finished is stored; go on with: {again}" in result.output
-    text = succeed(*again.split()[1:], "--tracking-uri", store)
-    assert newest(store)[0].info.run_id == parent.info.run_id
-    assert newest(store)[0].info.status == "FINISHED"
+    command = [part for part in arguments[:2] if not part.startswith("--")]
+    again = [*command, "--resume", newest(store)[0].info.run_id]
+    said = f"interrupted; what was finished is stored; go on with: srd-lab {' '.join(again)}"
+    assert said in result.output
+    with monkeypatch.context() as patched:
+        patched.setattr(Batcher, "run", counted := Counted())
+        text = succeed(*again, "--tracking-uri", store)
+    assert counted.count == 1
+    parent, parts, _ = newest(store)
+    assert parent.info.run_id == again[-1]
+    assert {run.info.status for run in (parent, *parts.values())} == {"FINISHED"}
     return without_place(text)
 
 
@@ -404,6 +408,26 @@ def test_figure_7_measures_the_three_variants(tmp_path: Path) -> None:
     assert [len(arrays["scalar/map"]) for arrays in stored] == [3, 1, 0, 0]
 
 
+@pytest.mark.usefixtures("unseen")
+def test_figure_7_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images fit."""
+    command = ("reproduce", "fig7", "--model", "vgg16", "--images", "5", "--no-track")
+    succeed(*command, "--batch-size", "2", "--out", str(tmp_path / "roomy"))
+    whole, sizes = SRD.explain, list[int]()
+
+    def narrow(self: SRD, model: Any, x: Tensor, target: Any = None) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > 2 and len(sizes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(self, model, x, target)
+
+    monkeypatch.setattr(SRD, "explain", narrow)
+    succeed(*command, "--batch-size", "5", "--out", str(tmp_path / "narrow"))
+    assert sizes == [5, 5, 5, 2, 2, 2, 2, 2, 2, 1, 1, 1]
+    tables = [(tmp_path / out / "vgg16" / "images.csv").read_text() for out in ("roomy", "narrow")]
+    assert tables[0] == tables[1]
+
+
 # --- Fig. 4 ------------------------------------------------------------------------------------------------
 
 
@@ -476,7 +500,7 @@ def test_figure_4_without_srd_has_nothing_to_hold_against_the_paper(tmp_path: Pa
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
-    ("arguments", "n"),
+    ("arguments", "batches"),
     [
         (("table3", "--model", "vgg16", "--model", "resnet18", "--images", "4", "--batch-size", "2"), 4),
         (("fig6", "--model", "vgg16", "--images", "4", "--batch-size", "2"), 2),
@@ -486,10 +510,10 @@ def test_figure_4_without_srd_has_nothing_to_hold_against_the_paper(tmp_path: Pa
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_resumed_run_says_what_an_uninterrupted_one_says(
-    arguments: tuple[str, ...], n: int, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], batches: int, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = succeed("reproduce", *arguments, "--no-track", "--out", str(tmp_path))
-    assert resumed(store, ("reproduce", *arguments), n, monkeypatch) == without_place(whole)
+    assert resumed(store, ("reproduce", *arguments), batches, monkeypatch) == without_place(whole)
     _, _, files = newest(store)
     assert (files / "summary.txt").read_text() == (tmp_path / "summary.txt").read_text()
     if (tmp_path / "findings.csv").exists():
@@ -629,9 +653,9 @@ def image_names(out: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("unseen")
-@pytest.mark.parametrize(("name", "n"), [("apop", 3), ("attack", 2), ("fig7", 3), ("table1", 2)])
+@pytest.mark.parametrize(("name", "batches"), [("apop", 4), ("attack", 2), ("fig7", 4), ("table1", 4)])
 def test_files_that_cannot_be_read_are_left_out_by_name(
-    name: str, n: int, photos: Photos, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, batches: int, photos: Photos, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first batch is them alone; a resumed run says the same."""
     command = (*COMMANDS[name], *photos.subject())
@@ -641,7 +665,7 @@ def test_files_that_cannot_be_read_are_left_out_by_name(
     read = image_names(tmp_path)
     assert set(read) <= set(photos.names)
     assert len(read) == len(set(read)) == (4 if name == "attack" else 6)
-    assert resumed(store, command, n, monkeypatch) == without_place(output)
+    assert resumed(store, command, batches, monkeypatch) == without_place(output)
     assert (newest(store)[2] / "summary.txt").read_text() == (tmp_path / "summary.txt").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from statistics import median
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from srd_lab.tracking import Run
 WORDS = {"original": "original", "apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
 
 
-class _Reproduction(Survey):
+class _Reproduction(Survey, ABC):
     """A survey of all images that ends beside the paper's numbers."""
 
     NAME = ""
@@ -55,13 +56,13 @@ class _Reproduction(Survey):
         """What was done, in a line."""
         return f"{self.NAME} of the paper on {self.about}"
 
+    @abstractmethod
     def tables(self, results: dict[str, Hits]) -> list[str]:
         """The experiment's own tables."""
-        raise NotImplementedError
 
+    @abstractmethod
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         """What the paper says of network ``name``."""
-        raise NotImplementedError
 
     def figure(self, run: Run, results: dict[str, Hits]) -> None:
         """The figure in the paper's layout, where it has one."""
