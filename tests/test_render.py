@@ -221,7 +221,9 @@ def test_manipulation_figure_shows_three_maps_and_a_box_per_method(methods: list
 def test_map_sheet_scales_each_map_by_itself() -> None:
     numbers = np.random.default_rng(0)
     raw = numbers.normal(size=(8, 8))
-    sheet = [render.SheetRow("n0/image.JPEG", numbers.random((3, 8, 8)), {"scalar": 7 * raw, "SRD": 0 * raw})] * 2
+    sheet = [
+        render.SheetRow("n0/image.JPEG", numbers.random((3, 8, 8)), {"scalar": 7 * raw, "SRD": 0 * raw})
+    ] * 2
     figure = render.map_sheet({"resnet50": sheet, "vgg16": sheet[:1]}, "Fig. 7")
     scalar, srd = (figure.axes[i].images[0].get_array() for i in (1, 2))
     np.testing.assert_allclose(scalar, np.clip(raw / np.quantile(np.abs(raw), 0.995), -1, 1))
