@@ -57,7 +57,7 @@ def call(*arguments: str) -> Result:
 def succeed(*arguments: str) -> str:
     result = call(*arguments)
     assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
+    return result.stdout
 
 
 def table(file: Path) -> Rows:
