@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -20,7 +21,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
 
-from apop.experiment import Experiment
+from apop.experiment import Experiment, Hits
 from attacks.experiment import at_equal_perturbation
 from srd_lab import options
 from srd_lab.cli import main
@@ -40,6 +41,7 @@ from srd_lab.reproduce.paper import (
     paper,
     report,
 )
+from srd_lab.reproduce.patterns import Figure6
 from srd_lab.runtime import Batcher
 from srd_lab.tracking import Run
 
@@ -363,6 +365,58 @@ def test_a_tables_cells_are_its_measurements(tmp_path: Path) -> None:
             wanted = ["top1/original", *wanted[:2], "top5/original", *wanted[2:]]
         numbers = [float(cell) for cell in cells[::2]]
         assert numbers == [round(np.mean([float(row[name]) for row in rows]), 3) for name in wanted]
+
+
+def test_figure_6_counts_the_calls_above_guessing(tmp_path: Path) -> None:
+    output = succeed("reproduce", "fig6", "--images", "24", "--no-track", "--out", str(tmp_path))
+    assert output.startswith("Fig. 6 of the paper on scenes, 24 of 2000 images\n")
+    assert deviations(output) == [OTHERS]
+    assert is_png(tmp_path / "fig6.png")
+    found = table(tmp_path / "findings.csv")
+    calls = {"vgg16": 15, "resnet18": 17, "resnet50": 49}
+    assert len(found) == sum(calls.values())
+    verdicts = set()
+    for network, count in calls.items():
+        assert is_png(tmp_path / network / "binarisation.png")
+        rows = table(tmp_path / network / "images.csv")
+        columns = [name for name in rows[0] if name.startswith("binarized/")]
+        assert len(columns) == count
+        accuracy = [float(np.mean([int(row[name]) for row in rows])) for name in columns]
+        own = [row for row in found if row["what"].startswith(f"{network}: ")]
+        below = 0
+        for row, column, value in zip(own, columns, accuracy, strict=True):
+            layer = row["what"].removeprefix(f"{network}: ").removesuffix(" binarised, top-1")
+            assert layer.replace("#", ".") == column.removeprefix("binarized/")
+            low, high = binomtest(round(24 * value), 24).proportion_ci(method="wilson")
+            verdict = "holds" if low > 0.1 else "does not hold" if high < 0.1 else "open"
+            assert float(row["measured"]) == pytest.approx(value)
+            assert (row["paper"], row["n"], row["verdict"]) == ("> 0.1", "24", verdict)
+            below += verdict != "holds"
+            verdicts.add(verdict)
+        (line,) = (line.split() for line in output.splitlines() if line.startswith(f"{network}  "))
+        lowest = own[accuracy.index(min(accuracy))]["what"].split()[1]
+        original = np.mean([int(row["top1/original"]) for row in rows])
+        numbers = [
+            f"{original:.3f}",
+            str(count),
+            f"{min(accuracy):.3f}",
+            lowest,
+            f"{np.median(accuracy):.3f}",
+        ]
+        assert line == [network, *numbers, str(below)]
+    assert {"holds", "open"} <= verdicts
+
+
+def test_figure_6_takes_the_middle_of_an_even_number_of_calls() -> None:
+    """Four calls: half of the images right, a quarter, all, three quarters."""
+    right = {f"binarized/{i}": np.arange(4) < hits for i, hits in enumerate((2, 1, 4, 3))}
+    nothing = np.zeros(4, int)
+    layers = tuple(str(i) for i in range(4))
+    hits = Hits(nothing, nothing, nothing, layers, right | {"top1/original": np.ones(4, bool)})
+    study = object.__new__(Figure6)
+    study.dataset = SimpleNamespace(classes=["it"] * 1000)
+    (_, text) = study.tables({"net": hits})
+    assert text.splitlines()[-1].split() == ["net", "1.000", "4", "0.250", "1", "0.625", "0"]
 
 
 # --- Fig. 7 ------------------------------------------------------------------------------------------------
