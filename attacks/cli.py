@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from srd_lab import options as cli
+from srd_lab.catalogue import ATTACKABLE
 
 
 @click.command()
@@ -14,10 +15,11 @@ from srd_lab import options as cli
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice([*cli.ATTACKED, "all"]),
+    type=click.Choice([*ATTACKABLE, "all"]),
     default=["srd"],
     show_default=True,
-    help="Explanation method; repeatable.",
+    metavar="NAME",
+    help="Explanation method (`srd-lab methods` lists them), or all = the six of Fig. 4; repeatable.",
 )
 @click.option(
     "--pairs",

@@ -15,9 +15,9 @@ from attacks.manipulation import (
     AttackResult,
     Manipulation,
     noise_at_equal_mse,
-    normalisation_scale,
     similarity,
 )
+from srd_lab.backprop import normalisation_scale
 from srd_lab.data import Loaded, load_batches
 from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.runtime import generator
@@ -83,7 +83,10 @@ def _correct(loaded: Loaded, model: nn.Module, device: torch.device) -> list[int
 def attack_explainer(method: str, start: str) -> Explainer:
     """The explainer as the attack sees it: SRD from ``start`` (the paper: ones), any other with absolute values
     summed over channels (Dombrowski et al. 2019), as far as it has the choice."""
-    known = {field.name for field in fields(EXPLAINERS[method])}
+    default: Any = EXPLAINERS[method]
+    known = {field.name for field in fields(default)}
+    if getattr(default, "level", "") == "low":
+        return make_explainer(method)  # at the encoder output, a start of ones would be the map
     options = {"start": start} if "start" in known else {"channels": "abs_sum"} if "channels" in known else {}
     return make_explainer(method, **options)
 

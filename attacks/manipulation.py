@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attacks.objective import Budget, Objective
 from srd_lab import maps
-from srd_lab.backprop import split_normalisation
+from srd_lab.backprop import normalisation_scale
 from srd_lab.checks import check_input, check_target
 from srd_lab.intercept import SmoothModel
 from srd_lab.metrics.similarity import PCC, SSIM
@@ -283,11 +283,3 @@ def noise_at_equal_mse(x: Tensor, mse: Tensor, scale: Tensor, budget: Budget, no
         reached = ((noisy - x) * scale).square().mean((1, 2, 3)) >= mse
         low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
     return budget.project(x + high[:, None, None, None] * noise / scale, x)
-
-
-def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:
-    """What one unit of pixel value is in normalised units, (1, C, 1, 1)."""
-    normalise, _ = split_normalisation(model)
-    zero = torch.zeros_like(x[:1])
-    with torch.no_grad():
-        return (normalise(zero + 1) - normalise(zero)).mean((2, 3), keepdim=True)

@@ -379,3 +379,11 @@ def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(first, nn.Module) and isinstance(rest, nn.Module):
         return first, rest
     return nn.Identity(), model
+
+
+def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:
+    """What one unit of pixel value is in normalised units, (1, C, 1, 1)."""
+    normalise, _ = split_normalisation(model)
+    zero = torch.zeros_like(x[:1])
+    with torch.no_grad():
+        return (normalise(zero + 1) - normalise(zero)).mean((2, 3), keepdim=True)

@@ -15,6 +15,7 @@ from srd_lab.backprop import Decomposed, TensorNotes, exchanged, overwrites
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool
 from srd_lab.held import HELD
 from srd_lab.layout import Channels, has_extent
+from srd_lab.level import call_index, high_call
 from srd_lab.types import SrdLabError
 
 T = torch.Tensor
@@ -30,11 +31,12 @@ _SHIFTS = {
 @dataclass(frozen=True)
 class End:
     """Where the encoder ends: its output map as it was then, the axis of its channels, and the activation call that
-    made it (None after anything else)."""
+    made it (None after anything else); the number of the torch function that did, see :class:`Exchange`."""
 
     output: Tensor
     axis: int
     call: Call | None
+    event: int
     version: int
 
 
@@ -62,7 +64,9 @@ class SRDTrace(Decomposed):
         self._with_bias = with_bias
         self._encoder = None if encoder is None else find_module(model, encoder)
         self._encoder_name = encoder
+        self.made: list[tuple[int, int]] = []  # event and channel axis of every activation call
         self._made_by: TensorNotes[Call] = TensorNotes()
+        self._made_at: TensorNotes[int] = TensorNotes()
         self._convolved: TensorNotes[Convolution] = TensorNotes()
         self._found: End | None = None
         self._input: Tensor | None = None  # what the network proper is fed with, once normalised
@@ -103,18 +107,39 @@ class SRDTrace(Decomposed):
             )
         return self._found
 
+    def call_index(self, layer: str | int) -> int:
+        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        return call_index(self.calls, layer)
+
+    def high(self, last: int | None) -> int:
+        """Index of the last activation call at 1/8 of the input's size, none behind the call ``last``."""
+        assert self._shape is not None
+        calls = self.u if last is None else self.u[: last + 1]
+        return high_call([tuple(u.shape) for u in calls], self._shape)
+
     def release(self) -> None:
         """Let go of every tensor, so that the graph dies with whoever still needs it."""
         self.u.clear()
         self.v.clear()
+        self.made.clear()
         self.channels.clear()
         self._made_by.clear()
+        self._made_at.clear()
         self._convolved.clear()
         self._found = self._input = None
 
     # calls ---------------------------------------------------------------------------------------------
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(out, Tensor):
+            self._made_at.put(out, self.events)
+        return out
+
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self._axis = self.channels.of(x)
+        self.made.append((self.events, self._axis))
         self._layer(x, self._axis)
         out = super().activate(call, x, inplace)
         self._made_by.put(out, call)
@@ -223,7 +248,8 @@ class SRDTrace(Decomposed):
         return None
 
     def _end(self, output: Tensor) -> End:
-        return End(output, self.channels.of(output), self._made_by.get(output), output._version)
+        axis, event = self.channels.of(output), self._made_at.get(output) or 0
+        return End(output, axis, self._made_by.get(output), event, output._version)
 
     def _follow_input(self, function: Function, out: Tensor) -> None:
         """A shift or scale ahead of the first layer is normalisation: the input is what it puts out."""

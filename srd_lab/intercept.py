@@ -65,6 +65,7 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.calls: list[Call] = []
+        self.events = 0  # torch functions that the model has called
         self._names = {id(module): name for name, module in model.named_modules()}
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
@@ -141,6 +142,7 @@ class Interceptor(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.events += 1
         found = recognise(func, args, kwargs)
         if found is None:
             return self._dispatch(func, args, kwargs)
@@ -197,6 +199,23 @@ class Watch(Interceptor):
 
     def convolution(self, conv: Convolution) -> Tensor:
         return conv.apply(conv.x, conv.weight, conv.bias)
+
+
+class Exchange(Watch):
+    """Runs a model in which what its torch function number ``event`` returned is exchanged for ``by`` of it.
+
+    Model and control flow are those of the run that counted ``events``; the batch may grow on the way.
+    """
+
+    def __init__(self, model: nn.Module, event: int, by: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model)
+        self.event, self.by = event, by
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        return self.by(out) if self.events == self.event else out
 
 
 class SmoothModel(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,3 +39,12 @@ def max_to_one(maps: Tensor) -> Tensor:
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, h, w) -> (N, *size), bilinear, as the paper shows its low and high maps."""
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def prepared(raw: Tensor, size: tuple[int, int]) -> Tensor:
+    """A raw map (N, h, w) as the SRD paper scores it: divided by its largest absolute value, stretched to ``size``,
+    clamped to [-1, 1]. A zero map stays zero; one that is not finite becomes NaN all over."""
+    top = raw.abs().amax((1, 2), keepdim=True)
+    finite = torch.isfinite(raw).flatten(1).all(1)[:, None, None]
+    scaled = (raw / top.masked_fill(top == 0, 1)).masked_fill(~finite, torch.nan)
+    return upsample(scaled, size).clamp(-1, 1)

@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 import click
 
+from srd_lab.catalogue import FIGURE_4
 from srd_lab.types import SrdLabError
 
 # how, not what: free to differ on resume
 INFRASTRUCTURE = ("track", "tracking_uri", "out", "resume", "debug", "device", "workers")
 DEFAULT_MODEL = "vgg16"
-# the methods of Fig. 4
-ATTACKED = ("srd", "gradient", "grad_input", "guided_backprop", "integrated_gradients", "lrp_zplus")
+ATTACKED = FIGURE_4  # what "all" means to an attack
 DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
 
 

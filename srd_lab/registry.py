@@ -1,29 +1,70 @@
-"""Every explanation method and every similarity score by name, for the command line and for ``explain``."""
+"""Every explanation method and metric by name, for the command line and for ``explain``."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from srd_lab.methods.gradient import Gradient, GradInput, GuidedBackprop, IntegratedGradients
-from srd_lab.methods.lrp import LRPZPlus
+from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
+from srd_lab.methods.cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
+from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
+from srd_lab.methods.controls import Random, Sobel
+from srd_lab.methods.fullgrad import FullGrad
+from srd_lab.methods.gradient import Deconvnet, Gradient, GradInput, GuidedBackprop
+from srd_lab.methods.lrp import ExcitationBackprop, LRPEpsilon, LRPGamma, LRPZPlus
 from srd_lab.methods.srd import SRD
-from srd_lab.metrics.similarity import PCC, SSIM
+from srd_lab.metrics.complexity import Roughness, Sparseness
+from srd_lab.metrics.explained import Metric
+from srd_lab.metrics.faithfulness import Deletion, Fidelity, Infidelity, Insertion, LeRF, MoRF
+from srd_lab.metrics.localisation import AttributionLocalization, PointingGame
+from srd_lab.metrics.robustness import MaxSensitivity, NoisePCC, NoiseSSIM, Randomization, Stability
 from srd_lab.types import Explainer, SrdLabError
 
-EXPLAINERS: dict[str, type] = {
-    "srd": SRD,
-    "gradient": Gradient,
-    "grad_input": GradInput,
-    "guided_backprop": GuidedBackprop,
-    "integrated_gradients": IntegratedGradients,
-    "lrp_zplus": LRPZPlus,
+EXPLAINERS: dict[str, Explainer] = {
+    "gradient": Gradient(),
+    "guided_backprop": GuidedBackprop(),
+    "grad_input": GradInput(),
+    "integrated_gradients": IntegratedGradients(),
+    "lrp_zplus": LRPZPlus(),
+    "smoothgrad": SmoothGrad(),
+    "fullgrad": FullGrad(),
+    "gradcam": GradCAM(),
+    "gradcam_pp": GradCAMPlusPlus(),
+    "scorecam": ScoreCAM(),
+    "ablationcam": AblationCAM(),
+    "xgradcam": XGradCAM(),
+    "layercam_low": LayerCAM(),
+    "layercam_high": LayerCAM(level="high"),
+    "srd_low": SRD(level="low"),
+    "srd_high": SRD(level="high"),
+    "srd": SRD(),
+    "deconvnet": Deconvnet(),
+    "lrp_epsilon": LRPEpsilon(),
+    "lrp_gamma": LRPGamma(),
+    "excitation_backprop": ExcitationBackprop(),
+    "contrastive_excitation": ExcitationBackprop(contrastive=True),
+    "random": Random(),
+    "sobel": Sobel(),
 }
-METRICS: dict[str, type] = {
-    "ssim": SSIM,
-    "pcc": PCC,
+
+METRICS: dict[str, Metric] = {
+    "pointing_game": PointingGame(),
+    "attribution_localization": AttributionLocalization(),
+    "sparseness": Sparseness(),
+    "fidelity": Fidelity(),
+    "stability": Stability(),
+    "ssim": NoiseSSIM(),
+    "pcc": NoisePCC(),
+    "insertion": Insertion(),
+    "deletion": Deletion(),
+    "morf": MoRF(),
+    "lerf": LeRF(),
+    "infidelity": Infidelity(),
+    "max_sensitivity": MaxSensitivity(),
+    "randomization": Randomization(),
+    "roughness": Roughness(),
 }
 
 
@@ -31,12 +72,12 @@ def make_explainer(method: str, **options: Any) -> Explainer:
     """The explainer of that name; options are its fields."""
     if method not in EXPLAINERS:
         raise SrdLabError(f"unknown method {method!r}; expected one of {', '.join(EXPLAINERS)}")
-    kind = EXPLAINERS[method]
-    known = [field.name for field in fields(kind)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise SrdLabError(f"{method} has no option {', '.join(unknown)}; it takes {', '.join(known)}")
-    return kind(**options)  # type: ignore[no-any-return]
+    default: Any = EXPLAINERS[method]
+    known = [field.name for field in fields(default)]
+    if unknown := sorted(set(options) - set(known)):
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise SrdLabError(f"{method} has no option {', '.join(unknown)}; {takes}")
+    return replace(default, **options)  # type: ignore[no-any-return]
 
 
 def explain(

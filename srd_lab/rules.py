@@ -76,6 +76,32 @@ def guided(u: Tensor, v: Tensor, g: Tensor) -> Passed:
     return Passed(None, g * (g > 0))
 
 
+def deconvnet(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """Deconvnet (Zeiler & Fergus 2014): positive signals go on, whether the activation was active or not."""
+    return Passed(g * (g > 0), None)
+
+
+def lrp_epsilon(epsilon: float) -> Rule:
+    """LRP-epsilon (Bach et al. 2015): a neuron's relevance over its pre-activation, held off zero."""
+
+    def rule(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+        r = v * g
+        return Passed(divide(r, u + epsilon * sign(u)), None, r.sum(1))
+
+    return rule
+
+
+def lrp_modified(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """LRP z+ and gamma (Montavon et al. 2017, 2019): u is the pre-activation that the modified weights make."""
+    r = v * g
+    return Passed(divide(r, u), None, r.sum(1))
+
+
+def sign(t: Tensor) -> Tensor:
+    """1 where t >= 0 and -1 elsewhere, without a derivative."""
+    return torch.where(t >= 0, 1.0, -1.0).to(t)
+
+
 def carried_by(bias: Tensor, g: Tensor) -> Tensor:
     """<bias, g> over channels, (N, 1, ...): what a bias earns. It is a vector of channels or has the shape of g."""
     if bias.dim() > 1:

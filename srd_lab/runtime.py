@@ -38,9 +38,13 @@ def generator(seed: int, *keys: int | str) -> torch.Generator:
 
     CPU on purpose: the numbers are the same whatever device the work runs on.
     """
+    return torch.Generator().manual_seed(derived_seed(seed, *keys))
+
+
+def derived_seed(seed: int, *keys: int | str) -> int:
+    """A seed below 2^63 that depends on the seed and the keys alone."""
     text = "/".join(str(part) for part in (seed, *keys))
-    state = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(state)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def keep_freed_memory() -> None:

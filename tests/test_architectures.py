@@ -26,7 +26,8 @@ from srd_lab import rules
 from srd_lab.backprop import tensors_in
 from srd_lab.encoder import SRDTrace
 from srd_lab.layout import Channels
-from srd_lab.methods.gradient import Gradient, GuidedBackprop, IntegratedGradients
+from srd_lab.methods.averaged import IntegratedGradients
+from srd_lab.methods.gradient import Gradient, GuidedBackprop
 from srd_lab.methods.lrp import LRPZPlus
 from srd_lab.methods.srd import SRD
 from srd_lab.types import SrdLabError

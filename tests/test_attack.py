@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from attacks import AttackResult, Budget, Manipulation, Objective
 from attacks.experiment import at_equal_perturbation, common_reach, perturbation_curves, scores_at
-from attacks.manipulation import noise_at_equal_mse, normalisation_scale, similarity
+from attacks.manipulation import noise_at_equal_mse, similarity
 from srd_lab import maps
+from srd_lab.backprop import normalisation_scale
 from srd_lab.intercept import SmoothModel
 from srd_lab.metrics.similarity import PCC, SSIM
 from srd_lab.models import Classifier

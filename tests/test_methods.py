@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from srd_lab.intercept import SmoothModel
-from srd_lab.methods.gradient import Gradient, GradInput, GuidedBackprop, IntegratedGradients
+from srd_lab.methods.averaged import IntegratedGradients
+from srd_lab.methods.gradient import Gradient, GradInput, GuidedBackprop
 from srd_lab.methods.lrp import LRPZPlus
 from srd_lab.methods.srd import SRD
 from srd_lab.models import Classifier

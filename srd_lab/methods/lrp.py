@@ -1,62 +1,54 @@
-"""Layer-wise relevance propagation with the z+ rule (Montavon et al. 2017), z^B at the input; bias ignored.
+"""Layer-wise relevance propagation: the z+, gamma and epsilon rules, and excitation backprop, which is z+ from a one.
 
-Between two activation layers everything is affine, so a pre-activation is ``u_j = sum_i w_ij x_i`` over activation
-outputs x_i >= 0, and relevance goes to positive contributions only:
-``R_i = sum_j x_i w_ij^+ / (sum_k x_k w_kj^+) R_j``. Batch norm after a convolution is folded into w before the sign
-is taken; additions and concatenations are part of the affine map, so a residual network needs no canonisation.
-At the input, with pixels in a box [l, h]: ``R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / (sum_k same) R_j``.
+Between two activation layers everything is affine: ``u_j = sum_i w_ij x_i + b_j``. Relevance goes back by
 
-As one backward pass: next to every pre-activation u runs its positive part u+ (the same layers with w+), and an
-activation replaces its derivative by ``v G / u+``, which then takes the ordinary backward pass through u+.
+- z+ (Montavon et al. 2017): ``R_i = sum_j x_i w_ij^+ / (sum_k x_k w_kj^+) R_j``, biases ignored;
+- gamma (Montavon et al. 2019): the same with ``w + gamma w^+`` in the place of ``w^+``, biases taking their part;
+- epsilon (Bach et al. 2015): ``R_i = sum_j x_i w_ij / (u_j + epsilon sign u_j) R_j``.
+
+Batch norm after a convolution is folded into w before the sign is taken; additions and concatenations are part of the
+affine map, so a residual network needs no canonisation. z+ and gamma take activation outputs x >= 0; at the input, with
+pixels in a box [l, h], they use z^B: ``R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / (sum_k same) R_j``.
+
+Excitation backprop (Zhang et al. 2016) is the z+ rule with a one at the class; contrastive, what the negated weights of
+the class would excite is taken off in the last layer.
 
 Example
 -------
->>> LRPZPlus().explain(model, x)    # (N, H, W); sums to the target logit
+>>> LRPZPlus().explain(model, x)               # (N, H, W); sums to the target logit
+>>> ExcitationBackprop().explain(model, x, 3)  # (N, H / 8, W / 8)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import maps, rules
-from srd_lab.backprop import (
-    GATES,
-    Decomposed,
-    TensorNotes,
-    exchanged,
-    overwrites,
-    split_normalisation,
-    tensors_in,
-    traced,
-)
-from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take
+from srd_lab.backprop import split_normalisation, traced
 from srd_lab.checks import check_input, check_target
+from srd_lab.encoder import SRDTrace
+from srd_lab.level import call_index, high_call
+from srd_lab.modified import ModifiedTrace
 from srd_lab.types import SrdLabError
-
-_NON_NEGATIVE = ("relu", "relu6", "softplus", "smooth_relu", "smooth_clip")
 
 
 @dataclass(frozen=True)
-class LRPZPlus:
-    """LRP z+ with z^B at the first layer.
+class _Modified(ABC):
+    """A rule with modified weights.
 
     low, high : the pixel box; it is normalised as the image is.
-    channels : how the colour channels become one number; "sum" adds up their shares.
     """
 
     low: float = 0.0
     high: float = 1.0
-    channels: str = "sum"
 
     def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Relevance per pixel (N, H, W), summing to the target logit up to dead receptive fields.
-        See :class:`srd_lab.types.Explainer`."""
+        """Relevance per position, as the class says. See :class:`srd_lab.types.Explainer`."""
         return self.explain_with_logits(model, x, target)[0]
 
     def explain_with_logits(
@@ -71,158 +63,167 @@ class LRPZPlus:
                 normalise(torch.full_like(x, end)).detach().requires_grad_() for end in (self.low, self.high)
             ]
             given = normalise(leaf)
-            trace = _LRPTrace(network, *box)
+            trace = ModifiedTrace(network, (box[0], box[1]), self.modify, self.with_bias)
             logits = trace.trace(given)
-            classes = check_target(target, logits)[:, None]
-            relevance = torch.zeros_like(logits).scatter(1, classes, logits.gather(1, classes))
-            top = trace.plus(logits)
-            with trace.live():
-                slopes = torch.autograd.grad(
-                    top,
-                    (given, *box),
-                    rules.divide(relevance, top),
-                    create_graph=differentiable,
-                    allow_unused=True,
-                )
-            shares = [t * g for t, g in zip((given, *box), slopes, strict=True) if g is not None]
-            attribution = torch.stack(shares).sum(0) if shares else torch.zeros_like(given)
+            map_ = self.propagate(
+                trace, logits, check_target(target, logits)[:, None], (given, *box), differentiable
+            )
         trace.release()
-        map_ = maps.reduce_channels(attribution, self.channels)
         return (map_, logits) if differentiable else (map_.detach(), logits.detach())
 
+    with_bias = False
 
-def _z_plus(u_plus: Tensor, v: Tensor, g: Tensor) -> rules.Passed:
-    r = v * g
-    return rules.Passed(rules.divide(r, u_plus), None, r.sum(1))
+    def modify(self, weight: Tensor) -> Tensor:
+        """z+."""
+        return weight.clamp_min(0)
+
+    @abstractmethod
+    def propagate(
+        self,
+        trace: ModifiedTrace,
+        logits: Tensor,
+        classes: Tensor,
+        ends: tuple[Tensor, ...],
+        differentiable: bool,
+    ) -> Tensor:
+        """The map, from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
 
 
-class _LRPTrace(Decomposed):
-    """A forward pass that carries, for every tensor between two activations, its positive part alongside."""
+def _to_input(
+    top: list[Tensor], signals: list[Tensor], ends: tuple[Tensor, ...], differentiable: bool
+) -> Tensor:
+    """Relevance (N, C, H, W) at the image, of signals at tensors of the modified pass."""
+    slopes = torch.autograd.grad(top, ends, signals, create_graph=differentiable, allow_unused=True)
+    shares = [t * g for t, g in zip(ends, slopes, strict=True) if g is not None]
+    return torch.stack(shares).sum(0) if shares else torch.zeros_like(ends[0])
 
-    def __init__(self, network: nn.Module, low: Tensor, high: Tensor) -> None:
-        super().__init__(network, _z_plus)
-        self._ends = (low, high)
-        self._parts: TensorNotes[Tensor] = TensorNotes()
-        # a batch norm may follow: fold first, then take the sign
-        self._unfolded: TensorNotes[Convolution] = TensorNotes()
-        # bounds of tensors that are made of the image alone
-        self._boxes: TensorNotes[tuple[Tensor, Tensor]] = TensorNotes()
-        self._u_plus: Tensor | None = None
 
-    def trace(self, given: Tensor) -> Tensor:
-        fed = given.clone()  # a network may change its input in place
-        self._boxes.put(fed, self._ends)
-        return self.run(fed)  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class LRPZPlus(_Modified):
+    """LRP z+ with z^B at the first layer: the map sums to the target logit, up to dead receptive fields.
 
-    def release(self) -> None:
-        """Let go of every tensor, so that the graph dies with whoever still needs it."""
-        for notes in (self._parts, self._unfolded, self._boxes):
-            notes.clear()
-        self._u_plus = None
+    low, high : the pixel box; it is normalised as the image is.
+    channels : how the colour channels become one number; "sum" adds up their shares.
+    """
 
-    def plus(self, t: Tensor) -> Tensor:
-        """The positive part of t; an activation's output, and what is pooled from it, is its own."""
-        conv = self._unfolded.get(t)
-        if conv is not None:
-            return self._convolved(conv, conv.weight)
-        part = self._parts.get(t)
-        return t if part is None else part
+    channels: str = "sum"
 
-    # calls ---------------------------------------------------------------------------------------------
-    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
-        clipped = call.kind == "hardtanh" and call.value_at(-1e30) >= 0  # how nn.ReLU6 calls itself
-        if call.kind not in _NON_NEGATIVE and not clipped:
-            raise SrdLabError(
-                f"lrp_zplus needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
-                "use another method on this network"
-            )
-        plus = self.plus(x)
-        self._u_plus = plus.clone() if plus is x else plus
-        return super().activate(call, x, inplace)
+    def propagate(
+        self,
+        trace: ModifiedTrace,
+        logits: Tensor,
+        classes: Tensor,
+        ends: tuple[Tensor, ...],
+        differentiable: bool,
+    ) -> Tensor:
+        relevance = torch.zeros_like(logits).scatter(1, classes, logits.gather(1, classes))
+        top = trace.modified(logits)
+        with trace.live():
+            attribution = _to_input([top], [rules.divide(relevance, top)], ends, differentiable)
+        return maps.reduce_channels(attribution, self.channels)
 
-    def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
-        return super().gate(call, self._u_plus, v)  # type: ignore[arg-type]
 
-    def convolution(self, conv: Convolution) -> Tensor:
-        y = super().convolution(conv)
-        self._unfolded.put(y, conv)
-        return y
+@dataclass(frozen=True)
+class LRPGamma(LRPZPlus):
+    """LRP gamma with z^B at the first layer; biases keep what is theirs, so the map does not sum to the logit.
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = super().linear(x, weight, bias)
-        self._parts.put(y, F.linear(self.plus(x), weight.clamp_min(0)))
-        return y
+    low, high, channels : see :class:`LRPZPlus`. gamma : how much positive weights are favoured, >= 0.
+    """
 
-    def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        conv, scale = self._unfolded.get(norm.x), norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
-        if conv is not None:
-            part = self._convolved(conv, conv.weight * norm.scale.view(-1, 1, 1, 1))
+    gamma: float = 0.25
+
+    with_bias = True
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0:
+            raise SrdLabError(f"lrp_gamma needs gamma >= 0, got {self.gamma}")
+
+    def modify(self, weight: Tensor) -> Tensor:
+        """Positive weights grow."""
+        return weight + self.gamma * weight.clamp_min(0)
+
+
+@dataclass(frozen=True)
+class ExcitationBackprop(_Modified):
+    """Marginal winning probabilities: z+ from a one at the class; (N, h, w) at ``level``, sums to 1 up to dead fields.
+
+    low, high : the pixel box, for level="input".
+    level : "high" = the last activation at 1/8 of the image, "input", or an activation call or submodule by name.
+    contrastive : takes off what the negated weights of the class would excite, and keeps what is positive after that.
+    """
+
+    level: str = "high"
+    contrastive: bool = False
+
+    def propagate(
+        self,
+        trace: ModifiedTrace,
+        logits: Tensor,
+        classes: Tensor,
+        ends: tuple[Tensor, ...],
+        differentiable: bool,
+    ) -> Tensor:
+        top = [trace.modified(logits)]
+        one = torch.zeros_like(logits).scatter(1, classes, 1)
+        signals = [rules.divide(one, top[0])]
+        if self.contrastive:
+            if trace.head is None or trace.head[0] is not logits:
+                raise SrdLabError(
+                    "contrastive excitation backprop needs a network that ends in a linear layer; use contrastive=False"
+                )
+            _, x, weight = trace.head
+            top.append(F.linear(x, (-weight).clamp_min(0)))
+            signals.append(-rules.divide(one, top[1]))
+        with trace.live() as relevance:
+            attribution = _to_input(top, signals, ends, differentiable)
+            found = dict(relevance)
+        map_ = attribution.sum(1) if self.level == "input" else self._at_level(trace, found, ends[0])
+        return torch.relu(map_) if self.contrastive else map_
+
+    def _at_level(self, trace: ModifiedTrace, found: dict[int, Tensor], image: Tensor) -> Tensor:
+        if self.level == "high":
+            index = high_call(trace.shapes, image.shape)
         else:
-            part = self._affine(norm.x, scale, lambda x, w: x * w)
-        y = run()
-        self._parts.put(y, part)
-        return y
-
-    def max_pool(self, pool: MaxPool) -> Any:
-        out = super().max_pool(pool)
-        box = self._boxes.get(pool.x)
-        if isinstance(out, Tensor) and (box is not None or self._noted(pool.x)):
-            winners = pool.apply(pool.x.detach(), True)[1]
-            self._note(out, [take(t, winners) for t in (box or (self.plus(pool.x),))])
-        return out
-
-    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other affine operation does to the positive parts what it does to the values; a gate is one factor for
-        both. What is refused is refused in the positive parts too, where the live pass goes."""
-        run = super().other
-        tensors = tensors_in(args, kwargs)
-        if function in GATES or not self.moving(args, kwargs):
-            return run(function, args, kwargs)
-        if any(self._noted(t) for t in tensors):
-            tables = [{id(t): self.plus(t) for t in tensors}]
-        elif any(self._boxes.get(t) for t in tensors):
-            bounds = {id(t): self._boxes.get(t) or (t, t) for t in tensors}
-            tables = [{key: ends[i] for key, ends in bounds.items()} for i in (0, 1)]
-        else:
-            return run(function, args, kwargs)
-        mirrored = [_mirror(function, args, kwargs, table) for table in tables]
-        out = run(function, args, kwargs)
-        if _made_tensors(out):
-            self._note(out, [run(function, *given) for given in mirrored])
-        return out
-
-    # positive parts ------------------------------------------------------------------------------------
-    def _noted(self, t: Tensor) -> bool:
-        return self._unfolded.get(t) is not None or self._parts.get(t) is not None
-
-    def _note(self, out: Any, mirrored: list[Any]) -> None:
-        outs = (out,) if isinstance(out, Tensor) else out
-        columns = [(m,) if isinstance(m, Tensor) else m for m in mirrored]
-        for t, *parts in zip(outs, *columns, strict=True):
-            if len(parts) == 1:
-                self._parts.put(t, parts[0])
-            else:
-                self._boxes.put(t, (parts[0], parts[1]))
-
-    def _convolved(self, conv: Convolution, weight: Tensor) -> Tensor:
-        return self._affine(conv.x, weight, conv.apply)
-
-    def _affine(self, x: Tensor, weight: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """z+ above, z^B where x is made of the image alone."""
-        box = self._boxes.get(x)
-        if box is None:
-            return run(self.plus(x), weight.clamp_min(0))
-        return run(x, weight) - run(box[0], weight.clamp_min(0)) - run(box[1], weight.clamp_max(0))
+            index = call_index(trace.calls, self.level)
+        if index not in found or found[index].dim() != 3:
+            raise SrdLabError(f"no map of relevance is at {trace.calls[index].name!r}; choose another level")
+        return found[index]
 
 
-def _mirror(
-    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with every tensor exchanged; what it would overwrite is copied first."""
-    args, kwargs = exchanged(args, kwargs, table)
-    return ((args[0].clone(), *args[1:]) if overwrites(function, kwargs) else args), kwargs
+@dataclass(frozen=True)
+class LRPEpsilon:
+    """LRP epsilon at every layer, the first among them; biases keep what is theirs.
 
+    epsilon : what holds the pre-activations off zero, > 0.
+    channels : how the colour channels become one number; "sum" adds up their shares.
+    """
 
-def _made_tensors(out: Any) -> bool:
-    outs = out if isinstance(out, tuple | list) else (out,)
-    return bool(outs) and all(isinstance(t, Tensor) and t.requires_grad for t in outs)
+    epsilon: float = 1e-6
+    channels: str = "sum"
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise SrdLabError(f"lrp_epsilon needs epsilon > 0, got {self.epsilon}")
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Relevance per pixel (N, H, W), signed. See :class:`srd_lab.types.Explainer`."""
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map and the model's output, from one forward pass."""
+        check_input(x, model)
+        leaf, differentiable = traced(x)
+        normalise, network = split_normalisation(model)
+        with torch.enable_grad():
+            given = normalise(leaf)
+            trace = SRDTrace(network, rules.lrp_epsilon(self.epsilon), "", with_bias=False)
+            logits, _ = trace.trace(given)
+            score = logits.gather(1, check_target(target, logits)[:, None])
+            signal = rules.divide(score, score + self.epsilon * rules.sign(score))
+            with trace.live():
+                (g,) = torch.autograd.grad(score, given, signal, create_graph=differentiable)
+            map_ = maps.reduce_channels(given * g, self.channels)
+        trace.release()
+        return (map_, logits) if differentiable else (map_.detach(), logits.detach())

@@ -160,7 +160,7 @@ class SRD:
         if not len(positions):
             raise SrdLabError("no positions were given; expected pairs (row, column)")
         with _tracing(self, model, x) as run:
-            index = run.call_index(layer)
+            index = run.trace.call_index(layer)
             return torch.stack([run.at_input(run.single(index, position)) for position in positions], 1)
 
     def sharing_ratio(self, model: nn.Module, x: Tensor, source: str | int, target: str | int) -> Tensor:
@@ -168,13 +168,13 @@ class SRD:
         call ``target``, i in the activation call ``source`` or "input"; one axis instead of two on tokens. Entry
         [n, j] is a map over i. Where other activations lie on paths from i to j, the sum over all paths (Eq. 17)."""
         with _tracing(self, model, x) as run:
-            j = run.call_index(target)
+            j = run.trace.call_index(target)
             places = tuple(run.trace.u[j].shape[2:])
             begins = (run.single(j, position) for position in product(*map(range, places)))
             if source == "input":
                 shares = [run.at_input(begin) for begin in begins]
             else:
-                i = run.call_index(source)
+                i = run.trace.call_index(source)
                 if i >= j:
                     raise SrdLabError(
                         f"layer {source!r} does not come before {target!r}; swap source and target"
@@ -316,7 +316,9 @@ class _Run:
         if level == "low":
             found = self.finish(begin.relevance)
         else:
-            found = self.at_call(begin, self._high(begin) if level == "high" else self.call_index(level))
+            found = self.at_call(
+                begin, self.trace.high(begin.call) if level == "high" else self.trace.call_index(level)
+            )
         if found.dim() != 3:
             raise SrdLabError(
                 f"level {level!r} holds relevance of shape {tuple(found.shape)} here (tokens), which is no map (N, h, w); "
@@ -334,43 +336,6 @@ class _Run:
                 nothing = u.new_zeros(u.shape[0], *u.shape[2:])
                 maps[call.name] = self.finish(relevance.get(call.index, nothing))
         return maps
-
-    # layers --------------------------------------------------------------------------------------------
-    def call_index(self, layer: str | int) -> int:
-        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
-        names = [call.name for call in self.trace.calls]
-        if isinstance(layer, int):
-            if not -len(names) <= layer < len(names):
-                raise SrdLabError(
-                    f"activation call {layer} does not exist; the model makes {len(names)} calls"
-                )
-            return layer % len(names)
-        for suffix in ("", "."):
-            exact = [
-                i for i, name in enumerate(names) if name == layer or (suffix and name.endswith("." + layer))
-            ]
-            if exact:
-                return exact[0]
-        within = [
-            i
-            for i, name in enumerate(names)
-            if f".{name}".find(f".{layer}.") >= 0 or name.startswith(layer + "#")
-        ]
-        if not within:
-            raise SrdLabError(
-                f"no activation call is named {layer!r} or made inside it; the calls are: {', '.join(names)}"
-            )
-        return within[-1]
-
-    def _high(self, begin: _Begin) -> int:
-        size = tuple(-(-side // 8) for side in self.leaf.shape[2:])
-        last = len(self.trace.u) - 1 if begin.call is None else begin.call
-        fitting = [
-            i for i, u in enumerate(self.trace.u[: last + 1]) if u.dim() == 4 and tuple(u.shape[2:]) == size
-        ]
-        if not fitting:
-            raise SrdLabError(f"no activation has 1/8 of the input's size, {size}; name a layer with level=")
-        return fitting[-1]
 
 
 def _total(relevance: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from srd_lab.metrics.explained import Explained
 from srd_lab.metrics.similarity import float64
 from srd_lab.types import SrdLabError
 
@@ -23,6 +24,9 @@ class Sparseness:
     In [0, 1 - 1/d]: 0 where all pixels are equal, 1 - 1/d where all is in one. Sign, scale and place do not matter.
     Zero maps and maps with NaN or infinite pixels score NaN.
     """
+
+    def of(self, explained: Explained) -> Tensor:
+        return self.score(explained.maps)
 
     def score(self, maps: Tensor) -> Tensor:
         """Sparseness of maps (N, H, W) as (N,)."""
@@ -48,6 +52,9 @@ class Roughness:
     methods at one resolution: a coarse map stretched to more pixels is smooth.
     Constant maps, zero ones among them, and maps with NaN or infinite pixels score NaN.
     """
+
+    def of(self, explained: Explained) -> Tensor:
+        return self.score(explained.maps)
 
     def score(self, maps: Tensor) -> Tensor:
         """Roughness of maps (N, H, W) as (N,)."""

@@ -1,0 +1,155 @@
+"""Class activation maps: a layer's channels, weighted by what the class logit owes them.
+
+All are ``relu(sum_k w_k A_k)`` over the channels A_k of one layer, g = d y_c / d A, Z = h w positions:
+
+- Grad-CAM (Selvaraju et al. 2017): w_k = mean_ij g_k.
+- Grad-CAM++ (Chattopadhyay et al. 2018): w_k = sum_ij a relu(g_k), a = g_k^2 / (2 g_k^2 + g_k^3 sum_ij A_k).
+- XGrad-CAM (Fu et al. 2020): w_k = sum_ij g_k A_k / sum_ij A_k.
+- LayerCAM (Jiang et al. 2021): w_k = relu(g_k), a weight for every position.
+
+The layer is the encoder output (``level="low"``, 7 x 7 of 224 x 224), the last activation at 1/8 of the image
+("high", 28 x 28), or any activation by name. Those that need forward passes only are in
+:mod:`srd_lab.methods.cam_by_passes`.
+
+Example
+-------
+>>> GradCAM().explain(model, x)                  # (N, 7, 7), >= 0
+>>> LayerCAM(level="high").explain(model, x, 3)  # (N, 28, 28)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab import rules
+from srd_lab.backprop import traced
+from srd_lab.checks import check_input, check_target
+from srd_lab.encoder import SRDTrace
+from srd_lab.types import SrdLabError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a running model.
+
+    output : in the graph, with its channels along dimension ``channels``; activation : along dimension 1, (N, K, h, w).
+    event, axis : which torch function of the model made it, and the dimension of its channels there.
+    logits : (N, classes); differentiable : whether the map must be so in x.
+    """
+
+    output: Tensor
+    channels: int
+    event: int
+    axis: int
+    logits: Tensor
+    differentiable: bool
+
+    @property
+    def activation(self) -> Tensor:
+        return self.output.movedim(self.channels, 1)
+
+    def slope(self, score: Tensor) -> Tensor:
+        """The derivative of ``score`` by the activation, (N, K, h, w)."""
+        (slope,) = torch.autograd.grad(score, self.output, create_graph=self.differentiable)
+        return slope.movedim(self.channels, 1)
+
+    def finish(self, t: Tensor) -> Tensor:
+        return t if self.differentiable else t.detach()
+
+
+@contextmanager
+def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None) -> Iterator[Layer]:
+    """The layer at ``level`` of a forward pass, with its graph."""
+    check_input(x, model)
+    leaf, differentiable = traced(x)
+    # The rule is never live: the trace is wanted for the layers that it finds.
+    trace = SRDTrace(model, rules.srd_vector, encoder, with_bias=False)
+    with torch.enable_grad():
+        try:
+            logits, _ = trace.trace(leaf)
+            if level == "low":
+                end = trace.end()
+                layer = Layer(end.output, end.axis, end.event, end.axis, logits, differentiable)
+            else:
+                i = trace.high(None) if level == "high" else trace.call_index(level)
+                layer = Layer(trace.v[i], 1, *trace.made[i], logits, differentiable)
+            if layer.output.dim() != 4:
+                raise SrdLabError(
+                    f"level {level!r} puts out shape {tuple(layer.output.shape)}, which is no map (N, K, h, w); "
+                    "name a layer that has one with level="
+                )
+            yield layer
+        finally:
+            trace.release()
+
+
+@dataclass(frozen=True)
+class _CAM(ABC):
+    """What all share: the layer, and the sum over its channels.
+
+    level : "low" = the encoder output, "high" = the last activation at 1/8 of the image, or the name of an
+        activation call or of a submodule (its last activation).
+    encoder : see :class:`srd_lab.methods.srd.SRD`.
+    """
+
+    level: str = "low"
+    encoder: str | None = None
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Class activation map (N, h, w) at ``level``, >= 0. See :class:`srd_lab.types.Explainer`."""
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map and the model's output, from one forward pass."""
+        with layer_of(model, x, self.level, self.encoder) as layer:
+            classes = check_target(target, layer.logits)
+            score = layer.logits.gather(1, classes[:, None]).sum()
+            a, g = layer.activation, layer.slope(score)
+            map_ = torch.relu((self.weights(a, g) * a).sum(1))
+            return layer.finish(map_), layer.finish(layer.logits)
+
+    @abstractmethod
+    def weights(self, a: Tensor, g: Tensor) -> Tensor:
+        """Weights (N, K, 1, 1) or (N, K, h, w) of a layer's channels ``a`` with slopes ``g``, both (N, K, h, w)."""
+
+
+@dataclass(frozen=True)
+class GradCAM(_CAM):
+    """Channels weighted by their mean slope."""
+
+    def weights(self, a: Tensor, g: Tensor) -> Tensor:
+        return g.mean((2, 3), keepdim=True)
+
+
+@dataclass(frozen=True)
+class GradCAMPlusPlus(_CAM):
+    """Channels weighted by their positive slopes, those of rare features more; 0 / 0 is 0."""
+
+    def weights(self, a: Tensor, g: Tensor) -> Tensor:
+        # g^2 / (2 g^2 + g^3 sum A) without the common factor: squares of small slopes would underflow
+        share = rules.divide(torch.ones_like(g), 2 + g * a.sum((2, 3), keepdim=True)) * (g != 0)
+        return (share * torch.relu(g)).sum((2, 3), keepdim=True)
+
+
+@dataclass(frozen=True)
+class XGradCAM(_CAM):
+    """Channels weighted by their mean slope over where they are active; 0 / 0 is 0."""
+
+    def weights(self, a: Tensor, g: Tensor) -> Tensor:
+        return rules.divide((g * a).sum((2, 3), keepdim=True), a.sum((2, 3), keepdim=True))
+
+
+@dataclass(frozen=True)
+class LayerCAM(_CAM):
+    """Every position of every channel weighted by its own positive slope."""
+
+    def weights(self, a: Tensor, g: Tensor) -> Tensor:
+        return torch.relu(g)

@@ -1,0 +1,147 @@
+"""Class activation maps whose weights come from forward passes: one per channel of the layer, no gradient.
+
+- Score-CAM (Wang et al. 2020): w = softmax_k of y_c(x * M_k), M_k the channel stretched to the image and to [0, 1].
+- Ablation-CAM (Ramaswamy et al. 2020): w_k = (y_c - y_c without channel k) / y_c.
+
+The maps are ``relu(sum_k w_k A_k)`` of one layer; see :mod:`srd_lab.methods.cam` for the choice of it. The passes run
+in batches of bounded size. Ablation-CAM runs what lies in front of the layer for one image only, and what lies behind
+it for a batch of ablated channels. Channels that are constant (dead ones, mostly) share one pass.
+
+Example
+-------
+>>> ScoreCAM().explain(model, x)              # (N, 7, 7), >= 0
+>>> AblationCAM(level="high").explain(model, x)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab import maps, rules
+from srd_lab.backprop import split_normalisation
+from srd_lab.checks import check_target
+from srd_lab.intercept import Exchange, Watch
+from srd_lab.methods.cam import Layer, layer_of
+from srd_lab.recompute import recomputed
+from srd_lab.types import SrdLabError
+
+_ABLATED_AT_ONCE = 2**23  # numbers in the copies of a layer: 32 MiB
+
+
+@dataclass(frozen=True)
+class _PassCAM(ABC):
+    """What both share.
+
+    level, encoder : see :class:`srd_lab.methods.cam.GradCAM`.
+    images_at_once : images per forward pass; None keeps a pass near 32 images of 224 x 224.
+    """
+
+    level: str = "low"
+    encoder: str | None = None
+    images_at_once: int | None = None
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Class activation map (N, h, w) at ``level``, >= 0. See :class:`srd_lab.types.Explainer`.
+
+        A differentiable map recomputes its passes backwards instead of holding them all.
+        """
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map and the model's output."""
+        with layer_of(model, x, self.level, self.encoder) as layer:
+            differentiable = layer.differentiable
+            classes = check_target(target, layer.logits)
+            a, logits = layer.finish(layer.activation), layer.finish(layer.logits)
+        with torch.set_grad_enabled(differentiable):
+            rows = [
+                self.weights(model, x[i : i + 1], a[i], layer, logits[i, c], int(c))
+                for i, c in enumerate(classes.tolist())
+            ]
+            return torch.relu(torch.einsum("nk,nkhw->nhw", torch.stack(rows), a)), logits
+
+    @abstractmethod
+    def weights(
+        self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
+    ) -> Tensor:
+        """Weights (K,) of the channels ``a`` (K, h, w) of one image x (1, C, H, W) with logit ``score``."""
+
+
+@dataclass(frozen=True)
+class ScoreCAM(_PassCAM):
+    """Channels weighted by the logit of the image seen through them; the masks multiply the normalised image."""
+
+    def weights(
+        self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
+    ) -> Tensor:
+        normalise, network = split_normalisation(model)
+        given = normalise(x)
+        at_once = self.images_at_once or max(1, 32 * 224 * 224 // (x.shape[2] * x.shape[3]))
+
+        def seen(channels: Tensor, image: Tensor) -> Tensor:
+            masks = _to_unit_range(maps.upsample(channels, (x.shape[2], x.shape[3])))
+            masks = masks.masked_fill(_constant(channels)[:, None, None], 0)  # rounding is no structure
+            return Watch(network).run(image * masks[:, None])[:, target]  # type: ignore[no-any-return]
+
+        constant = _constant(a)
+        index = torch.cat([(~constant).nonzero()[:, 0], constant.nonzero()[:1, 0]])
+        scores = torch.cat([recomputed(seen, a[some], given) for some in index.split(at_once)])
+        scores = torch.zeros_like(a[:, 0, 0]).index_put((index,), scores)
+        return torch.softmax(torch.where(constant, scores[index[-1]], scores), 0)
+
+
+@dataclass(frozen=True)
+class AblationCAM(_PassCAM):
+    """Channels weighted by the share of the logit that goes when they are set to zero; a logit of 0 gives weights of 0.
+
+    images_at_once : ablated copies of the layer per pass; None keeps them near 32 MiB.
+    """
+
+    def weights(
+        self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
+    ) -> Tensor:
+        at_once = self.images_at_once or max(1, _ABLATED_AT_ONCE // a.numel())
+        alive = (a != 0).flatten(1).any(1).nonzero()[:, 0]
+
+        def without(channels: Tensor, image: Tensor) -> Tensor:
+            def ablated(made: Tensor) -> Tensor:
+                copies = made.repeat(len(channels), *[1] * (made.dim() - 1)).movedim(layer.axis, 1)
+                copies = copies.masked_fill(_one_of_each(channels, copies), 0)
+                return copies.movedim(1, layer.axis)
+
+            logits = Exchange(model, layer.event, ablated).run(image.clone())
+            if logits.shape[0] != len(channels):
+                raise SrdLabError(
+                    f"level {self.level!r} cannot be ablated: the model does not use what that call returns; name "
+                    "another layer with level="
+                )
+            return logits[:, target]
+
+        drop = torch.zeros_like(a[:, 0, 0])
+        for some in alive.split(at_once) if len(alive) else ():
+            drop = drop.index_put((some,), score - recomputed(without, some, x))
+        return rules.divide(drop, score)
+
+
+def _one_of_each(channels: Tensor, like: Tensor) -> Tensor:
+    """True at channel ``channels[j]`` of row j, broadcast over the places of ``like``."""
+    mask = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
+    mask[torch.arange(len(channels), device=like.device), channels] = True
+    return mask.view(*mask.shape, *[1] * (like.dim() - 2))
+
+
+def _constant(channels: Tensor) -> Tensor:
+    """Whether a channel (K, h, w) has one value everywhere, (K,)."""
+    return (channels == channels[:, :1, :1]).flatten(1).all(1)
+
+
+def _to_unit_range(masks: Tensor) -> Tensor:
+    """Every mask stretched to [0, 1]; a constant one becomes 0."""
+    low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
+    return rules.divide(masks - low, high - low)

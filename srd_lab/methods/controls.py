@@ -1,0 +1,78 @@
+"""Controls: maps that know nothing of the network. Whoever does not beat them explains nothing.
+
+- Random: uniform noise, seeded by the image itself.
+- Sobel: the strength of edges (Sobel & Feldman 1968; as a control, Adebayo et al. 2018).
+
+Example
+-------
+>>> Random(seed=1).explain(model, x)   # (N, H, W) in [0, 1)
+>>> Sobel().explain(model, x)          # (N, H, W), >= 0
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab.checks import check_input, check_target
+from srd_lab.intercept import Watch
+from srd_lab.runtime import generator
+from srd_lab.types import SrdLabError
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform noise; the same for the same image, in whatever batch it is, and another for another."""
+
+    seed: int = 0
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Noise in [0, 1), (N, H, W); not differentiable in x, which is refused."""
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map and the model's output."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise SrdLabError("random maps have no derivative; x must not ask for a gradient")
+        logits = _logits(model, x, target)
+        drawn = [
+            torch.rand(x.shape[2:], generator=generator(self.seed, "random", _digest(image))) for image in x
+        ]
+        return torch.stack(drawn).to(x), logits
+
+
+@dataclass(frozen=True)
+class Sobel:
+    """Length of the brightness gradient, by Sobel's filters; edges of the image are repeated outwards."""
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Strength of edges (N, H, W), >= 0. See :class:`srd_lab.types.Explainer`."""
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map and the model's output."""
+        logits = _logits(model, x, target)
+        across = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+        filters = torch.stack([across, across.T])[:, None]
+        square = F.conv2d(F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), "replicate"), filters).square().sum(1)
+        flat = square == 0  # where the root has no derivative
+        return square.masked_fill(flat, 1).sqrt().masked_fill(flat, 0), logits
+
+
+def _logits(model: nn.Module, x: Tensor, target: Tensor | int | None) -> Tensor:
+    check_input(x, model)
+    logits: Tensor = Watch(model).run(x.clone())
+    check_target(target, logits)
+    return logits
+
+
+def _digest(image: Tensor) -> str:
+    return hashlib.sha256(image.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,116 @@
+"""FullGrad: the gradient of the input and of every bias (Srinivas & Fleuret 2019).
+
+A network of ReLUs, max pools and affine layers is ``y_c = <d y_c / d x, x> + sum_b <d y_c / d b, b>`` exactly, over the
+biases b of all its layers. The map adds up what each term has to say about places:
+
+    psi(d y_c / d x * x) + sum_layers sum_channels psi(d y_c / d b * b),    psi = stretch to the image of |.|
+
+every term stretched to [0, 1] over its channels and places first. The shift of a batch norm is a bias, and an activation
+f other than ReLU has the bias f(u) - f'(u) u. Biases of linear layers have no place: they count for completeness only.
+
+Example
+-------
+>>> FullGrad().explain(model, x)      # (N, H, W), >= 0
+>>> FullGrad().terms(model, x, 3)     # (N, 1 + biases): their sums, which add up to the logit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab import maps, rules
+from srd_lab.backprop import split_normalisation, traced
+from srd_lab.calls import BatchNorm, Call, Convolution
+from srd_lab.checks import check_input, check_target
+from srd_lab.intercept import Watch
+
+_WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
+
+
+@dataclass(frozen=True)
+class FullGrad:
+    """Input and bias gradients, each stretched to [0, 1] and to the image, added up."""
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """Full-gradient saliency (N, H, W), >= 0. See :class:`srd_lab.types.Explainer`."""
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The map and the model's output, from one forward pass."""
+        products, logits, differentiable = _products(model, x, target)
+        size = (x.shape[2], x.shape[3])
+        shown = [maps.upsample(_unit_range(p).sum(1), size) for p in products if p.dim() == 4]
+        map_ = torch.stack(shown).sum(0)
+        return (map_, logits) if differentiable else (map_.detach(), logits.detach())
+
+    def terms(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """What the input and every bias, in call order, add to the target logit: (N, 1 + biases). Their sum is the logit
+        for a network of piecewise linear and affine layers, and activations."""
+        products, _, differentiable = _products(model, x, target)
+        sums = torch.stack([p.flatten(1).sum(1) for p in products], 1)
+        return sums if differentiable else sums.detach()
+
+
+class _Biases(Watch):
+    """Notes every tensor that a bias was added to, with the bias."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, y: Tensor, bias: Tensor) -> Tensor:
+        """``y``, which holds ``bias``; a copy, as what follows may overwrite it."""
+        if not y.requires_grad:
+            return y
+        self.found.append((y, bias))
+        return y.clone()
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        if call.kind in _WITHOUT_BIAS or not x.requires_grad:
+            return super().activate(call, x, inplace)
+        u = x.clone()
+        v = call.function(u)
+        (slope,) = torch.autograd.grad(v.sum(), u, create_graph=True)
+        self.found.append((v, v - slope * u))
+        return x.copy_(v) if inplace else v.clone()
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        y = super().convolution(conv)
+        return y if conv.bias is None else self.note(y, conv.bias.view(-1, 1, 1))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = super().linear(x, weight, bias)
+        return y if bias is None else self.note(y, bias)
+
+    def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
+        return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)))
+
+
+def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple[list[Tensor], Tensor, bool]:
+    """Gradient times value of the (normalised) input and of every bias, the logits, and whether they keep their graph."""
+    check_input(x, model)
+    normalise, network = split_normalisation(model)
+    leaf, differentiable = traced(x)
+    with torch.enable_grad():
+        given = normalise(leaf)
+        trace = _Biases(network)
+        logits = trace.run(given.clone())
+        score = logits.gather(1, check_target(target, logits)[:, None]).sum()
+        held = [given, *(y for y, _ in trace.found)]
+        slopes = torch.autograd.grad(score, held, create_graph=differentiable, allow_unused=True)
+        values = [given, *(bias for _, bias in trace.found)]
+        products = [g * value for g, value in zip(slopes, values, strict=True) if g is not None]
+    return products, logits, differentiable
+
+
+def _unit_range(product: Tensor) -> Tensor:
+    """|product| stretched to [0, 1] per image; 0 where it is the same everywhere."""
+    size = product.abs()
+    low, high = size.amin((1, 2, 3), keepdim=True), size.amax((1, 2, 3), keepdim=True)
+    return rules.divide(size - low, high - low)

@@ -1,0 +1,127 @@
+"""What metrics score: images, the network, and the maps that a method made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab import maps
+from srd_lab.backprop import normalisation_scale, split_normalisation
+from srd_lab.runtime import generator
+from srd_lab.types import Explainer
+
+_PIXELS_AT_ONCE = 32 * 224 * 224
+
+
+class Metric(Protocol):
+    """A frozen dataclass whose fields are its parameters."""
+
+    def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64, each of its image alone; NaN where an image or its map cannot be scored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch to explain; remembers what does not depend on the method, so that it is computed once for all.
+
+    x : (N, C, H, W) pixels in [0, 1]; target : (N,) explained classes; masks : (N, H, W) bool, or None.
+    keys : what seeds the random numbers of every image, whatever batch it is in: its place in the data set, say.
+    of_model : remembers what depends on the network alone; give one dict to all batches.
+    """
+
+    model: nn.Module
+    x: Tensor
+    target: Tensor
+    keys: Sequence[int | str]
+    masks: Tensor | None = None
+    of_model: dict[Hashable, Any] = field(default_factory=dict)
+    _known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """``compute()``, remembered under ``key``."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.x.shape[2], self.x.shape[3]
+
+    @property
+    def scale(self) -> Tensor:
+        """What one unit of pixel value is in normalised units, (1, C, 1, 1)."""
+        return self.once("scale", lambda: normalisation_scale(self.model, self.x))  # type: ignore[no-any-return]
+
+    @property
+    def given(self) -> Tensor:
+        """The images as the network proper is fed with them: normalised."""
+        return self.once("given", self._given)  # type: ignore[no-any-return]
+
+    def _given(self) -> Tensor:
+        with torch.no_grad():
+            return split_normalisation(self.model)[0](self.x)  # type: ignore[no-any-return]
+
+    def generator(self, i: int, seed: int, *names: int | str) -> torch.Generator:
+        """Random numbers of image ``i``."""
+        return generator(seed, *names, self.keys[i])
+
+    def logits(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
+        """Logits (count, K) of ``count`` normalised variants of image ``i``, made and run some at a time."""
+        network = split_normalisation(self.model)[1]
+        at_once = max(1, _PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
+        parts = (range(first, min(count, first + at_once)) for first in range(0, count, at_once))
+        with torch.no_grad():
+            return torch.cat([network(variants(some)).double() for some in parts])
+
+    def untouched(self, i: int) -> Tensor:
+        """The logit of the explained class of image ``i`` as it is."""
+        return self.logits(i, lambda _: self.given[i : i + 1], 1)[0, int(self.target[i])]
+
+    def probabilities(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
+        """Probability (count,) of the explained class."""
+        return torch.softmax(self.logits(i, variants, count), 1)[:, int(self.target[i])]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Images with the maps of one method, as they are scored: see :func:`srd_lab.maps.prepared`.
+
+    maps : (N, H, W) in [-1, 1] at the size of the images.
+    """
+
+    images: Images
+    explainer: Explainer
+    maps: Tensor
+    _known: dict[Hashable, Any] = field(default_factory=dict)
+
+    @classmethod
+    def by(cls, explainer: Explainer, images: Images) -> Explained:
+        """The images explained."""
+        raw = explainer.explain(images.model, images.x, images.target)
+        return cls(images, explainer, maps.prepared(raw, images.size))
+
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """``compute()``, remembered under ``key``: what several metrics need of this method."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def again(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Prepared maps of changed images, or of a changed network, for the same classes."""
+        raw = self.explainer.explain(model or self.images.model, x, self.images.target)
+        return maps.prepared(raw, self.images.size)
+
+    def each(self) -> Iterator[tuple[int, Tensor]]:
+        """Index and map (H, W) in float64 of every image."""
+        return enumerate(self.maps.double().unbind())
+
+
+def unscorable(maps: Tensor) -> Tensor:
+    """Whether a map (N, H, W) is zero or not finite, (N,)."""
+    flat = maps.flatten(1)
+    return ~torch.isfinite(flat).all(1) | (flat == 0).all(1)

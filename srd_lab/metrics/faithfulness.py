@@ -1,0 +1,238 @@
+"""Does an explanation say what the network does? The image is changed where the map says, and the output watched.
+
+The class is the explained one throughout; changes are made in normalised units, where 0 is the mean colour. Zero maps
+and maps that are not finite are not scored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srd_lab.metrics.explained import Explained, Images, unscorable
+from srd_lab.metrics.similarity import float64
+from srd_lab.runtime import derived_seed
+from srd_lab.types import SrdLabError
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Correlation, over random sets of pixels, of the attribution of a set and the drop of the logit when it is set to 0
+    (Bhatt et al. 2020, faithfulness correlation; SRD, appendix E). In [-1, 1], higher is better.
+
+    pixels : in a set; draws : sets, the same ones for every method; seed.
+
+    Not scored where all sets have one attribution (a constant map) or one drop.
+    """
+
+    pixels: int = 200
+    draws: int = 100
+    seed: int = 0
+
+    def of(self, explained: Explained) -> Tensor:
+        images = explained.images
+        sets, drops = images.once(self, lambda: self.drops(images))
+        sums = float64(explained.maps).flatten(1).gather(1, sets.flatten(1)).view(sets.shape).sum(2)
+        return correlation(sums, drops).masked_fill(_constant(explained.maps), torch.nan)
+
+    def drops(self, images: Images) -> tuple[Tensor, Tensor]:
+        """Sets of pixels (N, draws, pixels), flat indices, and how far the logit falls without each, (N, draws)."""
+        places = images.size[0] * images.size[1]
+        if self.pixels >= places:
+            raise SrdLabError(
+                f"fidelity takes sets of {self.pixels} pixels, but the images have {places}; take fewer"
+            )
+        sets, drops = [], []
+        for i, key in enumerate(images.keys):
+            rng = np.random.default_rng(derived_seed(self.seed, "fidelity", key))
+            drawn = [rng.choice(places, self.pixels, replace=False, shuffle=False) for _ in range(self.draws)]
+            chosen = torch.from_numpy(np.stack(drawn)).to(images.x.device)
+            image, target = images.given[i], int(images.target[i])
+
+            def without(some: range, image: Tensor = image, chosen: Tensor = chosen) -> Tensor:
+                copies = image.flatten(1).repeat(len(some), 1, 1)
+                index = chosen[some.start : some.stop, None].expand(-1, len(image), -1)
+                return copies.scatter_(2, index, 0).unflatten(2, images.size)
+
+            drops.append(images.untouched(i) - images.logits(i, without, self.draws)[:, target])
+            sets.append(chosen)
+        return torch.stack(sets), torch.stack(drops)
+
+
+@dataclass(frozen=True)
+class Infidelity:
+    """How far the map, read as a linear model of the network, is from what noise does to the logit (Yeh et al. 2019):
+
+        min_b mean_I (b <I, map> - (y_c(x) - y_c(x - I)))^2,
+
+    in squared logits, lower is better. The best scale b is theirs too: maps have no unit.
+
+    noise : standard deviation of I in normalised units, one number per pixel for all colours; draws; seed.
+    """
+
+    noise: float = 0.2
+    draws: int = 50
+    seed: int = 0
+
+    def of(self, explained: Explained) -> Tensor:
+        images = explained.images
+        drops = images.once(self, lambda: self.drops(images))
+        products = torch.stack(
+            [torch.einsum("khw,hw->k", self._noise(images, i).double(), map_) for i, map_ in explained.each()]
+        )
+        best = (products * drops).sum(1) / products.square().sum(1)
+        error = (best[:, None] * products - drops).square().mean(1)
+        return error.masked_fill(unscorable(explained.maps), torch.nan)
+
+    def drops(self, images: Images) -> Tensor:
+        """How far the logit falls under each noise, (N, draws)."""
+        found = []
+        for i in range(len(images.x)):
+            image, noise, target = images.given[i], self._noise(images, i), int(images.target[i])
+
+            def under(some: range, image: Tensor = image, noise: Tensor = noise) -> Tensor:
+                return image - noise[some.start : some.stop, None]
+
+            found.append(images.untouched(i) - images.logits(i, under, self.draws)[:, target])
+        return torch.stack(found)
+
+    def _noise(self, images: Images, i: int) -> Tensor:
+        """Drawn again when it is needed: that of every image would take a lot of memory."""
+        drawn = torch.randn(self.draws, *images.size, generator=images.generator(i, self.seed, "infidelity"))
+        return self.noise * drawn.to(images.x)
+
+
+@dataclass(frozen=True)
+class _Curve(ABC):
+    """The probability of the class while pixels are exchanged in the order of the map; ties in random order.
+
+    steps : points of the curve after the first; seed : of ties and replacements.
+    """
+
+    steps: int = 20
+    seed: int = 0
+
+    def of(self, explained: Explained) -> Tensor:
+        images = explained.images
+        scores = [self._area(images, i, map_) for i, map_ in explained.each()]
+        return torch.stack(scores).masked_fill(unscorable(explained.maps), torch.nan)
+
+    def _area(self, images: Images, i: int, map_: Tensor) -> Tensor:
+        value = (self.value(map_) * 1e5).round()  # rounding of another batch must not decide the order
+        drawn = torch.randperm(value.numel(), generator=images.generator(i, self.seed, "ties")).to(
+            value.device
+        )
+        order = drawn[value.flatten()[drawn].argsort(descending=True, stable=True)]
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        share = ((rank.double() + 1) / len(rank)).view(map_.shape)
+        before, after = self.ends(images, i)
+
+        def exchanged(some: range) -> Tensor:
+            done = torch.tensor([k / self.steps for k in some], dtype=share.dtype, device=share.device)
+            return torch.where((share <= done[:, None, None])[:, None], after, before)
+
+        return self.area(images.probabilities(i, exchanged, self.steps + 1))
+
+    def value(self, map_: Tensor) -> Tensor:
+        """What pixels are ordered by, the largest first."""
+        return map_
+
+    def area(self, curve: Tensor) -> Tensor:
+        """The score of a curve (steps + 1,): its area."""
+        return torch.trapezoid(curve, dx=1 / self.steps)
+
+    @abstractmethod
+    def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:
+        """The normalised image (C, H, W) that the curve starts from, and the one that it ends at."""
+
+
+@dataclass(frozen=True)
+class Deletion(_Curve):
+    """Area under the probability while pixels become 0, the largest attribution first (Petsiuk et al. 2018, RISE).
+    In [0, 1], lower is better."""
+
+    def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:
+        return images.given[i], torch.zeros_like(images.given[i])
+
+
+@dataclass(frozen=True)
+class Insertion(_Curve):
+    """Area under the probability while pixels of the image are put into a blurred copy, the largest attribution first
+    (Petsiuk et al. 2018, RISE). In [0, 1], higher is better.
+
+    blur : standard deviation in pixels of an image of 224 x 224, in proportion for others.
+    """
+
+    blur: float = 10.0
+
+    def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:
+        blurred = images.once((self.blur, "blurred"), lambda: _blurred(images.given, self.blur))
+        return blurred[i], images.given[i]
+
+
+@dataclass(frozen=True)
+class MoRF(_Curve):
+    """Area over the perturbation curve, most relevant regions first (Samek et al. 2017): the mean drop of the
+    probability while regions become uniform noise. In [-1, 1], higher is better.
+
+    grid : regions along a side, ordered by their mean attribution.
+    """
+
+    grid: int = 14
+
+    def value(self, map_: Tensor) -> Tensor:
+        means = F.adaptive_avg_pool2d(map_[None, None], self.grid)[0, 0]
+        return self.sign * F.interpolate(means[None, None], size=tuple(map_.shape), mode="nearest")[0, 0]
+
+    sign = 1
+
+    def area(self, curve: Tensor) -> Tensor:
+        return (curve[0] - curve).mean()
+
+    def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:
+        return images.given[i], images.once((self.seed, "uniform"), lambda: self._uniform(images))[i]
+
+    def _uniform(self, images: Images) -> Tensor:
+        shape = images.x.shape[1:]
+        drawn = [
+            torch.rand(shape, generator=images.generator(i, self.seed, "regions"))
+            for i in range(len(images.x))
+        ]
+        return images.given + (torch.stack(drawn).to(images.x) - images.x) * images.scale
+
+
+@dataclass(frozen=True)
+class LeRF(MoRF):
+    """The same with the least relevant regions first: lower is better."""
+
+    sign = -1
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation (N,) of rows (N, K) in float64; NaN where one is constant or not finite."""
+    a, b = (t - t.mean(1, keepdim=True) for t in (a, b))
+    constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
+    a, b = (t / t.abs().amax(1, keepdim=True) for t in (a, b))
+    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1, 1).masked_fill(constant, torch.nan)
+
+
+def _constant(maps: Tensor) -> Tensor:
+    flat = maps.flatten(1)
+    return (flat == flat[:, :1]).all(1)
+
+
+def _blurred(x: Tensor, blur: float) -> Tensor:
+    """Gaussian blur of images (N, C, H, W), mirrored at the edges."""
+    sigma = max(1e-6, blur * min(x.shape[2:]) / 224)
+    reach = min(int(3 * sigma + 0.5), min(x.shape[2:]) - 1)
+    places = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
+    kernel = torch.exp(-0.5 * (places / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).repeat(x.shape[1], 1, 1, 1)
+    padded = F.pad(x, (reach, reach, reach, reach), "reflect")
+    across = F.conv2d(padded, kernel, groups=x.shape[1])
+    return F.conv2d(across, kernel.transpose(2, 3), groups=x.shape[1])

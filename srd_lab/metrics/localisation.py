@@ -1,0 +1,73 @@
+"""Does an explanation point at the object? Pointing game and attribution localisation.
+
+Masks are the data's: the object's outline where there is one, else the filled bounding boxes. An image without a mask, or
+with an empty one, is not scored, and neither is a map that is not finite or nowhere positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srd_lab.metrics.explained import Explained
+from srd_lab.metrics.similarity import float64
+
+
+@dataclass(frozen=True)
+class PointingGame:
+    """Whether the map is largest on the object (Zhang et al. 2018; SRD, Eq. 24): 1 or 0, higher is better.
+
+    margin : the mask is grown by that many pixels of an image of 224 x 224, in proportion for others, so that coarse
+        maps are not at a disadvantage (SRD, appendix E).
+
+    Where several pixels share the maximum, the score is the part of them that lies on the object.
+    """
+
+    margin: float = 15.0
+
+    def of(self, explained: Explained) -> Tensor:
+        images, masks = explained.images, explained.images.masks
+        if masks is None:
+            return _not_scored(explained.maps)
+        return self._on(explained.maps, masks, images.once(self, lambda: self.grow(masks)))
+
+    def score(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """Hits (N,) of maps (N, H, W) on masks (N, H, W)."""
+        return self._on(maps, masks, self.grow(masks))
+
+    def grow(self, masks: Tensor) -> Tensor:
+        """Every pixel within ``margin`` (Euclidean) of a mask (N, H, W)."""
+        reach = self.margin * min(masks.shape[1:]) / 224
+        side = torch.arange(-int(reach), int(reach) + 1, device=masks.device)
+        disc = ((side[:, None] ** 2 + side**2) <= reach**2).float()[None, None]
+        return F.conv2d(masks[:, None].float(), disc, padding=int(reach))[:, 0] > 0.5
+
+    def _on(self, maps: Tensor, masks: Tensor, grown: Tensor) -> Tensor:
+        top = maps.amax((1, 2), keepdim=True)
+        largest = maps == top
+        hit = (largest & grown).sum((1, 2)).double() / largest.sum((1, 2))
+        return hit.masked_fill(~(top[:, 0, 0] > 0) | ~masks.flatten(1).any(1), torch.nan)
+
+
+@dataclass(frozen=True)
+class AttributionLocalization:
+    """Positive attribution on the object over all positive attribution (Kohlbrenner et al. 2020; SRD, Eq. 25), in
+    [0, 1], higher is better; the object's size is not taken into account, and a uniform map scores its share of the image.
+    """
+
+    def of(self, explained: Explained) -> Tensor:
+        masks = explained.images.masks
+        return _not_scored(explained.maps) if masks is None else self.score(explained.maps, masks)
+
+    def score(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """Share (N,) of the positive part of maps (N, H, W) on masks (N, H, W)."""
+        positive = float64(maps).clamp_min(0)
+        share = (positive * masks).sum((1, 2)) / positive.sum((1, 2))
+        return share.masked_fill(~masks.flatten(1).any(1), torch.nan)
+
+
+def _not_scored(maps: Tensor) -> Tensor:
+    return torch.full((len(maps),), torch.nan, dtype=torch.float64)

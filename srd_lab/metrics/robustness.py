@@ -1,0 +1,173 @@
+"""Does an explanation stay what it is? Its maps under small noise, and under a network whose weights are gone.
+
+Noise is in normalised units. The explained class stays that of the image. Zero maps and maps that are not finite are not
+scored.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab.metrics.explained import Explained, unscorable
+from srd_lab.metrics.similarity import PCC, SSIM, float64
+from srd_lab.runtime import derived_seed
+from srd_lab.types import SrdLabError
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Largest change of the map over the change of the image (Alvarez Melis & Jaakkola 2018; SRD, Eq. 27):
+    ``max_k |map(x) - map(x + n_k)|_2 / |n_k|_2``, >= 0, lower is better.
+
+    noise : standard deviation of the Gaussian n; draws : how many; seed.
+    """
+
+    noise: float = 0.1
+    draws: int = 5
+    seed: int = 0
+
+    def of(self, explained: Explained) -> Tensor:
+        found = under_noise(explained, self.noise, self.draws, self.seed)
+        change = torch.stack([_norm(map_ - explained.maps) / size for map_, size in found])
+        return _scored(change.amax(0), explained)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    noise: float = 0.1
+    draws: int = 5
+    seed: int = 0
+
+    def _mean(self, explained: Explained, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        before = explained.maps.abs()
+        found = under_noise(explained, self.noise, self.draws, self.seed)
+        finite = (map_.abs().nan_to_num(0) for map_, _ in found)
+        return _scored(
+            torch.stack([score(before.nan_to_num(0), after) for after in finite]).mean(0), explained
+        )
+
+
+@dataclass(frozen=True)
+class NoiseSSIM(_Kept):
+    """Structural similarity of |map| before and after the noise of :class:`Stability`, the mean over its draws. In [-1, 1],
+    higher is better."""
+
+    def of(self, explained: Explained) -> Tensor:
+        return self._mean(explained, SSIM().score)
+
+
+@dataclass(frozen=True)
+class NoisePCC(_Kept):
+    """The same, by Pearson correlation."""
+
+    def of(self, explained: Explained) -> Tensor:
+        return self._mean(explained, PCC().score)
+
+
+@dataclass(frozen=True)
+class MaxSensitivity:
+    """Largest relative change of the map within a small box around the image (Yeh et al. 2019):
+    ``max_k |map(x) - map(x + n_k)|_2 / |map(x)|_2``, n uniform in [-radius, radius], >= 0, lower is better.
+
+    radius, draws, seed.
+    """
+
+    radius: float = 0.02
+    draws: int = 5
+    seed: int = 0
+
+    def of(self, explained: Explained) -> Tensor:
+        images, largest = explained.images, torch.zeros(len(explained.maps), dtype=torch.float64)
+        largest = largest.to(float64(explained.maps))
+        for k in range(self.draws):
+            drawn = [
+                torch.rand(images.x.shape[1:], generator=images.generator(i, self.seed, "max_sensitivity", k))
+                for i in range(len(images.x))
+            ]
+            noise = self.radius * (2 * torch.stack(drawn).to(images.x) - 1)
+            largest = largest.maximum(
+                _norm(explained.again(images.x + noise / images.scale) - explained.maps)
+            )
+        return _scored(largest / _norm(explained.maps), explained)
+
+
+@dataclass(frozen=True)
+class Randomization:
+    """Similarity of the map to that of a network without its weights (Adebayo et al. 2018): layers are initialised anew
+    from the top downwards, in ``stages`` equal parts, and SSIM of |map| to the original is averaged over the stages. In
+    [-1, 1], lower is better: a map that stays does not explain the weights.
+
+    stages : 1 = all layers at once; None = layer by layer. seed.
+    """
+
+    stages: int | None = 4
+    seed: int = 0
+
+    def of(self, explained: Explained) -> Tensor:
+        return _scored(self.curve(explained).mean(1), explained)
+
+    def curve(self, explained: Explained) -> Tensor:
+        """SSIM (N, stages) after each stage."""
+        known, before = explained.images.of_model, explained.maps.abs().nan_to_num(0)
+        if self not in known:
+            known[self] = randomised(explained.images.model, self.stages, self.seed)
+        found = [explained.again(explained.images.x, model) for model in known[self]]
+        return torch.stack([SSIM().score(before, after.abs().nan_to_num(0)) for after in found], 1)
+
+
+def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Module]:
+    """Copies of a model with its last 1/stages, 2/stages ... of layers initialised anew."""
+    layers = [name for name, module in model.named_modules() if hasattr(module, "reset_parameters")]
+    if not layers:
+        raise SrdLabError(
+            "the model has no layer that can be initialised anew, so that randomization cannot be scored"
+        )
+    count = len(layers) if stages is None else min(stages, len(layers))
+    done = [-(-len(layers) * (k + 1) // count) for k in range(count)]
+    copies, current, reset = [], model, 0
+    for until in done:
+        current = copy.deepcopy(current)
+        for name in list(reversed(layers))[reset:until]:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(derived_seed(seed, "randomization", name))
+                _reset(current.get_submodule(name))
+        reset = until
+        copies.append(current.eval().requires_grad_(False))
+    return copies
+
+
+def _reset(module: nn.Module) -> None:
+    """New weights, drawn on the CPU: the same on every device."""
+    place = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+    module.cpu().reset_parameters()  # type: ignore[operator]
+    module.to(place)
+
+
+def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Maps (N, H, W) of images with Gaussian noise, and the length (N,) of that noise."""
+
+    def compute() -> list[tuple[Tensor, Tensor]]:
+        images, found = explained.images, []
+        for k in range(draws):
+            drawn = [
+                torch.randn(images.x.shape[1:], generator=images.generator(i, seed, "stability", k))
+                for i in range(len(images.x))
+            ]
+            n = noise * torch.stack(drawn).to(images.x)
+            found.append((explained.again(images.x + n / images.scale), float64(n).flatten(1).norm(dim=1)))
+        return found
+
+    return explained.once(("noise", noise, draws, seed), compute)  # type: ignore[no-any-return]
+
+
+def _norm(maps: Tensor) -> Tensor:
+    return float64(maps).flatten(1).norm(dim=1)
+
+
+def _scored(scores: Tensor, explained: Explained) -> Tensor:
+    return scores.masked_fill(unscorable(explained.maps), torch.nan)

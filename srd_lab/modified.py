@@ -1,0 +1,177 @@
+"""A forward pass with modified weights beside the real ones, for the rules of LRP that need them.
+
+Between two activations everything is affine. The z+ rule divides relevance among the positive contributions, which
+are what the weights ``w^+`` make of the activations before; the gamma rule takes ``w + gamma w^+``. Next to every tensor
+runs what the modified weights make of it, and an activation replaces its derivative by ``v G / u'``, u' being the
+modified pre-activation: its ordinary backward pass goes through the modified weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab import rules
+from srd_lab.backprop import GATES, Decomposed, TensorNotes, exchanged, overwrites, tensors_in
+from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take
+from srd_lab.types import SrdLabError
+
+_NON_NEGATIVE = ("relu", "relu6", "softplus", "smooth_relu", "smooth_clip")
+Modify = Callable[[Tensor], Tensor]
+Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class ModifiedTrace(Decomposed):
+    """A forward pass that carries, for every tensor between two activations, what modified weights make of the same
+    activations: with ``w^+`` its positive part.
+
+    modify : what becomes of a weight; with_bias : whether biases take part, modified likewise.
+    box : the pixel box (low, high) of z^B, which the first layer always has.
+    """
+
+    def __init__(
+        self, network: nn.Module, box: tuple[Tensor, Tensor], modify: Modify, with_bias: bool = False
+    ) -> None:
+        super().__init__(network, rules.lrp_modified)
+        self.shapes: list[tuple[int, ...]] = []  # of every activation call
+        self._modify, self._with_bias = modify, with_bias
+        self._ends = box
+        self._parts: TensorNotes[Tensor] = TensorNotes()
+        # a batch norm may follow: fold first, then take the sign
+        self._unfolded: TensorNotes[Convolution] = TensorNotes()
+        # bounds of tensors that are made of the image alone
+        self._boxes: TensorNotes[tuple[Tensor, Tensor]] = TensorNotes()
+        self._u: Tensor | None = None  # modified pre-activation of the running call
+        # the last linear layer: its output, its input (modified), its weights
+        self.head: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def trace(self, given: Tensor) -> Tensor:
+        fed = given.clone()  # a network may change its input in place
+        self._boxes.put(fed, self._ends)
+        return self.run(fed)  # type: ignore[no-any-return]
+
+    def release(self) -> None:
+        """Let go of every tensor, so that the graph dies with whoever still needs it."""
+        for notes in (self._parts, self._unfolded, self._boxes):
+            notes.clear()
+        self._u = self.head = None
+
+    def modified(self, t: Tensor) -> Tensor:
+        """What the modified weights make of t; an activation's output, and what is pooled from it, is its own."""
+        conv = self._unfolded.get(t)
+        if conv is not None:
+            return self._convolved(conv, conv.weight, conv.bias)
+        part = self._parts.get(t)
+        return t if part is None else part
+
+    # calls ---------------------------------------------------------------------------------------------
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        clipped = call.kind == "hardtanh" and call.value_at(-1e30) >= 0  # how nn.ReLU6 calls itself
+        if call.kind not in _NON_NEGATIVE and not clipped:
+            raise SrdLabError(
+                f"the rule needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
+                "use another method on this network"
+            )
+        part = self.modified(x)
+        self._u = part.clone() if part is x else part
+        return super().activate(call, x, inplace)
+
+    def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        self.shapes.append(tuple(v.shape))
+        return super().gate(call, self._u, v)  # type: ignore[arg-type]
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        y = super().convolution(conv)
+        self._unfolded.put(y, conv)
+        return y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = super().linear(x, weight, bias)
+        x = self.modified(x)
+        self._parts.put(y, F.linear(x, self._modify(weight), self._modified_bias(bias)))
+        self.head = (y, x, weight)
+        return y
+
+    def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
+        conv, scale = self._unfolded.get(norm.x), norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
+        if conv is not None:
+            bias = norm.shift if conv.bias is None else conv.bias * norm.scale + norm.shift
+            part = self._convolved(conv, conv.weight * norm.scale.view(-1, 1, 1, 1), bias)
+        else:
+            shift = self._modified_bias(norm.shift)
+            shift = None if shift is None else shift.view_as(scale)
+            part = self._affine(norm.x, scale, shift, lambda x, w, b: x * w if b is None else x * w + b)
+        y = run()
+        self._parts.put(y, part)
+        return y
+
+    def max_pool(self, pool: MaxPool) -> Any:
+        out = super().max_pool(pool)
+        box = self._boxes.get(pool.x)
+        if isinstance(out, Tensor) and (box is not None or self._noted(pool.x)):
+            winners = pool.apply(pool.x.detach(), True)[1]
+            self._note(out, [take(t, winners) for t in (box or (self.modified(pool.x),))])
+        return out
+
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any other affine operation does to the positive parts what it does to the values; a gate is one factor for
+        both. What is refused is refused in the positive parts too, where the live pass goes."""
+        run = super().other
+        tensors = tensors_in(args, kwargs)
+        if function in GATES or not self.moving(args, kwargs):
+            return run(function, args, kwargs)
+        if any(self._noted(t) for t in tensors):
+            tables = [{id(t): self.modified(t) for t in tensors}]
+        elif any(self._boxes.get(t) for t in tensors):
+            bounds = {id(t): self._boxes.get(t) or (t, t) for t in tensors}
+            tables = [{key: ends[i] for key, ends in bounds.items()} for i in (0, 1)]
+        else:
+            return run(function, args, kwargs)
+        mirrored = [_mirror(function, args, kwargs, table) for table in tables]
+        out = run(function, args, kwargs)
+        if _made_tensors(out):
+            self._note(out, [run(function, *given) for given in mirrored])
+        return out
+
+    # positive parts ------------------------------------------------------------------------------------
+    def _noted(self, t: Tensor) -> bool:
+        return self._unfolded.get(t) is not None or self._parts.get(t) is not None
+
+    def _note(self, out: Any, mirrored: list[Any]) -> None:
+        outs = (out,) if isinstance(out, Tensor) else out
+        columns = [(m,) if isinstance(m, Tensor) else m for m in mirrored]
+        for t, *parts in zip(outs, *columns, strict=True):
+            if len(parts) == 1:
+                self._parts.put(t, parts[0])
+            else:
+                self._boxes.put(t, (parts[0], parts[1]))
+
+    def _modified_bias(self, bias: Tensor | None) -> Tensor | None:
+        return self._modify(bias) if self._with_bias and bias is not None else None
+
+    def _convolved(self, conv: Convolution, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._affine(conv.x, weight, self._modified_bias(bias), conv.apply)
+
+    def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None, run: Affine) -> Tensor:
+        """z^B where x is made of the image alone, modified weights above."""
+        box = self._boxes.get(x)
+        if box is None:
+            return run(self.modified(x), self._modify(weight), bias)
+        low, high = run(box[0], weight.clamp_min(0), None), run(box[1], weight.clamp_max(0), None)
+        return run(x, weight, None) - low - high
+
+
+def _mirror(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with every tensor exchanged; what it would overwrite is copied first."""
+    args, kwargs = exchanged(args, kwargs, table)
+    return ((args[0].clone(), *args[1:]) if overwrites(function, kwargs) else args), kwargs
+
+
+def _made_tensors(out: Any) -> bool:
+    outs = out if isinstance(out, tuple | list) else (out,)
+    return bool(outs) and all(isinstance(t, Tensor) and t.requires_grad for t in outs)
