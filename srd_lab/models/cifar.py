@@ -2,11 +2,14 @@
 
 A 3x3 stem, three groups of n blocks with 16, 32 and 64 channels at 32, 16 and 8 pixels: 6 n + 2 layers. The names of the
 layers are those of the weights files that go round (``layer2.0.conv1.weight``, ``linear.bias``).
+
+``resnet18_3x3`` and ``resnet50_3x3`` are torchvision's with a 3x3 stem and no pool behind it, as CIFAR wants. Any of these
+has variants with another activation (Table 4 of the SRD paper): ``resnet20_elu``, ``resnet50_3x3_gelu``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +19,20 @@ from torch import Tensor, nn
 from srd_lab.models.classifier import Statistics
 from srd_lab.models.imagenet import torchvision_names, torchvision_network
 
-CIFAR_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+RESIDUAL = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+SMALL_STEM = ("resnet18_3x3", "resnet50_3x3")
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+}
+CIFAR_NETWORKS = tuple(
+    f"{name}{suffix}"
+    for name in (*RESIDUAL, *SMALL_STEM)
+    for suffix in ("", *(f"_{kind}" for kind in ACTIVATIONS))
+)
 # The files that go round were trained with ImageNet's: with these, and not with CIFAR's own, the first batch norm's
 # statistics are those of the images. By accuracy alone (within 0.2 points) one could not tell.
 CIFAR_STATISTICS: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,9 +57,31 @@ class Cifar:
         return None
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
-        if name in CIFAR_NETWORKS:
-            return CifarResNet(int(name.removeprefix("resnet")), self.classes)
-        return torchvision_network(name, self.classes)
+        return cifar_network(name, self.classes)
+
+
+def cifar_network(name: str, classes: int) -> nn.Module:
+    """The untrained network of that name for 32 x 32 pixels."""
+    if name not in CIFAR_NETWORKS:
+        return torchvision_network(name, classes)
+    base = next(base for base in (*SMALL_STEM, *reversed(RESIDUAL)) if f"{name}_".startswith(f"{base}_"))
+    if base in RESIDUAL:
+        network: nn.Module = CifarResNet(int(base.removeprefix("resnet")), classes)
+    else:
+        network = torchvision_network(base.removesuffix("_3x3"), classes)
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    kind = name[len(base) + 1 :]
+    return with_activation(network, ACTIVATIONS[kind]) if kind else network
+
+
+def with_activation(network: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+    """``network``, every ReLU module in it exchanged."""
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, make())
+    return network
 
 
 class CifarResNet(nn.Module):
