@@ -11,20 +11,6 @@ from srd_lab import options as cli
 INPUTS = ("zeros", "ones", "normal")
 
 
-class _Inputs(click.ParamType):
-    """Some of INPUTS, separated by commas, as a tuple without repetitions."""
-
-    name = "list"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
-        if wrong := [name for name in names if name not in INPUTS]:
-            self.fail(f"{wrong[0]!r} is not one of {', '.join(INPUTS)}", param, ctx)
-        return tuple(dict.fromkeys(names))
-
-
 @click.command()
 @click.option(
     "--model",
@@ -43,7 +29,7 @@ class _Inputs(click.ParamType):
 )
 @click.option(
     "--inputs",
-    type=_Inputs(),
+    type=cli.Names(INPUTS),
     default=",".join(INPUTS),
     show_default=True,
     help="What is put in the place of the image, comma-separated, in normalised space.",

@@ -8,6 +8,7 @@ import click
 
 from apop.cli import apop
 from attacks.cli import attack
+from srd_lab.evaluation.cli import evaluate, explain
 from srd_lab.options import command_errors, text_table
 from srd_lab.reproduce.cli import reproduce
 
@@ -24,6 +25,8 @@ def main(debug: bool) -> None:
     \b
       srd-lab attack --method srd --pairs 100    manipulate explanations, score what is left of them
       srd-lab apop --model vgg16                 predict from activation patterns alone
+      srd-lab evaluate --images 200              score and rank every method by every metric
+      srd-lab explain photo.jpg                  maps of your own pictures
       srd-lab reproduce table3                   the paper's experiments, its numbers beside yours
       srd-lab ui                                 look at the runs
     """
@@ -52,6 +55,26 @@ def models() -> None:
 
 
 @main.command()
+@command_errors
+def methods() -> None:
+    """List the explanation methods and the metrics."""
+    from srd_lab.catalogue import METHODS, METRICS
+
+    rows = [
+        [name, m.title, m.paper, m.resolution, "yes" if m.attackable else "no", m.passes, m.tested]
+        for name, m in METHODS.items()
+    ]
+    header = ["method", "", "paper", "resolution", "attackable", "forward passes", "tested against"]
+    click.echo(text_table(header, rows))
+    click.echo(
+        "\nresolution: input, high = 1/8 of it, low = the encoder output. A backward pass counts as two forward ones;"
+    )
+    click.echo("K is the number of the layer's channels, a tail what lies behind the layer.\n")
+    scored = [[name, m.title, m.paper, m.scores, m.better, m.tested] for name, m in METRICS.items()]
+    click.echo(text_table(["metric", "", "paper", "what", "better", "tested against"], scored))
+
+
+@main.command()
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]")
@@ -65,6 +88,8 @@ def ui(port: int, host: str, tracking_uri: str | None) -> None:
 
 main.add_command(attack)
 main.add_command(apop)
+main.add_command(evaluate)
+main.add_command(explain)
 main.add_command(reproduce)
 
 if __name__ == "__main__":

@@ -55,6 +55,23 @@ class Count(click.ParamType):
         return int(text)
 
 
+class Names(click.ParamType):
+    """Some of the names that are allowed, separated by commas, as a tuple without repetitions."""
+
+    name = "list"
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self.allowed = allowed
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
+        if wrong := [name for name in names if name not in self.allowed]:
+            self.fail(f"{wrong[0]!r} is not one of {', '.join(self.allowed)}", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
 def _named_file(text: str) -> tuple[str, Path]:
     """The model's name ("" where none is said) and the file."""
     if "=" not in text or Path(text).is_file():

@@ -9,8 +9,11 @@ from srd_lab.render.pictures import (
     SheetRow,
     heat,
     map_sheet,
+    method_sheet,
     overlay,
     picture_grid,
+    save_picture,
+    signed,
     strength,
 )
 from srd_lab.render.plots import (
@@ -20,6 +23,7 @@ from srd_lab.render.plots import (
     box_plots,
     manipulation_figure,
     perturbation,
+    rank_chart,
 )
 
 __all__ = [
@@ -32,8 +36,12 @@ __all__ = [
     "heat",
     "manipulation_figure",
     "map_sheet",
+    "method_sheet",
     "overlay",
     "perturbation",
     "picture_grid",
+    "rank_chart",
+    "save_picture",
+    "signed",
     "strength",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -53,6 +54,13 @@ def overlay(image: Picture, saliency: Picture) -> np.ndarray:
     """The map (H, W) in [0, 1] over its image (3, H, W) in [0, 1], greyed: (H, W, 3) uint8."""
     grey = np.clip(np.asarray(image, dtype=np.float64).mean(axis=0), 0, 1)[..., None]
     return np.round(0.4 * 255 * grey + 0.6 * heat(saliency)).astype(np.uint8)
+
+
+def save_picture(file: Path, picture: np.ndarray) -> None:
+    """Write colours (H, W, 3) uint8 as an image, pixel by pixel."""
+    from PIL import Image
+
+    Image.fromarray(picture).save(file)
 
 
 def strength(saliency: Picture) -> np.ndarray:
@@ -176,7 +184,7 @@ def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figu
                 grid[i, first].set_ylabel(_wrapped(row.label.rpartition("/")[2], 1.1), fontsize=5)
                 for j, raw in enumerate(row.maps.values(), 1):
                     grid[i, first + j].imshow(
-                        _signed(raw), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+                        signed(raw), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
                     )
             for j, name in enumerate(names):
                 grid[0, first + j].set_title(f"{block}\n{name}" if j == 0 else f"\n{name}", fontsize=8)
@@ -185,7 +193,33 @@ def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figu
     return figure
 
 
-def _signed(raw: Picture) -> np.ndarray:
+def method_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
+    """A row per image, a column per method: the image, then its maps in [-1, 1], red > 0 > blue."""
+    names = ["image", *rows[0].maps]
+    cell, left, top = 0.82, 0.75, 1.15
+    size = (left + cell * len(names) + 0.3, top + cell * len(rows) + 0.1)
+    with style():
+        figure = blank(size, layout="none")
+        for i, row in enumerate(rows):
+            y = size[1] - top - (i + 1) * cell
+            figure.text(
+                (left - 0.06) / size[0], (y + cell / 2) / size[1], _wrapped(row.label.split(",")[0], 0.7),
+                ha="right", va="center", fontsize=6, parse_math=False,
+            )  # fmt: skip
+            for j, picture in enumerate([pixels(row.image), *row.maps.values()]):
+                axes = _axes_at(figure, left + j * cell, y, cell - 0.04, cell - 0.04)
+                look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if j else {}
+                axes.imshow(signed(picture) if j else picture, interpolation="nearest", aspect="auto", **look)
+        for j, name in enumerate(names):
+            figure.text(
+                (left + (j + 0.35) * cell) / size[0], (size[1] - top + 0.06) / size[1], name,
+                rotation=35, ha="left", va="bottom", fontsize=8,
+            )  # fmt: skip
+        figure.text(0.1 / size[0], (size[1] - 0.2) / size[1], title, fontsize=9)
+    return figure
+
+
+def signed(raw: Picture) -> np.ndarray:
     """A raw map in [-1, 1], which stand for the size that half a percent of its pixels exceed."""
     values = np.nan_to_num(np.asarray(raw, dtype=np.float64), nan=0, posinf=0, neginf=0)
     size = np.abs(values)

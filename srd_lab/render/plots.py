@@ -254,3 +254,31 @@ def manipulation_figure(
             _score_axis(axes, score)
         title_of(figure, title)
     return figure
+
+
+def rank_chart(ranks: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+    """A row per method, a column per metric, a cell for its rank; the best methods on top by their mean rank.
+
+    ranks : metric -> method -> rank, 1 = best; a method may lack one.
+    """
+    methods = list(dict.fromkeys(method for own in ranks.values() for method in own))
+    grid = np.array([[own.get(method, np.nan) for own in ranks.values()] for method in methods])
+    mean = np.nanmean(grid, axis=1)
+    order = np.argsort(mean, kind="stable")
+    with style():
+        figure = blank((2.2 + 0.5 * (len(ranks) + 1), 1.6 + 0.24 * len(methods)))
+        axes = figure.subplots()
+        shown = np.column_stack([mean[order], grid[order]])
+        axes.imshow(shown, cmap="YlGnBu_r", vmin=1, vmax=len(methods), aspect="auto")
+        for (i, j), rank in np.ndenumerate(shown):
+            if np.isfinite(rank):
+                colour = "white" if rank < 0.45 * len(methods) else "black"
+                text = f"{rank:.1f}" if j == 0 else f"{rank:g}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+        axes.axvline(0.5, color="white", linewidth=3)
+        axes.set_yticks(range(len(methods)), [methods[i] for i in order])
+        axes.set_xticks(range(len(ranks) + 1), ["mean rank", *ranks], **_SLANTED)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        title_of(figure, title)
+    return figure

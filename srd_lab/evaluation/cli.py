@@ -1,0 +1,123 @@
+"""``srd-lab evaluate`` and ``srd-lab explain``: maps of many images, scored, and of a few, to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from srd_lab import options as cli
+from srd_lab.catalogue import METHODS, METRICS
+
+
+@click.command()
+@click.option(
+    "--model",
+    default=cli.DEFAULT_MODEL,
+    show_default=True,
+    help="A bundled network, or with ImageNet data any torchvision one.",
+)
+@click.option(
+    "--methods",
+    type=cli.Names(("all", *METHODS)),
+    default="all",
+    show_default=True,
+    help="Explanation methods, comma-separated; `srd-lab methods` lists them.",
+)
+@click.option(
+    "--metrics",
+    type=cli.Names(("all", *METRICS)),
+    default="all",
+    show_default=True,
+    help="Metrics, comma-separated; `srd-lab methods` lists them too.",
+)
+@click.option(
+    "--images",
+    default="200",
+    show_default=True,
+    type=cli.Count(),
+    help="Random images, drawn by the seed: a number, or all.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["label", "predicted"]),
+    default="label",
+    show_default=True,
+    help="The class that is explained.",
+)
+@click.option(
+    "--reference",
+    type=click.Choice(tuple(METHODS)),
+    default="srd",
+    show_default=True,
+    metavar="NAME",
+    help="The method that every other is compared with.",
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Images at once. [default: by image size]")
+@cli.common_options
+@click.pass_context
+@cli.command_errors
+def evaluate(ctx: click.Context, /, **_: Any) -> None:
+    """Score explanation methods on the same images and rank them.
+
+    Localisation, complexity, faithfulness and robustness of every method, with intervals, and each compared with SRD.
+    """
+    from srd_lab.evaluation.study import Evaluation
+
+    cli.tracked(ctx, "evaluate", ctx.params["model"], Evaluation)
+
+
+@click.command()
+@click.argument(
+    "images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option(
+    "--model",
+    default=cli.DEFAULT_MODEL,
+    show_default=True,
+    help="A bundled network, or with --data imagenet any torchvision one.",
+)
+@click.option(
+    "--data",
+    default="scenes",
+    show_default=True,
+    help="What the network was made for: scenes, imagenet, cifar10, ...",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    type=cli.WeightsFile(),
+    help="State dict (.pth, .safetensors, .npz). [default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
+)
+@click.option(
+    "--methods",
+    type=cli.Names(("all", *METHODS)),
+    default="srd",
+    show_default=True,
+    help="Explanation methods, comma-separated; `srd-lab methods` lists them.",
+)
+@click.option("--target", help="Class to explain: index, name or WordNet number. [default: the predicted]")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
+)
+@click.option(
+    "--out",
+    default="explanations",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for what is made.",
+)
+@cli.command_errors
+def explain(images: tuple[Path, ...], **settings: Any) -> None:
+    """Explain IMAGES: overlays, raw maps, a contact sheet.
+
+    Prints the likeliest classes. For every picture OUT/NAME/METHOD.png shows where the map is positive (full
+    colour: what half a percent of its pixels exceed), and METHOD.npy is the raw map at its own resolution.
+    """
+    from srd_lab.evaluation.explaining import Explaining
+
+    Explaining(settings).run(images)

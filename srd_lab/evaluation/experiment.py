@@ -1,0 +1,101 @@
+"""Every method by every metric on one batch of images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from srd_lab.metrics.explained import Explained, Images
+from srd_lab.registry import EXPLAINERS, METRICS
+from srd_lab.types import Sample, SrdLabError
+
+Arrays = dict[str, np.ndarray]
+TARGETS = ("label", "predicted")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Which methods and metrics, by name, and which class is explained: ``label`` or ``predicted``.
+
+    of_model : what metrics remember of the network from batch to batch.
+    """
+
+    methods: Sequence[str]
+    metrics: Sequence[str]
+    target: str = "label"
+    of_model: dict[Hashable, Any] = field(default_factory=dict, compare=False)
+
+    def run(
+        self,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        indices: Sequence[int],
+        device: torch.device,
+        advance: Callable[[int], None],
+    ) -> Arrays:
+        """Scores (N,) of every image under ``method/metric``, seconds (N,) under ``method/seconds`` and
+        ``forward/seconds``, maps (N, H, W) under ``method/map``, and what there is to know of the images.
+
+        An image's scores depend on the image and its index alone, not on the batch. ``advance`` is called with the images
+        done per method.
+        """
+        x = torch.stack([sample.image for sample in samples]).to(device)
+        labels = torch.tensor([sample.label for sample in samples], device=device)
+        with torch.no_grad():
+            model(x)  # the first pass at a size is slower
+            seconds, logits = _timed(lambda: model(x), device)
+        predicted = logits.argmax(1)
+        target = labels if self.target == "label" else predicted
+        images = Images(model, x, target, [int(i) for i in indices], _masks(samples, device), self.of_model)
+        arrays: Arrays = {
+            "index": np.array(indices),
+            "name": np.array([sample.name for sample in samples]),
+            "images": x.cpu().numpy(),
+            "label": labels.cpu().numpy(),
+            "predicted": predicted.cpu().numpy(),
+            "forward/seconds": np.full(len(x), seconds / len(x)),
+        }
+        for method in self.methods:
+            seconds, explained = _timed(lambda m=method: Explained.by(EXPLAINERS[m], images), device)  # type: ignore[misc]
+            arrays[f"{method}/seconds"] = np.full(len(x), seconds / len(x))
+            arrays[f"{method}/map"] = explained.maps.cpu().numpy()
+            for metric in self.metrics:
+                arrays[f"{method}/{metric}"] = METRICS[metric].of(explained).cpu().numpy()
+            advance(len(x))
+        return arrays
+
+
+def refusals(
+    model: nn.Module, sample: Sample, methods: Sequence[str], device: torch.device
+) -> dict[str, str]:
+    """Which methods do not go with this network, and why; tried on one image."""
+    x = sample.image[None].to(device)
+    why = {}
+    for method in methods:
+        try:
+            EXPLAINERS[method].explain(model, x, 0)
+        except SrdLabError as error:
+            why[method] = str(error)
+    return why
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start, result
+
+
+def _masks(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+    """Masks (N, H, W), empty where an image has none; None where none has one."""
+    if all(sample.mask is None for sample in samples):
+        return None
+    blank = torch.zeros(samples[0].image.shape[1:], dtype=torch.bool)
+    return torch.stack([blank if sample.mask is None else sample.mask for sample in samples]).to(device)

@@ -1,0 +1,150 @@
+"""Maps of single pictures: overlays, a contact sheet and the raw numbers in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from srd_lab import maps, render
+from srd_lab import options as cli
+from srd_lab.catalogue import METHODS
+from srd_lab.data.pictures import decode, fit, upright
+from srd_lab.models import Classifier, input_size, load_model
+from srd_lab.registry import EXPLAINERS
+from srd_lab.runtime import pick_device
+from srd_lab.types import SrdLabError
+
+TOP = 5
+
+
+class Explaining:
+    """One call of ``srd-lab explain``: the network, the pictures and the folder for what is made of them."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.device = pick_device(settings["device"])
+        name, data = settings["model"], settings["data"]
+        weights = cli.weights_of(settings["weights"], [name])[name]
+        self.model: Classifier = load_model(name, data, weights, str(self.device))
+        self.size = input_size(name, data)
+        self.methods: Sequence[str] = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
+        self.out: Path = settings["out"]
+        with torch.no_grad():
+            count = self.model(torch.zeros(1, 3, self.size, self.size, device=self.device)).shape[1]
+        self.classes = Classes.of(data, count)
+        self.target = None if settings["target"] is None else self.classes.index(settings["target"])
+
+    def run(self, files: Sequence[Path]) -> None:
+        """Explain every picture; what is written, and the likeliest classes, are said."""
+        folders = [self.out / stem for stem in _stems(files)]
+        images = [self._read(file) for file in files]
+        rows = []
+        for file, folder, image in zip(files, folders, images, strict=True):
+            rows.append(self._explain(file, folder, image))
+        sheet = self.out / "contact_sheet.png"
+        render.method_sheet(rows, f"{len(rows)} pictures").savefig(sheet)
+        click.echo(
+            f"written: {sheet}, and per picture {', '.join(f'{m}.png, {m}.npy' for m in self.methods)}"
+        )
+
+    def _read(self, file: Path) -> Tensor:
+        picture, orientation = decode(file, str(file), "convert")
+        square = fit(upright(picture, orientation), self.size)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+    def _explain(self, file: Path, folder: Path, image: Tensor) -> render.SheetRow:
+        x = image[None].to(self.device)
+        with torch.no_grad():
+            probabilities = torch.softmax(self.model(x).double(), 1)[0].cpu()
+        top = probabilities.topk(min(TOP, len(probabilities)))
+        target = int(top.indices[0]) if self.target is None else self.target
+        explained = self.classes.name(target)
+        click.echo(f"{file}: explained for {explained}, probability {float(probabilities[target]):.3f}\n")
+        lines = [
+            [self.classes.name(int(i)), f"{float(p):.3f}", str(int(i))]
+            for p, i in zip(top.values, top.indices, strict=True)
+        ]
+        click.echo(cli.text_table(["class", "probability", "index"], lines) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        shown: dict[str, Any] = {}
+        for method in self.methods:
+            try:
+                raw = EXPLAINERS[method].explain(self.model, x, target)
+            except SrdLabError as error:
+                click.echo(f"{method} is left out: {error}", err=True)
+                continue
+            np.save(folder / f"{method}.npy", raw[0].cpu().numpy())
+            prepared = maps.prepared(raw, (self.size, self.size))[0].cpu()
+            render.save_picture(folder / f"{method}.png", render.overlay(image, render.signed(prepared)))
+            shown[METHODS[method].title] = prepared
+        if not shown:
+            raise SrdLabError("none of the methods goes with this network; see `srd-lab methods`")
+        return render.SheetRow(self.classes.names[target], image, shown)
+
+
+class Classes:
+    """The classes of a network: by index, by name, and on ImageNet by WordNet number."""
+
+    def __init__(self, names: Sequence[str], wnids: Sequence[str] = ()) -> None:
+        self.names, self.wnids = names, wnids
+
+    @classmethod
+    def of(cls, data: str, count: int) -> Classes:
+        """Those of a kind of data, as far as they are known without its files; else by number."""
+        source = data.partition(":")[0]
+        if source in ("imagenet", "imagenet-s"):
+            from srd_lab.data.imagenet import class_names, wnids
+
+            return cls(class_names(), wnids())
+        if source == "scenes":
+            from srd_lab.data.scenes import CLASSES
+
+            return cls(CLASSES)
+        if source == "cifar10":
+            from srd_lab.data.cifar import CIFAR10_CLASSES
+
+            return cls(CIFAR10_CLASSES)
+        return cls([str(i) for i in range(count)])
+
+    def name(self, index: int) -> str:
+        """Name, and WordNet number where there is one."""
+        return f"{self.names[index]} ({self.wnids[index]})" if self.wnids else self.names[index]
+
+    def index(self, wanted: str) -> int:
+        """The class that is meant; SrdLabError where none or several are."""
+        text = wanted.strip().lower()
+        if text.isdecimal():
+            if int(text) < len(self.names):
+                return int(text)
+            raise SrdLabError(f"there is no class {text}; the network has 0..{len(self.names) - 1}")
+        if text in self.wnids:
+            return self.wnids.index(text)
+        lowered = [name.lower() for name in self.names]
+        found = [i for i, name in enumerate(lowered) if name == text] or [
+            i for i, name in enumerate(lowered) if text in name
+        ]
+        if len(found) == 1:
+            return found[0]
+        some = ", ".join(f"{self.names[i]} ({i})" for i in found[:TOP])
+        raise SrdLabError(
+            f"{wanted!r} may be {some}{' ...' if len(found) > TOP else ''}; give the index in brackets"
+            if found
+            else f"no class is called {wanted!r}; give an index 0..{len(self.names) - 1}, a name"
+            + (", or a WordNet number such as n02123045" if self.wnids else "")
+        )
+
+
+def _stems(files: Sequence[Path]) -> list[str]:
+    """A folder's name for every file, none twice."""
+    stems: list[str] = []
+    for file in files:
+        stem, k = file.stem, 2
+        while stem in stems:
+            stem, k = f"{file.stem}-{k}", k + 1
+        stems.append(stem)
+    return stems
