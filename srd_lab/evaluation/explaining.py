@@ -48,9 +48,7 @@ class Explaining:
             rows.append(self._explain(file, folder, image))
         sheet = self.out / "contact_sheet.png"
         render.method_sheet(rows, f"{len(rows)} pictures").savefig(sheet)
-        click.echo(
-            f"written: {sheet}, and per picture {', '.join(f'{m}.png, {m}.npy' for m in self.methods)}"
-        )
+        click.echo(f"written: {sheet}, and the maps in {', '.join(map(str, folders))}")
 
     def _read(self, file: Path) -> Tensor:
         picture, orientation = decode(file, str(file), "convert")
