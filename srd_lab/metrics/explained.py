@@ -64,14 +64,15 @@ class Images:
 
     def _given(self) -> Tensor:
         with torch.no_grad():
-            return split_normalisation(self.model)[0](self.x)  # type: ignore[no-any-return]
+            return split_normalisation(self.model)[0](self.x.clone())  # type: ignore[no-any-return]
 
     def generator(self, i: int, seed: int, *names: int | str) -> torch.Generator:
         """Random numbers of image ``i``."""
         return generator(seed, *names, self.keys[i])
 
     def logits(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
-        """Logits (count, K) of ``count`` normalised variants of image ``i``, made and run some at a time."""
+        """Logits (count, K) of ``count`` normalised variants of image ``i``, made and run some at a time. The network may
+        change them in place: ``variants`` gives copies."""
         network = split_normalisation(self.model)[1]
         at_once = max(1, _PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
         parts = (range(first, min(count, first + at_once)) for first in range(0, count, at_once))
@@ -80,7 +81,7 @@ class Images:
 
     def untouched(self, i: int) -> Tensor:
         """The logit of the explained class of image ``i`` as it is."""
-        return self.logits(i, lambda _: self.given[i : i + 1], 1)[0, int(self.target[i])]
+        return self.logits(i, lambda _: self.given[i : i + 1].clone(), 1)[0, int(self.target[i])]
 
     def probabilities(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
         """Probability (count,) of the explained class."""
