@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.metrics.explained import Explained
+from srd_lab.metrics.explained import Explained, unscorable
 from srd_lab.metrics.similarity import float64
 
 
@@ -49,7 +49,7 @@ class PointingGame:
         top = maps.amax((1, 2), keepdim=True)
         largest = maps == top
         hit = (largest & grown).sum((1, 2)).double() / largest.sum((1, 2))
-        return hit.masked_fill(~(top[:, 0, 0] > 0) | ~masks.flatten(1).any(1), torch.nan)
+        return hit.masked_fill(~(top[:, 0, 0] > 0) | _unscorable(maps, masks), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ class AttributionLocalization:
         """Share (N,) of the positive part of maps (N, H, W) on masks (N, H, W)."""
         positive = float64(maps).clamp_min(0)
         share = (positive * masks).sum((1, 2)) / positive.sum((1, 2))
-        return share.masked_fill(~masks.flatten(1).any(1), torch.nan)
+        return share.masked_fill(_unscorable(maps, masks), torch.nan)
+
+
+def _unscorable(maps: Tensor, masks: Tensor) -> Tensor:
+    return unscorable(maps) | ~masks.flatten(1).any(1)
 
 
 def _not_scored(maps: Tensor) -> Tensor:
