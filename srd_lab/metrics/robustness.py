@@ -134,7 +134,9 @@ def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Modul
         current = copy.deepcopy(current)
         for name in list(reversed(layers))[reset:until]:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(derived_seed(seed, "randomization", name))
+                torch.default_generator.manual_seed(
+                    derived_seed(seed, "randomization", name)
+                )  # the CPU's alone
                 _reset(current.get_submodule(name))
         reset = until
         copies.append(current.eval().requires_grad_(False))
