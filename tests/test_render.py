@@ -251,3 +251,29 @@ assert matplotlib.rcParams["font.size"] == before
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_method_sheet_has_a_column_per_method_and_signed_colours() -> None:
+    up = np.zeros((8, 8))
+    up[:, :4], up[:, 4:] = 1.0, -1.0
+    names = [f"A method's long name {k}" for k in range(3)]
+    rows = [render.SheetRow("great white shark, or so", np.zeros((3, 8, 8)), dict.fromkeys(names, up))] * 2
+    figure = render.method_sheet(rows, "resnet18 on imagenet")
+    check_nothing_clipped(figure)
+    pictures = [axes.images[0] for axes in figure.axes]
+    assert len(pictures) == 2 * (1 + 3)
+    for picture in pictures[1:4]:
+        shown = picture.cmap(picture.norm(np.asarray(picture.get_array())))
+        assert (shown[:, 0, 0] > shown[:, 0, 2]).all()  # red where positive
+        assert (shown[:, 7, 2] > shown[:, 7, 0]).all()  # blue where negative
+    assert {text.get_text() for text in figure.texts} >= {"image", *names}
+
+
+def test_a_rank_chart_puts_the_best_mean_rank_on_top() -> None:
+    ranks = {"fidelity": {"a": 3.0, "b": 1.0, "c": 2.0}, "stability": {"a": 2.0, "b": 1.0}}
+    figure = render.rank_chart(ranks, "resnet18 on scenes")
+    check_nothing_clipped(figure)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "c", "a"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["mean rank", "fidelity", "stability"]
+    assert [text.get_text() for text in axes.texts] == ["1.0", "1", "1", "2.0", "2", "2.5", "3", "2"]

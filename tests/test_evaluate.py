@@ -1,0 +1,364 @@
+"""``srd-lab evaluate``, ``explain`` and ``methods``: the numbers printed are those of the metrics, whatever the batch size,
+whatever was interrupted; comparisons are the tests that they claim to be."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from scipy.stats import wilcoxon
+from torch import Tensor, nn
+
+from srd_lab import load_data, load_model
+from srd_lab.catalogue import METHODS, METRICS
+from srd_lab.cli import main
+from srd_lab.evaluation.experiment import refusals
+from srd_lab.evaluation.explaining import Classes
+from srd_lab.evaluation.tables import comparisons, holm, ranks, score_table, signed_rank
+from srd_lab.metrics.explained import Explained, Images
+from srd_lab.registry import EXPLAINERS
+from srd_lab.registry import METRICS as SCORES
+from srd_lab.runtime import Batcher
+from srd_lab.types import SrdLabError
+
+Rows = list[dict[str, str]]
+SOME = ("--model", "resnet18", "--methods", "gradient,srd,gradcam,random", "--images", "7")
+FIVE = ("--metrics", "pointing_game,attribution_localization,sparseness,fidelity,stability")
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def succeed(*arguments: str) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def table(file: Path) -> Rows:
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The line of the first table that begins so."""
+    return next(line.split() for line in text.splitlines() if line.startswith(f"{first} "))
+
+
+# --- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def test_holm_multiplies_the_smallest_by_most() -> None:
+    corrected = holm(np.array([0.03, 0.005, np.nan, 0.04, 0.9]))
+    np.testing.assert_allclose(corrected, [0.09, 0.02, np.nan, 0.09, 0.9])
+    assert holm(np.array([0.8, 0.9]))[0] == 1.0  # never above 1, never falling
+
+
+def test_signed_rank_is_wilcoxons() -> None:
+    difference = np.random.default_rng(0).normal(0.3, 1, 40)
+    assert signed_rank(difference) == wilcoxon(difference, zero_method="pratt", method="approx").pvalue
+    assert signed_rank(difference) == pytest.approx(wilcoxon(difference, method="exact").pvalue, rel=0.05)
+    assert signed_rank(np.zeros(20)) == 1
+    assert np.isnan(signed_rank(np.ones(5)))
+    few = np.concatenate([np.zeros(100), np.full(4, 1.0), np.full(2, -1.0)])  # nearly all pairs tie
+    assert signed_rank(few) > 0.3
+
+
+def test_better_follows_the_direction_of_the_metric() -> None:
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=50)
+    scores = {
+        "srd": {"fidelity": base, "stability": base},
+        "gradient": {"fidelity": base + 1 + 0.1 * rng.normal(size=50), "stability": base + 1},
+        "random": {"fidelity": base + rng.normal(size=50), "stability": np.full(50, np.nan)},
+    }
+    found = {(c.method, c.metric): c for c in comparisons(scores, "srd", 0)}
+    assert found["gradient", "fidelity"].verdict == "better"
+    assert found["gradient", "stability"].verdict == "worse"
+    assert found["random", "fidelity"].verdict == "open"
+    lost = found["random", "stability"]
+    assert (lost.verdict, lost.n) == ("open", 0)
+    assert np.isnan(lost.p)
+    second = found["gradient", "fidelity"]  # the smallest of three times 3, this one times 2
+    assert second.p_corrected == pytest.approx(2 * second.p)
+    assert comparisons(scores, "gradcam", 0) == []
+
+
+def test_only_images_that_both_score_are_compared() -> None:
+    a, b = np.arange(20.0), np.arange(20.0) + 1
+    a[3], b[5] = np.nan, np.nan
+    (one,) = comparisons({"srd": {"morf": a}, "gradient": {"morf": b}}, "srd", 0)
+    assert (one.n, one.difference, one.low, one.high) == (18, 1, 1, 1)
+
+
+def test_equal_means_share_their_rank_and_neither_is_called_best_alone() -> None:
+    scores = {
+        name: {"stability": np.array([value, value])}
+        for name, value in {"srd": 0.1, "gradient": 0.1, "random": 2.0, "gradcam": np.nan}.items()
+    }
+    assert ranks(scores) == {"stability": {"srd": 1.5, "gradient": 1.5, "random": 3}}
+    _, lines = score_table(scores, ["stability"], [], 0)
+    assert [line[1].strip() for line in lines] == [*["0.100 [0.100, 0.100]"] * 2, "2.000 [2.000, 2.000]", "–"]
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp("evaluated")
+    return succeed("evaluate", *SOME, *FIVE, "--no-track", "--out", str(out)), out
+
+
+def test_its_scores_are_those_of_the_metrics(evaluated: tuple[str, Path]) -> None:
+    text, out = evaluated
+    rows = table(out / "images.csv")
+    data, model = load_data("scenes"), load_model("resnet18", device="cpu")
+    indices = [int(row["index"]) for row in rows if row["method"] == "srd"]
+    assert len(set(indices)) == 7
+    samples = [data[i] for i in indices]
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    x, target = torch.stack([s.image for s in samples]), torch.tensor([s.label for s in samples])
+    images = Images(model, x, target, indices, torch.stack(masks))
+    for method in ("gradient", "srd", "gradcam", "random"):
+        explained = Explained.by(EXPLAINERS[method], images)
+        own = [row for row in rows if row["method"] == method]
+        assert [row["name"] for row in own] == [sample.name for sample in samples]
+        printed = cells(text, method)
+        for k, metric in enumerate(FIVE[1].split(",")):
+            expected = SCORES[metric].of(explained)
+            scores = torch.tensor([float(row[metric]) for row in own], dtype=torch.float64)
+            torch.testing.assert_close(scores, expected, rtol=2e-3, atol=1e-4, equal_nan=True)
+            assert float(printed[1 + 3 * k]) == pytest.approx(float(expected.nanmean()), abs=1e-3)
+
+
+def test_it_says_what_was_done(evaluated: tuple[str, Path]) -> None:
+    text, out = evaluated
+    assert text.startswith("resnet18 on scenes, 7 of 2000 images, their own class explained; accuracy ")
+    assert "Masks: outlines." in text
+    assert "than srd" in text
+    assert "Holm's correction for 15 tests" in text
+    for name in ("ranks.png", "pictures.png"):
+        assert (out / name).read_bytes()[1:4] == b"PNG"
+    found = table(out / "comparisons.csv")
+    assert {(row["method"], row["metric"]) for row in found} == {
+        (method, metric) for method in ("gradient", "gradcam", "random") for metric in FIVE[1].split(",")
+    }
+
+
+def test_its_scores_do_not_depend_on_the_batch_size(evaluated: tuple[str, Path], tmp_path: Path) -> None:
+    succeed("evaluate", *SOME, *FIVE, "--batch-size", "3", "--no-track", "--out", str(tmp_path))
+    for one, other in zip(table(evaluated[1] / "images.csv"), table(tmp_path / "images.csv"), strict=True):
+        assert {k: one[k] for k in ("index", "method", "label")} == {
+            k: other[k] for k in ("index", "method", "label")
+        }
+        for metric in FIVE[1].split(","):
+            assert float(one[metric]) == pytest.approx(float(other[metric]), rel=5e-3, abs=1e-3)
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    command = (
+        "evaluate",
+        *SOME,
+        "--metrics",
+        "sparseness,deletion",
+        "--batch-size",
+        "3",
+        "--tracking-uri",
+        store,
+    )
+    run, count = Batcher.run, 0
+
+    def stops(self: Batcher, *arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Batcher, "run", stops)
+    assert call(*command).exit_code == 1
+    client = MlflowClient(store)
+    (stored,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    count = -10
+    text = succeed("evaluate", "--resume", stored.info.run_id, "--tracking-uri", store)
+    assert count == -9  # one batch was left
+    whole = succeed(*command[:-2], "--no-track")
+    assert text.partition("Cost:")[0] == whole.partition("Cost:")[0]
+    runs = client.search_runs([stored.info.experiment_id])
+    children = {
+        r.info.run_name: r.data for r in runs if r.data.tags.get("mlflow.parentRunId") == stored.info.run_id
+    }
+    assert set(children) == {"gradient", "srd", "gradcam", "random"}
+    assert float(cells(text, "srd")[1]) == pytest.approx(children["srd"].metrics["sparseness"], abs=1e-3)
+    assert children["gradcam"].params["level"] == "low"
+
+
+def test_without_masks_localisation_is_not_scored(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    file = tmp_path / "test.npz"
+    np.savez(
+        file,
+        images=rng.integers(0, 256, (4, 32, 32, 3), np.uint8),
+        labels=np.arange(4),
+        classes=list("abcdefghij"),
+    )
+    weights = tmp_path / "resnet8.npz"
+    from srd_lab.models.cifar import cifar_network
+
+    torch.manual_seed(0)
+    np.savez(weights, **{k: v.numpy() for k, v in cifar_network("resnet8", 10).state_dict().items()})  # type: ignore[arg-type]
+    text = succeed(
+        *(
+            "evaluate",
+            "--data",
+            f"cifar10:{file}",
+            "--model",
+            "resnet8",
+            "--weights",
+            str(weights),
+            "--no-track",
+        ),
+        *(
+            "--methods",
+            "gradient,srd_low,srd_high",
+            "--metrics",
+            "pointing_game,sparseness",
+            "--images",
+            "all",
+        ),
+    )
+    assert "No masks: localisation is not scored." in text
+    assert cells(text, "gradient")[1] == "–"
+    # resnet8 ends at 8 x 8 of 32 x 32: there is no 4 x 4
+    assert "SRD, high does not go with this network: no activation has 1/8 of the input's size" in text
+
+
+def test_what_does_not_go_with_a_network_is_said_and_the_rest_is_done() -> None:
+    torch.manual_seed(0)
+    smooth = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    smooth.eval().requires_grad_(False)
+    sample = load_data("scenes")[0]
+    why = refusals(smooth, sample, ["gradient", "lrp_zplus", "gradcam"], torch.device("cpu"))
+    assert list(why) == ["lrp_zplus"]
+    assert "silu" in why["lrp_zplus"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--methods", "gradient,nonsense"), "'nonsense' is not one of all, gradient"),
+        (("--metrics", "beauty"), "'beauty' is not one of all, pointing_game"),
+        (("--images", "0"), "is not how many"),
+        (("--model", "resnet99"), "there is no network 'resnet99' for scenes"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(arguments: tuple[str, ...], said: str) -> None:
+    result = call("evaluate", *arguments, "--no-track")
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.split())
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    files = []
+    for k, mode in enumerate(("RGB", "L")):
+        image = Image.fromarray((255 * load_data("scenes")[k].image.permute(1, 2, 0)).round().byte().numpy())
+        (tmp_path / str(k)).mkdir()
+        files.append(tmp_path / str(k) / "photo.png")
+        image.convert(mode).save(files[-1])
+    return files
+
+
+def test_explain_writes_the_maps_of_the_methods(pictures: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    text = succeed(
+        "explain", *map(str, pictures), "--methods", "srd,gradcam", "--out", str(out), "--device", "cpu"
+    )
+    model, x = load_model("vgg16", device="cpu"), load_data("scenes")[0].image[None]
+    for method in ("srd", "gradcam"):
+        stored = np.load(out / "photo" / f"{method}.npy")
+        np.testing.assert_allclose(stored, EXPLAINERS[method].explain(model, x)[0].numpy(), atol=1e-6)
+        with Image.open(out / "photo-2" / f"{method}.png") as overlay:
+            assert overlay.size == (64, 64)
+    assert (out / "contact_sheet.png").read_bytes()[1:4] == b"PNG"
+    top = torch.softmax(model(x).double(), 1)[0].topk(5)
+    classes = load_data("scenes").classes
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("class"))
+    shown = [line.split() for line in lines[first + 2 : first + 7]]
+    assert shown == [
+        [classes[int(i)], f"{float(p):.3f}", str(int(i))]
+        for p, i in zip(top.values, top.indices, strict=True)
+    ]
+
+
+def test_explain_takes_a_class_by_name_or_number(pictures: list[Path], tmp_path: Path) -> None:
+    found = []
+    for target in ("ring", str(load_data("scenes").classes.index("ring"))):
+        out = tmp_path / target
+        text = succeed("explain", str(pictures[0]), "--target", target, "--out", str(out), "--device", "cpu")
+        assert "explained for ring, probability" in text
+        found.append(np.load(out / "photo" / "srd.npy"))
+    assert np.array_equal(*found)
+    other = EXPLAINERS["srd"].explain(load_model("vgg16", device="cpu"), load_data("scenes")[0].image[None])[
+        0
+    ]
+    assert not np.allclose(found[0], other.numpy())
+
+
+def test_classes_of_imagenet_by_index_name_and_wnid() -> None:
+    classes = Classes.of("imagenet", 1000)
+    assert classes.index("281") == classes.index("n02123045") == classes.index("Tabby") == 281
+    assert classes.name(281) == "tabby (n02123045)"
+    with pytest.raises(
+        SrdLabError, match=r"'shark' may be .*tiger shark \(3\).*; give the index in brackets"
+    ):
+        classes.index("shark")
+    with pytest.raises(SrdLabError, match=r"no class is called 'unicorn'.*WordNet number"):
+        classes.index("unicorn")
+    with pytest.raises(SrdLabError, match=r"there is no class 1000; the network has 0\.\.999"):
+        classes.index("1000")
+
+
+def test_explain_names_what_is_no_picture(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("no picture")
+    result = call("explain", str(file), "--device", "cpu", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "notes.txt cannot be used: cannot be decoded: no image" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_lists_everything() -> None:
+    lines = succeed("methods").splitlines()
+    starts = [line.split()[0] for line in lines if line]
+    assert [name for name in starts if name in METHODS and name not in METRICS] == list(METHODS)
+    assert [name for name in starts if name in METRICS] == list(METRICS)
+
+
+def test_the_reference_is_what_others_are_held_against(tmp_path: Path) -> None:
+    command = ("evaluate", *SOME, "--metrics", "sparseness", "--reference", "gradcam", "--no-track", "--out")
+    text = succeed(*command, str(tmp_path))
+    assert "than gradcam" in text
+    scores: dict[str, Tensor] = {}
+    for row in table(tmp_path / "images.csv"):
+        scores.setdefault(row["method"], []).append(float(row["sparseness"]))  # type: ignore[attr-defined]
+    row = next(r for r in table(tmp_path / "comparisons.csv") if r["method"] == "srd")
+    difference = np.array(scores["srd"]) - np.array(scores["gradcam"])
+    assert float(row["difference"]) == pytest.approx(difference.mean())
+    assert float(row["p"]) == pytest.approx(signed_rank(difference))
