@@ -122,7 +122,7 @@ class Randomization:
 
 def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Module]:
     """Copies of a model with its last 1/stages, 2/stages ... of layers initialised anew."""
-    layers = [name for name, module in model.named_modules() if hasattr(module, "reset_parameters")]
+    layers = [name for name, module in model.named_modules() if _new_weights(module) is not None]
     if not layers:
         raise SrdLabError(
             "the model has no layer that can be initialised anew, so that randomization cannot be scored"
@@ -134,9 +134,8 @@ def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Modul
         current = copy.deepcopy(current)
         for name in list(reversed(layers))[reset:until]:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.default_generator.manual_seed(
-                    derived_seed(seed, "randomization", name)
-                )  # the CPU's alone
+                # the CPU's alone: torch.manual_seed would seed those of other devices, for good
+                torch.default_generator.manual_seed(derived_seed(seed, "randomization", name))
                 _reset(current.get_submodule(name))
         reset = until
         copies.append(current.eval().requires_grad_(False))
@@ -146,8 +145,17 @@ def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Modul
 def _reset(module: nn.Module) -> None:
     """New weights, drawn on the CPU: the same on every device."""
     place = next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
-    module.cpu().reset_parameters()  # type: ignore[operator]
+    module.cpu()
+    draw = _new_weights(module)
+    assert draw is not None
+    draw()
     module.to(place)
+
+
+def _new_weights(module: nn.Module) -> Callable[[], None] | None:
+    """What initialises a layer anew, where it has that."""
+    name = "_reset_parameters" if isinstance(module, nn.MultiheadAttention) else "reset_parameters"
+    return getattr(module, name, None)
 
 
 def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> list[tuple[Tensor, Tensor]]:
