@@ -196,8 +196,8 @@ def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figu
 def method_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
     """A row per image, a column per method: the image, then its maps in [-1, 1], red > 0 > blue."""
     names = ["image", *rows[0].maps]
-    cell, left, top = 0.82, 0.75, 1.15
-    size = (left + cell * len(names) + 0.3, top + cell * len(rows) + 0.1)
+    cell, left, top = 0.82, 0.75, 1.4
+    size = (left + cell * len(names) + 0.8, top + cell * len(rows) + 0.1)
     with style():
         figure = blank(size, layout="none")
         for i, row in enumerate(rows):
