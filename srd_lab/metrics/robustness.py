@@ -46,10 +46,7 @@ class _Kept:
     def _mean(self, explained: Explained, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         before = explained.maps.abs()
         found = under_noise(explained, self.noise, self.draws, self.seed)
-        finite = (map_.abs().nan_to_num(0) for map_, _ in found)
-        return _scored(
-            torch.stack([score(before.nan_to_num(0), after) for after in finite]).mean(0), explained
-        )
+        return _scored(torch.stack([score(before, map_.abs()) for map_, _ in found]).mean(0), explained)
 
 
 @dataclass(frozen=True)
@@ -113,11 +110,11 @@ class Randomization:
 
     def curve(self, explained: Explained) -> Tensor:
         """SSIM (N, stages) after each stage."""
-        known, before = explained.images.of_model, explained.maps.abs().nan_to_num(0)
+        known, before = explained.images.of_model, explained.maps.abs()
         if self not in known:
             known[self] = randomised(explained.images.model, self.stages, self.seed)
         found = [explained.again(explained.images.x, model) for model in known[self]]
-        return torch.stack([SSIM().score(before, after.abs().nan_to_num(0)) for after in found], 1)
+        return torch.stack([SSIM().score(before, after.abs()) for after in found], 1)
 
 
 def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Module]:
