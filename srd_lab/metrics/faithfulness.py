@@ -109,7 +109,8 @@ class Infidelity:
 
 @dataclass(frozen=True)
 class _Curve(ABC):
-    """The probability of the class while pixels are exchanged in the order of the map; ties in random order.
+    """The probability of the class while pixels are exchanged in the order of the map, to five decimals; ties in
+    random order.
 
     steps : points of the curve after the first; seed : of ties and replacements.
     """
@@ -123,13 +124,7 @@ class _Curve(ABC):
         return torch.stack(scores).masked_fill(unscorable(explained.maps), torch.nan)
 
     def _area(self, images: Images, i: int, map_: Tensor) -> Tensor:
-        value = (self.value(map_) * 1e5).round()  # rounding of another batch must not decide the order
-        drawn = torch.randperm(value.numel(), generator=images.generator(i, self.seed, "ties")).to(
-            value.device
-        )
-        order = drawn[value.flatten()[drawn].argsort(descending=True, stable=True)]
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        share = ((rank.double() + 1) / len(rank)).view(map_.shape)
+        share = self.share(map_, images.generator(i, self.seed, "ties"))
         before, after = self.ends(images, i)
 
         def exchanged(some: range) -> Tensor:
@@ -138,9 +133,13 @@ class _Curve(ABC):
 
         return self.area(images.probabilities(i, exchanged, self.steps + 1))
 
-    def value(self, map_: Tensor) -> Tensor:
-        """What pixels are ordered by, the largest first."""
-        return map_
+    def share(self, value: Tensor, ties: torch.Generator) -> Tensor:
+        """Which part of the curve, in (0, 1], is over when each of these is exchanged: the largest value first."""
+        flat = (value.flatten() * 1e5).round()  # rounding of another batch must not decide the order
+        drawn = torch.randperm(len(flat), generator=ties).to(flat.device)
+        order = drawn[flat[drawn].argsort(descending=True, stable=True)]
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return ((rank.double() + 1) / len(rank)).view(value.shape)
 
     def area(self, curve: Tensor) -> Tensor:
         """The score of a curve (steps + 1,): its area."""
@@ -180,14 +179,21 @@ class MoRF(_Curve):
     """Area over the perturbation curve, most relevant regions first (Samek et al. 2017): the mean drop of the
     probability while regions become uniform noise. In [-1, 1], higher is better.
 
-    grid : regions along a side, ordered by their mean attribution.
+    grid : regions along a side, each exchanged as a whole, in the order of their mean attribution.
     """
 
     grid: int = 14
 
-    def value(self, map_: Tensor) -> Tensor:
-        means = F.adaptive_avg_pool2d(map_[None, None], self.grid)[0, 0]
-        return self.sign * F.interpolate(means[None, None], size=tuple(map_.shape), mode="nearest")[0, 0]
+    def share(self, value: Tensor, ties: torch.Generator) -> Tensor:
+        region = self._regions(value)
+        sums = torch.stack([value, torch.ones_like(value)]).flatten(1)
+        total, count = sums.new_zeros(2, int(region.max()) + 1).index_add_(1, region.flatten(), sums)
+        return super().share(self.sign * total / count, ties)[region]
+
+    def _regions(self, map_: Tensor) -> Tensor:
+        """Which region each pixel of a map (H, W) is in; a side with fewer pixels than regions has one for each."""
+        down, right = (torch.arange(n, device=map_.device) * min(n, self.grid) // n for n in map_.shape)
+        return down[:, None] * (right[-1] + 1) + right
 
     sign = 1
 
