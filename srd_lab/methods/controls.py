@@ -38,6 +38,7 @@ class Random:
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The map and the model's output."""
+        check_input(x, model)
         if x.requires_grad and torch.is_grad_enabled():
             raise SrdLabError("random maps have no derivative; x must not ask for a gradient")
         logits = _logits(model, x, target)
