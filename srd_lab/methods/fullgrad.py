@@ -6,7 +6,8 @@ biases b of all its layers. The map adds up what each term has to say about plac
     psi(d y_c / d x * x) + sum_layers sum_channels psi(d y_c / d b * b),    psi = stretch to the image of |.|
 
 every term stretched to [0, 1] over its channels and places first. The shift of a batch norm is a bias, and an activation
-f other than ReLU has the bias f(u) - f'(u) u. Biases of linear layers have no place: they count for completeness only.
+f other than ReLU has the bias f(u) - f'(u) u. Biases of linear layers behind the maps have no
+place: they count for completeness only.
 
 Example
 -------
@@ -18,15 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from srd_lab import maps, rules
-from srd_lab.backprop import split_normalisation, traced
-from srd_lab.calls import BatchNorm, Call, Convolution
+from srd_lab.backprop import split_normalisation, tensors_in, traced
+from srd_lab.calls import BatchNorm, Call, Convolution, Function
 from srd_lab.checks import check_input, check_target
 from srd_lab.intercept import Watch
+from srd_lab.layout import Channels
 
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
 
@@ -58,42 +61,58 @@ class FullGrad:
 
 
 class _Biases(Watch):
-    """Notes every tensor that a bias was added to, with the bias."""
+    """Notes every tensor that a bias was added to, with the bias and the axis of its channels."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.found: list[tuple[Tensor, Tensor]] = []
+        self.found: list[tuple[Tensor, Tensor, int]] = []
+        self.channels = Channels()
 
-    def note(self, y: Tensor, bias: Tensor) -> Tensor:
+    def note(self, y: Tensor, bias: Tensor, axis: int) -> Tensor:
         """``y``, which holds ``bias``; a copy, as what follows may overwrite it."""
         if not y.requires_grad:
             return y
-        self.found.append((y, bias))
-        return y.clone()
+        self.found.append((y, bias, axis))
+        return self.channels.put(y.clone(), axis)
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        axis = self.channels.of(x)
+        return self.channels.put(self._activated(call, x, inplace, axis), axis)
+
+    def _activated(self, call: Call, x: Tensor, inplace: bool, axis: int) -> Tensor:
         if call.kind in _WITHOUT_BIAS or not x.requires_grad:
             return super().activate(call, x, inplace)
         u = x.clone()
         v = call.function(u)
         (slope,) = torch.autograd.grad(v.sum(), u, create_graph=True)
-        self.found.append((v, v - slope * u))
+        self.found.append((v, v - slope * u, axis))
         return x.copy_(v) if inplace else v.clone()
 
     def convolution(self, conv: Convolution) -> Tensor:
         y = super().convolution(conv)
-        return y if conv.bias is None else self.note(y, conv.bias.view(-1, 1, 1))
+        return y if conv.bias is None else self.note(y, conv.bias.view(-1, 1, 1), 1)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = super().linear(x, weight, bias)
-        return y if bias is None else self.note(y, bias)
+        self.channels.put(y, y.dim() - 1)
+        return y if bias is None else self.note(y, bias, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)))
+        return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
+
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        moving = [t for t in tensors_in(args, kwargs) if t.requires_grad and not t.is_leaf]
+        x = max(moving, key=Tensor.dim, default=None)
+        axis = 1 if x is None else self.channels.of(x)
+        out = super().other(function, args, kwargs)
+        if x is not None:
+            self.channels.follow(function, args, kwargs, x, axis, out)
+        return out
 
 
 def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple[list[Tensor], Tensor, bool]:
-    """Gradient times value of the (normalised) input and of every bias, the logits, and whether they keep their graph."""
+    """Gradient times value of the (normalised) input and of every bias, channels along dimension 1, the logits, and
+    whether they keep their graph."""
     check_input(x, model)
     normalise, network = split_normalisation(model)
     leaf, differentiable = traced(x)
@@ -102,10 +121,11 @@ def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple
         trace = _Biases(network)
         logits = trace.run(given.clone())
         score = logits.gather(1, check_target(target, logits)[:, None]).sum()
-        held = [given, *(y for y, _ in trace.found)]
+        held = [given, *(y for y, _, _ in trace.found)]
         slopes = torch.autograd.grad(score, held, create_graph=differentiable, allow_unused=True)
-        values = [given, *(bias for _, bias in trace.found)]
-        products = [g * value for g, value in zip(slopes, values, strict=True) if g is not None]
+        values = [(given, 1), *((bias, axis) for _, bias, axis in trace.found)]
+        found = zip(slopes, values, strict=True)
+        products = [(g * value).movedim(axis, 1) for g, (value, axis) in found if g is not None]
     return products, logits, differentiable
 
 
