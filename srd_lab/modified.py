@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from srd_lab import rules
 from srd_lab.backprop import GATES, Decomposed, TensorNotes, exchanged, overwrites, tensors_in
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take
+from srd_lab.layout import Channels
 from srd_lab.types import SrdLabError
 
-_NON_NEGATIVE = ("relu", "relu6", "softplus", "smooth_relu", "smooth_clip")
+_NON_NEGATIVE = ("relu", "relu6", "softplus")
+_MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -36,7 +38,9 @@ class ModifiedTrace(Decomposed):
         self, network: nn.Module, box: tuple[Tensor, Tensor], modify: Modify, with_bias: bool = False
     ) -> None:
         super().__init__(network, rules.lrp_modified)
-        self.shapes: list[tuple[int, ...]] = []  # of every activation call
+        self.shapes: list[tuple[int, ...]] = []  # of every activation call, channels along dimension 1
+        self._channels = Channels()
+        self._axis = 1  # of the activation call that is running
         self._modify, self._with_bias = modify, with_bias
         self._ends = box
         self._parts: TensorNotes[Tensor] = TensorNotes()
@@ -57,6 +61,7 @@ class ModifiedTrace(Decomposed):
         """Let go of every tensor, so that the graph dies with whoever still needs it."""
         for notes in (self._parts, self._unfolded, self._boxes):
             notes.clear()
+        self._channels.clear()
         self._u = self.head = None
 
     def modified(self, t: Tensor) -> Tensor:
@@ -69,19 +74,21 @@ class ModifiedTrace(Decomposed):
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
-        clipped = call.kind == "hardtanh" and call.value_at(-1e30) >= 0  # how nn.ReLU6 calls itself
-        if call.kind not in _NON_NEGATIVE and not clipped:
+        if call.kind not in _NON_NEGATIVE and not (call.kind in _MAY_BE and call.value_at(-1e30) >= 0):
             raise SrdLabError(
                 f"the rule needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
                 "use another method on this network"
             )
         part = self.modified(x)
         self._u = part.clone() if part is x else part
-        return super().activate(call, x, inplace)
+        self._axis = self._channels.of(x)
+        return self._channels.put(super().activate(call, x, inplace), self._axis)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        assert self._u is not None
+        u, v = self._u.movedim(self._axis, 1), v.movedim(self._axis, 1)
         self.shapes.append(tuple(v.shape))
-        return super().gate(call, self._u, v)  # type: ignore[arg-type]
+        return super().gate(call, u, v).movedim(1, self._axis)
 
     def convolution(self, conv: Convolution) -> Tensor:
         y = super().convolution(conv)
@@ -93,7 +100,7 @@ class ModifiedTrace(Decomposed):
         x = self.modified(x)
         self._parts.put(y, F.linear(x, self._modify(weight), self._modified_bias(bias)))
         self.head = (y, x, weight)
-        return y
+        return self._channels.put(y, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
         conv, scale = self._unfolded.get(norm.x), norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
@@ -119,9 +126,19 @@ class ModifiedTrace(Decomposed):
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any other affine operation does to the positive parts what it does to the values; a gate is one factor for
         both. What is refused is refused in the positive parts too, where the live pass goes."""
+        moving = self.moving(args, kwargs)
+        if not moving:
+            return super().other(function, args, kwargs)
+        x = max(moving, key=Tensor.dim)
+        axis = self._channels.of(x)
+        out = self._mirrored(function, args, kwargs)
+        self._channels.follow(function, args, kwargs, x, axis, out)
+        return out
+
+    def _mirrored(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = super().other
         tensors = tensors_in(args, kwargs)
-        if function in GATES or not self.moving(args, kwargs):
+        if function in GATES:
             return run(function, args, kwargs)
         if any(self._noted(t) for t in tensors):
             tables = [{id(t): self.modified(t) for t in tensors}]
