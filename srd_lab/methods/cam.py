@@ -23,15 +23,45 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from srd_lab import rules
 from srd_lab.backprop import traced
+from srd_lab.calls import Function
 from srd_lab.checks import check_input, check_target
 from srd_lab.encoder import SRDTrace
+from srd_lab.intercept import Interceptor
 from srd_lab.types import SrdLabError
+
+_TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+
+
+class Numbered(Interceptor):
+    """Numbers what the model does and not what its backward hooks do, which is more where gradients are on: they look
+    at flags, and take views of tensors as they are."""
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        looks = getattr(func, "__name__", "") == "__get__" and func not in _TURNED
+        if not looks and not (func is Tensor.view_as and args[0] is args[-1]):
+            return super().__torch_function__(func, types, args, kwargs)
+        number, self.events = self.events, -2
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        finally:
+            self.events = number
+
+
+class _LayerTrace(Numbered, SRDTrace):
+    def left(self, module: nn.Module, output: Any) -> Any:
+        events = self.events
+        out = super().left(module, output)
+        self.events = events  # what is copied here is not the model's doing
+        return out
 
 
 @dataclass(frozen=True)
@@ -69,7 +99,7 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
     check_input(x, model)
     leaf, differentiable = traced(x)
     # The rule is never live: the trace is wanted for the layers that it finds.
-    trace = SRDTrace(model, rules.srd_vector, encoder, with_bias=False)
+    trace = _LayerTrace(model, rules.srd_vector, encoder, with_bias=False)
     with torch.enable_grad():
         try:
             logits, _ = trace.trace(leaf)

@@ -5,7 +5,8 @@
 
 The maps are ``relu(sum_k w_k A_k)`` of one layer; see :mod:`srd_lab.methods.cam` for the choice of it. The passes run
 in batches of bounded size. Ablation-CAM runs what lies in front of the layer for one image only, and what lies behind
-it for a batch of ablated channels. Channels that are constant (dead ones, mostly) share one pass.
+it for a batch of ablated channels; where a network cannot mix the two (a concatenation, say), all of it for the batch.
+Channels that are constant (dead ones, mostly) share one pass.
 
 Example
 -------
@@ -25,11 +26,13 @@ from srd_lab import maps, rules
 from srd_lab.backprop import split_normalisation
 from srd_lab.checks import check_target
 from srd_lab.intercept import Exchange, Watch
-from srd_lab.methods.cam import Layer, layer_of
+from srd_lab.methods.cam import Layer, Numbered, layer_of
 from srd_lab.recompute import recomputed
+from srd_lab.runtime import is_out_of_memory
 from srd_lab.types import SrdLabError
 
 _ABLATED_AT_ONCE = 2**23  # numbers in the copies of a layer: 32 MiB
+_PIXELS_AT_ONCE = 32 * 224 * 224
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class ScoreCAM(_PassCAM):
     ) -> Tensor:
         normalise, network = split_normalisation(model)
         given = normalise(x)
-        at_once = self.images_at_once or max(1, 32 * 224 * 224 // (x.shape[2] * x.shape[3]))
+        at_once = self.images_at_once or max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3]))
 
         def seen(channels: Tensor, image: Tensor) -> Tensor:
             masks = _to_unit_range(maps.upsample(channels, (x.shape[2], x.shape[3])))
@@ -107,26 +110,42 @@ class AblationCAM(_PassCAM):
         self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
     ) -> Tensor:
         at_once = self.images_at_once or max(1, _ABLATED_AT_ONCE // a.numel())
+        whole_at_once = min(at_once, max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3])))
         alive = (a != 0).flatten(1).any(1).nonzero()[:, 0]
 
-        def without(channels: Tensor, image: Tensor) -> Tensor:
+        def run(channels: Tensor, images: Tensor) -> Tensor:
             def ablated(made: Tensor) -> Tensor:
-                copies = made.repeat(len(channels), *[1] * (made.dim() - 1)).movedim(layer.axis, 1)
+                copies = made if len(images) > 1 else made.repeat(len(channels), *[1] * (made.dim() - 1))
+                copies = copies.movedim(layer.axis, 1)
                 copies = copies.masked_fill(_one_of_each(channels, copies), 0)
                 return copies.movedim(1, layer.axis)
 
-            logits = Exchange(model, layer.event, ablated).run(image.clone())
-            if logits.shape[0] != len(channels):
+            return _Exchange(model, layer.event, ablated).run(images)  # type: ignore[no-any-return]
+
+        def without(channels: Tensor, image: Tensor) -> Tensor:
+            rows = channels.repeat(2) if len(channels) == 1 else channels  # two, to see that the batch grew
+            try:
+                logits = run(rows, image.clone())
+            except RuntimeError as error:  # one image met many, in a concatenation, say: many from the start
+                if is_out_of_memory(error):
+                    raise
+                parts = [run(some, image.repeat(len(some), 1, 1, 1)) for some in rows.split(whole_at_once)]
+                logits = torch.cat(parts)
+            if logits.shape[0] != len(rows):
                 raise SrdLabError(
                     f"level {self.level!r} cannot be ablated: the model does not use what that call returns; name "
                     "another layer with level="
                 )
-            return logits[:, target]
+            return logits[: len(channels), target]
 
         drop = torch.zeros_like(a[:, 0, 0])
         for some in alive.split(at_once) if len(alive) else ():
             drop = drop.index_put((some,), score - recomputed(without, some, x))
         return rules.divide(drop, score)
+
+
+class _Exchange(Numbered, Exchange):
+    pass
 
 
 def _one_of_each(channels: Tensor, like: Tensor) -> Tensor:
