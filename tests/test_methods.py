@@ -7,27 +7,39 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import sqrt
 from typing import Any
 
 import captum.attr
 import pytest
 import reference as ref
+import skimage.filters
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from srd_lab import catalogue
+from srd_lab.data import batch, load_data
 from srd_lab.intercept import SmoothModel
-from srd_lab.methods.averaged import IntegratedGradients
-from srd_lab.methods.gradient import Gradient, GradInput, GuidedBackprop
+from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
+from srd_lab.methods.gradient import Deconvnet, Gradient, GradInput, GuidedBackprop
 from srd_lab.methods.lrp import LRPZPlus
 from srd_lab.methods.srd import SRD
-from srd_lab.models import Classifier
-from srd_lab.registry import EXPLAINERS, explain, make_explainer
+from srd_lab.models import Classifier, load_model
+from srd_lab.registry import EXPLAINERS, METRICS, explain, make_explainer
+from srd_lab.runtime import generator
 from srd_lab.types import Explainer, SrdLabError
 
 METHODS = tuple(EXPLAINERS)
-QUICK: dict[str, dict[str, Any]] = {"integrated_gradients": {"steps": 5}}
+LOW, HIGH = ([n for n, m in catalogue.METHODS.items() if m.resolution == size] for size in ("low", "high"))
+CONTROLS = ("random", "sobel")
+DIFFERENTIABLE = [name for name in METHODS if name != "random"]
+QUICK: dict[str, dict[str, Any]] = {
+    "integrated_gradients": {"steps": 5},
+    "smoothgrad": {"samples": 3},
+    **{name: {"level": 0} for name in HIGH},  # the toy networks have no activation at 1/8 of their image
+}
 
 
 def method(name: str, **options: Any) -> Explainer:
@@ -92,7 +104,7 @@ def test_a_batch_equals_its_images_one_by_one(name: str) -> None:
     model, x = normalised(Mixed()), pixels(3, 3, 10, 8)
     target = torch.tensor([3, 0, 1])
     maps, logits = method(name).explain_with_logits(model, x, target)
-    assert maps.shape == (3, 10, 8)
+    assert maps.shape == ((3, 5, 4) if name in LOW else (3, 10, 8))
     torch.testing.assert_close(logits, model(x), rtol=1e-12, atol=1e-12)
     for i in range(3):
         alone = method(name).explain(model, x[i : i + 1], int(target[i]))[0]
@@ -109,10 +121,11 @@ def test_no_target_is_the_predicted_class(name: str) -> None:
     maps = explain(model, x, method=name, **QUICK.get(name, {}))
     assert torch.equal(maps, method(name).explain(model, x, predicted))
     assert torch.equal(maps, method(name).explain(model, x, predicted.to(torch.int32)))
-    assert not torch.equal(maps, method(name).explain(model, x, (predicted + 1) % 4))
+    other = method(name).explain(model, x, (predicted + 1) % 4)
+    assert torch.equal(maps, other) == (name in CONTROLS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_maps_are_differentiable_only_where_x_is(name: str) -> None:
     model, x = normalised(Mixed()), pixels(2, 3, 8, 8)
     plain, logits = method(name).explain_with_logits(model, x)
@@ -157,12 +170,21 @@ def directional(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float,
 @pytest.mark.parametrize(
     ("name", "options", "smooth"),
     [
-        *((name, {}, True) for name in METHODS),
+        *((name, {}, True) for name in catalogue.ATTACKABLE),
         ("srd", {"start": "ones"}, True),
         ("srd", {"start": "gradcam"}, True),
         ("srd", {"unit": "scalar", "start": "ones"}, True),
         ("srd", {"values": "post", "start": "ones"}, True),
         ("integrated_gradients", {"images_at_once": 2}, True),
+        ("smoothgrad", {"images_at_once": 4}, True),
+        *((name, {"images_at_once": 3}, True) for name in ("scorecam", "ablationcam")),
+        *(
+            (name, {"level": "relu#2"}, True)
+            for name in ("gradcam_pp", "xgradcam", "scorecam", "ablationcam")
+        ),
+        *((name, {"level": "input"}, True) for name in ("excitation_backprop", "contrastive_excitation")),
+        *((name, {}, False) for name in (*LOW, *HIGH, "lrp_gamma", "fullgrad", "sobel")),
+        ("lrp_epsilon", {"epsilon": 0.1}, False),
         ("srd", {}, False),
         ("srd", {"start": "ones"}, False),
         ("srd", {"level": "relu#2"}, False),
@@ -183,6 +205,23 @@ def test_whole_map_derivatives_equal_finite_differences(
     derivative, error = directional(lambda a: method(name, **options).explain(model, a, target), x)
     assert abs(derivative) > 1e-6
     assert error < 1e-6
+
+
+def test_random_maps_refuse_a_gradient() -> None:
+    leaf = pixels(2, 3, 8, 8).requires_grad_()
+    with pytest.raises(SrdLabError, match=r"random maps have no derivative; x must not ask for a gradient"):
+        method("random").explain(normalised(Mixed()), leaf)
+    with torch.no_grad():
+        assert not method("random").explain(normalised(Mixed()), leaf).requires_grad
+
+
+def test_deconvnet_has_no_derivative() -> None:
+    """Where an activation was active plays no part, so that the map stays as it is until a max pool's winners change."""
+    model, leaf = SmoothModel(normalised(Mixed()), 4.0), pixels(2, 3, 8, 8).requires_grad_()
+    map_ = method("deconvnet").explain(model, leaf, 1)
+    (slope,) = torch.autograd.grad(map_.square().sum(), leaf)
+    assert map_.max() > 0
+    assert (slope == 0).all()
 
 
 def test_finite_differences_would_notice_a_wrong_derivative() -> None:
@@ -227,6 +266,65 @@ def test_guided_backprop_equals_captum_where_captum_works() -> None:
     expected = captum.attr.GuidedBackprop(chain()).attribute(x.clone().requires_grad_(), target)
     for network in (chain(), chain(inplace=True)):
         torch.testing.assert_close(GuidedBackprop().explain(network, x, target), expected.abs().sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
+def test_deconvnet_equals_captum_and_a_loop_by_hand() -> None:
+    x, target = pixels(2, 3, 8, 8) - 0.5, torch.tensor([2, 0])
+    expected = captum.attr.Deconvolution(chain()).attribute(x.clone().requires_grad_(), target)
+    signal, held = F.one_hot(target, 4).double(), [x]
+    for layer in chain():
+        held.append(layer(held[-1]))
+    for layer, before in zip(reversed(chain()), reversed(held[:-1]), strict=True):
+        leaf = before.clone().requires_grad_()
+        if isinstance(layer, nn.ReLU):
+            signal = signal.clamp_min(0)
+        else:
+            (signal,) = torch.autograd.grad(layer(leaf), leaf, signal)
+    torch.testing.assert_close(signal, expected)
+    for network in (chain(), chain(inplace=True), Functional().eval()):
+        torch.testing.assert_close(Deconvnet().explain(network, x, target), expected.abs().sum(1))
+        torch.testing.assert_close(Deconvnet("sum").explain(network, x, target), expected.sum(1))
+
+
+def noisy(given: Tensor, k: int, noise: float, seed: int) -> Tensor:
+    """One noisy copy of one (normalised) image (C, H, W)."""
+    drawn = torch.randn(given.shape, generator=generator(seed, "smoothgrad", k))
+    return given + noise * (given.max() - given.min()) * drawn.double()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, None])
+def test_smoothgrad_is_a_mean_over_noisy_images(at_once: int | None) -> None:
+    model, x, target = normalised(Mixed()), pixels(2, 3, 8, 8), torch.tensor([2, 0])
+    options = {"samples": 4, "noise": 0.3, "seed": 5}
+    expected = []
+    for image, c in zip(model.normalise(x), target.tolist(), strict=True):
+        slopes = [
+            captum.attr.Saliency(model.network).attribute(
+                noisy(image, k, 0.3, 5)[None].requires_grad_(), c, abs=False
+            )[0]
+            for k in range(4)
+        ]
+        expected.append((sum(slopes) / 4).abs().sum(0))
+    got = SmoothGrad(**options, images_at_once=at_once).explain(model, x, target)
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-10, atol=1e-12)
+    assert not torch.equal(got, SmoothGrad(**{**options, "seed": 6}).explain(model, x, target))
+    silent = SmoothGrad(samples=2, noise=0.0).explain(model, x, target)
+    torch.testing.assert_close(silent, Gradient().explain(model, x, target))
+    with pytest.raises(SrdLabError, match=r"smoothgrad needs samples >= 1 and noise >= 0, got 0 and 0.15"):
+        SmoothGrad(samples=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_noisy_images_in_parts_are_the_same_images(at_once: int) -> None:
+    model, x = SmoothModel(normalised(Mixed()), 5.0), pixels(2, 3, 8, 8)
+    found = []
+    for parts in (at_once, None):
+        leaf = x.clone().requires_grad_()
+        map_ = SmoothGrad(samples=4, images_at_once=parts).explain(model, leaf, 1)
+        found.append((map_.detach(), torch.autograd.grad(map_.square().sum(), leaf)[0]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 class Functional(nn.Module):
@@ -299,7 +397,7 @@ def test_lrp_conserves_through_several_layers_on_the_input(name: str) -> None:
 @pytest.mark.parametrize("kernel", [3, 2, (4, 3)])
 def test_padding_by_name_is_padding_by_number(name: str, kernel: Any) -> None:
     def build(by_name: bool) -> nn.Sequential:
-        torch.manual_seed(6)
+        torch.manual_seed(7)  # no map is zero
         layers: list[nn.Module] = []
         for before, after in ((3, 4), (4, 5), (5, 4)):
             conv = nn.Conv2d(before, after, kernel, padding="same", dilation=1)
@@ -369,8 +467,9 @@ def test_a_network_that_overwrites_its_input_is_explained_like_one_that_does_not
         model = nn.Sequential(nn.ReLU(inplace), *list(chain(inplace))).eval()
         x = pixels(2, 3, 8, 8) - 0.3
         kept = x.clone()
-        options = {"low": -0.5} if name == "lrp_zplus" else {"encoder": "5"} if name == "srd" else {}
-        maps.append(method(name, **options).explain(model, x, 1))
+        has_box = hasattr(method(name), "low")
+        options = {"low": -0.5} if has_box else {"encoder": "5"} if hasattr(method(name), "encoder") else {}
+        maps.append(method(name, **options).explain(model, x, 0))
         assert torch.equal(x, kept)
     assert maps[0].abs().max() > 0
     torch.testing.assert_close(*maps)
@@ -386,6 +485,7 @@ def test_adding_in_place_is_adding(name: str) -> None:
             torch.manual_seed(7)
             self.inplace = inplace
             self.a, self.b, self.c, self.d = (nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 4, 4))
+            self.fc = nn.Linear(4, 3)
             self.double().eval().requires_grad_(False)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -396,7 +496,7 @@ def test_adding_in_place_is_adding(name: str) -> None:
                 v *= 2
             else:
                 v = (v + w) * 2
-            return F.relu(self.c(F.relu(v))).mean((2, 3))
+            return self.fc(F.relu(self.c(F.relu(v))).mean((2, 3)))
 
     x = pixels(2, 3, 6, 6)
     maps = [method(name).explain(Net(inplace), x, 1) for inplace in (True, False)]
@@ -480,7 +580,9 @@ def busy_model() -> tuple[nn.Module, Explodes]:
 def test_nothing_is_changed(name: str, asks: bool) -> None:
     model, bomb = busy_model()
     x = pixels(2, 3, 8, 8).requires_grad_(asks)
-    options = {"low": 0.5} if name == "lrp_zplus" else {}
+    if name == "random" and asks:
+        pytest.skip("refuses")
+    options = {"low": 0.5} if hasattr(method(name), "low") else {}
     for grad in (torch.enable_grad, torch.no_grad):
         with grad(), untouched(model, x):
             map_ = method(name, **options).explain(model, x)
@@ -508,7 +610,7 @@ def test_no_graph_outlives_its_map(name: str) -> None:
     gc.collect()
     gc.disable()
     try:
-        for asks in (False, True, True):
+        for asks in (False, name != "random", name != "random"):
             x = pixels(2, 3, 8, 8).requires_grad_(asks)
             map_ = method(name).explain(model, x)
             if asks:
@@ -583,7 +685,7 @@ def test_models_that_cannot_be_followed_are_refused(name: str) -> None:
     for model, message in cases:
         with pytest.raises(SrdLabError, match=message), untouched(model, x):
             method(name).explain(model, x, 1)
-    assert method(name).explain(Calls(lambda t: F.dropout(t, training=False)), x, 1).shape == (2, 8, 8)
+    assert method(name).explain(Calls(lambda t: F.dropout(t, training=False)), x, 1).shape[0] == 2
 
 
 @pytest.mark.parametrize("name", ["srd", "lrp_zplus", "guided_backprop"])
@@ -668,7 +770,7 @@ def test_what_is_not_affine_is_named(name: str) -> None:
 
 def test_names_and_options_are_refused_by_name() -> None:
     model, x = normalised(Mixed()), pixels(1, 3, 8, 8)
-    with pytest.raises(SrdLabError, match=r"unknown method 'sdr'; expected one of srd, gradient"):
+    with pytest.raises(SrdLabError, match=r"unknown method 'sdr'; expected one of gradient, guided_backprop"):
         explain(model, x, method="sdr")
     with pytest.raises(SrdLabError, match=r"gradient has no option steps; it takes channels"):
         explain(model, x, method="gradient", steps=3)
@@ -678,7 +780,7 @@ def test_names_and_options_are_refused_by_name() -> None:
         explain(model, x, method="gradient", channels="mean")
     with pytest.raises(SrdLabError, match=r"steps >= 1, got 0"):
         explain(model, x, method="integrated_gradients", steps=0)
-    with pytest.raises(SrdLabError, match=r"lrp_zplus needs activations that are >= 0.*'1' is tanh"):
+    with pytest.raises(SrdLabError, match=r"the rule needs activations that are >= 0.*'1' is tanh"):
         explain(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Tanh(), nn.Flatten()), x.float(), method="lrp_zplus")
     with pytest.raises(SrdLabError, match=r"must be logits \(N, K\), got shape \(1, 2, 8, 8\)"):
         explain(nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), x.float(), method="gradient")
@@ -696,4 +798,56 @@ def test_explainers_are_described_by_their_fields(name: str) -> None:
 def test_shapes_of_levels_follow_non_square_images() -> None:
     model, x = normalised(Mixed()), pixels(1, 3, 16, 8)
     assert SRD(level="low").explain(model, x).shape == (1, 8, 4)
-    assert all(method(name).explain(model, x).shape == (1, 16, 8) for name in METHODS)
+    for name in METHODS:
+        assert method(name).explain(model, x).shape == ((1, 8, 4) if name in LOW else (1, 16, 8))
+
+
+# --- controls, and what is said of all -----------------------------------------------------------------------------------
+
+
+def test_sobel_is_scikit_images() -> None:
+    """But for a factor: theirs is a mean over the two directions, of filters that sum to 1 (ours: to 1/2)."""
+    model, x = normalised(Mixed()), pixels(2, 3, 9, 7)
+    x[1, :, :4] = 0.5
+    maps = method("sobel").explain(model, x)
+    for map_, image in zip(maps, x, strict=True):
+        expected = skimage.filters.sobel(image.mean(0).numpy(), mode="reflect")
+        torch.testing.assert_close(map_, torch.from_numpy(expected) / sqrt(2), rtol=1e-12, atol=1e-12)
+    ramp = torch.arange(8.0).double().expand(1, 3, 8, 8)
+    assert (method("sobel").explain(model, ramp)[0, :, 1:-1] == 1).all()  # per pixel, the rise per pixel
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(method("sobel").explain(model, leaf).sum(), leaf)
+    assert slope.isfinite().all()
+
+
+def test_random_maps_depend_on_image_and_seed_alone() -> None:
+    model, x = normalised(Mixed()), pixels(3, 3, 16, 16)
+    x[2] = x[0]
+    maps = method("random").explain(model, x)
+    assert torch.equal(maps[0], maps[2])
+    assert not torch.equal(maps[0], maps[1])
+    assert torch.equal(maps, method("random").explain(normalised(Mixed().requires_grad_()), x, 2))
+    assert not torch.equal(maps, method("random", seed=1).explain(model, x))
+    assert 0 <= float(maps.min()) < 0.05
+    assert 0.95 < float(maps.max()) < 1
+    assert abs(float(maps[:2].mean()) - 0.5) < 0.04
+    assert abs(float(maps[:2].std()) - 12**-0.5) < 0.02
+
+
+def test_the_catalogue_lists_what_the_registry_has() -> None:
+    assert list(catalogue.METHODS) == list(EXPLAINERS)
+    assert list(catalogue.METRICS) == list(METRICS)
+    assert tuple(n for n in METHODS if n not in ("deconvnet", "random")) == catalogue.ATTACKABLE
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_are_as_large_as_the_catalogue_says(name: str) -> None:
+    scenes = load_model("vgg16")
+    x = batch(load_data(), [0])[0]
+    short = {"integrated_gradients": {"steps": 1}, "smoothgrad": {"samples": 1}}.get(name, {})
+    map_ = explain(scenes, x, method=name, **short)
+    side = {"input": 64, "high": 8, "low": 2}[catalogue.METHODS[name].resolution]
+    assert map_.shape == (1, side, side)
+    assert map_.dtype == torch.float32
+    assert map_.isfinite().all()
+    assert map_.abs().max() > 0
