@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from apop.pattern import ActivationPattern, binarize, record, replay
 from srd_lab.backprop import split_normalisation
-from srd_lab.data import skipped_report
 from srd_lab.runtime import generator
 from srd_lab.types import Dataset, Sample, SrdLabError
 
@@ -71,42 +70,17 @@ class Hits:
         return [self.interval(f"{prefix}/{metric_name(layer)}") for layer in self.layers]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Flat arrays for an npz file."""
-        about = {
-            "index": self.index,
-            "name": self.name,
-            "label": self.label,
-            "layers": np.array(self.layers, "U"),
-            "skipped": np.array(list(self.skipped.items()), "U").reshape(-1, 2),
-        }
+        """Flat arrays whose first axis is the image; layers and skipped files are not among them."""
+        about = {"index": self.index, "name": self.name, "label": self.label}
         return {**about, **{f"right/{key}": value for key, value in self.right.items()}}
 
     @staticmethod
-    def from_arrays(arrays: Mapping[str, np.ndarray]) -> Hits:
-        """What ``to_arrays`` gave."""
+    def from_arrays(
+        arrays: Mapping[str, np.ndarray], layers: tuple[str, ...] = (), skipped: dict[str, str] | None = None
+    ) -> Hits:
+        """What ``to_arrays`` gave, of one batch or of several joined."""
         right = {key.removeprefix("right/"): arrays[key] for key in arrays if key.startswith("right/")}
-        layers = tuple(str(layer) for layer in arrays["layers"])
-        skipped = {str(name): str(reason) for name, reason in arrays["skipped"]}
-        return Hits(arrays["index"], arrays["name"], arrays["label"], layers, right, skipped)
-
-    @staticmethod
-    def nothing(skipped: dict[str, str]) -> Hits:
-        """A batch of which no file could be read."""
-        return Hits(np.array([], int), np.array([], "U"), np.array([], int), (), {}, skipped)
-
-    @staticmethod
-    def join(parts: Sequence[Hits]) -> Hits:
-        """The batches of one experiment as one. Raises SrdLabError if no image is in them."""
-        skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
-        parts = [part for part in parts if len(part.index)]
-        if not parts:
-            raise SrdLabError(f"not one image is left; {skipped_report(skipped)}")
-        first = parts[0]
-        right = {key: np.concatenate([part.right[key] for part in parts]) for key in first.right}
-        index, name, label = (
-            np.concatenate([getattr(part, field) for part in parts]) for field in ("index", "name", "label")
-        )
-        return Hits(index, name, label, first.layers, right, skipped)
+        return Hits(arrays["index"], arrays["name"], arrays["label"], layers, right, skipped or {})
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per image, hits as 0 and 1."""

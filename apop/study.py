@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
 import torch
+from torch import nn
 
 from apop.experiment import SETTINGS, Experiment, Hits, Interval, draw_images
 from apop.pattern import ActivationPattern, record
 from srd_lab import options as cli
 from srd_lab import render
-from srd_lab.data import Loaded, load_batches, load_data, skipped_report
-from srd_lab.models import Classifier, input_size
+from srd_lab.backprop import split_normalisation
+from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.data import skipped_report
+from srd_lab.models import input_size
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
-from srd_lab.types import Dataset, Sample
+from srd_lab.types import Dataset
 
 TOP_5 = 5
 
@@ -26,17 +29,12 @@ class Survey:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.watch = cli.Stopwatch()
         self.models = list(dict.fromkeys(settings["models"]))
-        cli.weights_of(settings["weights"], self.models)
         self.device = pick_device(settings["device"])
         self.experiment = Experiment(settings["inputs"], settings["binarize"], settings["seed"])
-        size, *_ = (input_size(name, settings["data"]) for name in self.models)
-        self.dataset: Dataset = load_data(
-            settings["data"], seed=settings["seed"], size=size, non_rgb=settings["non_rgb"]
-        )
+        self.dataset: Dataset = cli.checked_networks(settings, self.models, self._pattern)
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
-        settings["batch_size"] = settings["batch_size"] or _batch_size(size)
+        self.seconds = 0.0
         source = settings["data"].partition(":")[0]
         self.about = f"{source}, {len(self.indices)} of {len(self.dataset)} images"
 
@@ -49,64 +47,48 @@ class Survey:
         self.report(run, results)
 
     def _model(self, name: str, child: Run) -> Hits:
-        watch = cli.Stopwatch()
-        model, dataset = cli.subject(self.settings, name, self.models, self.device)
-        size = self.settings["batch_size"]
-        parts = [self.indices[first : first + size] for first in range(0, len(self.indices), size)]
-        paths = [f"{i * size:05d}-{i * size + len(part) - 1:05d}.npz" for i, part in enumerate(parts)]
-        done = cli.finished_batches(child, self.settings)
-        to_do = [part for part, path in zip(parts, paths, strict=True) if f"batches/{path}" not in done]
-        arriving = load_batches(dataset, to_do, self.settings["workers"])
-        batcher, passes = Batcher(size), self._passes(name, model)
-        hits = []
-        with cli.progress(len(self.indices) * passes, name) as advance:
-            for part, path in zip(parts, paths, strict=True):
-                if f"batches/{path}" in done:
-                    hits.append(Hits.from_arrays(child.load_arrays(f"batches/{path}")))
-                    advance(len(part) * passes)
-                    continue
-                hits.append(self._batch(model, next(arriving), path, child, batcher, advance))
-        joined = Hits.join(hits)
-        self._log(name, child, joined, watch.seconds())
-        return joined
-
-    def _passes(self, name: str, model: Classifier) -> int:
-        """Forward passes per image; refuses an unfit model and says what patterns will take before the work starts."""
-        side = input_size(name, self.settings["data"])
-        _, pattern = record(model, torch.zeros(1, 3, side, side, device=self.device))
+        dataset = cli.data_for(self.settings, name)
+        model = cli.network(self.settings, name, self.models, self.device, dataset)
+        pattern = self._pattern(name, model)
         if self.settings["save_patterns"]:
             one, count = pattern.packed_bytes, len(self.indices)
             click.echo(
                 f"patterns: {_size(one)} per image, {_size(one * count)} for {count} images before compression",
                 err=True,
             )
-        return self.experiment.passes(len(pattern.masks))
 
-    def _batch(
-        self,
-        model: Classifier,
-        loaded: Loaded,
-        path: str,
-        child: Run,
-        batcher: Batcher,
-        advance: Callable[[int], None],
-    ) -> Hits:
-        def survey(some: Sequence[tuple[int, Sample]]) -> Hits:
+        def survey(some: Sequence[Item], advance: Advance) -> Arrays:
             patterns: list[ActivationPattern] = []
-            indices, samples = zip(*some, strict=True)
+            samples, indices = [item.sample for item in some], [item.index for item in some]
             hits = self.experiment.run(model, samples, indices, self.device, advance, patterns.append)
             if self.settings["save_patterns"]:
-                first, last = (self.indices.index(index) for index in (indices[0], indices[-1]))
-                child.save_arrays(f"patterns/{first:05d}-{last:05d}.npz", patterns[0].to_arrays())
-            return hits
+                path = f"patterns/{some[0].number:05d}-{some[-1].number:05d}.npz"
+                child.save_arrays(path, patterns[0].to_arrays())
+            return hits.to_arrays()
 
-        parts = batcher.run(survey, list(zip(loaded.indices, loaded.samples, strict=True)))
-        hits = Hits.join([*parts, Hits.nothing(loaded.skipped)]) if parts else Hits.nothing(loaded.skipped)
-        child.save_arrays(f"batches/{path}", hits.to_arrays())
+        batcher = Batcher(
+            self.settings["batch_size"] or images_at_once(input_size(name, self.settings["data"]))
+        )
+        parts = in_batches(
+            *(child, dataset, self.indices, self.settings, survey, batcher),
+            label=name,
+            steps=self.experiment.passes(len(pattern.masks)),
+        )
+        table = joined(list(parts))
+        layers = tuple(pattern.masks) if self.experiment.binarized else ()
+        hits = Hits.from_arrays(table, layers, skipped_in(table))
+        self._log(name, child, hits, float(table["seconds"]))
         return hits
+
+    def _pattern(self, name: str, model: nn.Module) -> ActivationPattern:
+        """Of one empty image: what the network's calls are. Refuses an unfit network."""
+        side, parameter = input_size(name, self.settings["data"]), next(model.parameters())
+        _, network = split_normalisation(model)
+        return record(network, torch.zeros(1, 3, side, side, device=parameter.device))[1]
 
     # what is stored ------------------------------------------------------------------------------------
     def _log(self, name: str, child: Run, hits: Hits, seconds: float) -> None:
+        self.seconds += seconds
         child.save_text("images.csv", cli.csv_text(hits.rows()))
         child.save_text("summary.csv", cli.csv_text(_summary(hits)))
         metrics = {
@@ -146,9 +128,7 @@ class Survey:
         )
         if skipped := next(iter(results.values())).skipped:
             text += f"\n\n{skipped_report(skipped)}"
-        run.save_text("summary.txt", text + "\n")
-        run.log_metrics({"seconds": self.watch.seconds()})
-        click.echo(text)
+        cli.publish(run, text, self.seconds)
 
 
 def table_3(results: dict[str, Hits], experiment: Experiment) -> tuple[list[str], list[list[str]]]:
@@ -191,8 +171,8 @@ def _summary(hits: Hits) -> list[dict[str, Any]]:
     ]
 
 
-def _batch_size(side: int) -> int:
-    """Images at once: 50 of 64 x 64, 8 of 224 x 224; the same on every device, so that a run can go on elsewhere."""
+def images_at_once(side: int) -> int:
+    """50 of 64 x 64, 8 of 224 x 224."""
     return max(1, min(50, 8 * 224 * 224 // side**2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,8 +21,8 @@ from attacks.manipulation import (
 from srd_lab.backprop import normalisation_scale
 from srd_lab.data import Loaded, load_batches
 from srd_lab.registry import EXPLAINERS, make_explainer
-from srd_lab.runtime import generator
-from srd_lab.types import Dataset, Explainer, SrdLabError
+from srd_lab.runtime import Batcher, generator
+from srd_lab.types import Dataset, Explainer, Sample, SrdLabError
 
 Arrays = dict[str, np.ndarray]
 SCREENED_AT_ONCE = 16
@@ -52,10 +53,11 @@ def draw_pairs(
     waiting: list[int] = []
     pairs: list[Pair] = []
     skipped: dict[str, str] = {}
+    batcher = Batcher(SCREENED_AT_ONCE)
     parts = (order[first : first + SCREENED_AT_ONCE] for first in range(0, len(order), SCREENED_AT_ONCE))
     for loaded in load_batches(dataset, parts, workers or 0):
         skipped |= loaded.skipped
-        for index in _correct(loaded, model, device):
+        for index in _correct(loaded, model, device, batcher):
             partner = next((i for i in waiting if dataset.labels[i] != dataset.labels[index]), None)
             if partner is None:
                 waiting.append(index)
@@ -70,14 +72,14 @@ def draw_pairs(
     )
 
 
-def _correct(loaded: Loaded, model: nn.Module, device: torch.device) -> list[int]:
-    if not loaded.samples:
-        return []
-    images = torch.stack([sample.image for sample in loaded.samples])
-    labels = torch.tensor([sample.label for sample in loaded.samples])
-    with torch.no_grad():
-        right = model(images.to(device)).argmax(1).cpu() == labels
-    return [index for index, hit in zip(loaded.indices, right.tolist(), strict=True) if hit]
+def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Batcher) -> list[int]:
+    def predict(some: Sequence[Sample]) -> list[int]:
+        with torch.no_grad():
+            return model(torch.stack([sample.image for sample in some]).to(device)).argmax(1).tolist()
+
+    predicted = [label for part in batcher.run(predict, loaded.samples) for label in part]
+    found = zip(loaded.indices, loaded.samples, predicted, strict=True)
+    return [index for index, sample, label in found if sample.label == label]
 
 
 def attack_explainer(method: str, start: str) -> Explainer:
@@ -94,21 +96,20 @@ def attack_explainer(method: str, start: str) -> Explainer:
 def attack_batch(
     how: Manipulation,
     model: nn.Module,
-    dataset: Dataset,
-    numbered: Sequence[tuple[int, Pair]],
+    numbers: list[int],
+    originals: Sequence[Sample],
+    goals: Sequence[Sample],
     seed: int,
     device: torch.device,
     on_step: Callable[[int], None],
 ) -> Arrays:
     """Attack some pairs, each with its number, and score them and their control; arrays whose first axis is the pair."""
-    originals = [dataset[pair.original] for _, pair in numbered]
-    goals = [dataset[pair.goal] for _, pair in numbered]
     x, goal_images = (torch.stack([s.image for s in some]).to(device) for some in (originals, goals))
     labels = torch.tensor([sample.label for sample in originals], device=device)
     result = how.run(model, x, goal_images, labels, on_step=on_step)
-    control = control_scores(how, model, x, result, [number for number, _ in numbered], seed)
-    arrays = {
-        "pair": np.array([number for number, _ in numbered]),
+    control = control_scores(how, model, x, result, numbers, seed)
+    return {
+        "pair": np.array(numbers),
         "original": np.array([sample.name for sample in originals]),
         "goal": np.array([sample.name for sample in goals]),
         "label": np.array([sample.label for sample in originals]),
@@ -118,7 +119,6 @@ def attack_batch(
         **result_arrays(result),
         **{f"{name}_noise": score.cpu().numpy() for name, score in control.items()},
     }
-    return arrays
 
 
 def control_scores(
@@ -169,22 +169,8 @@ COLUMNS = (
     "linf",
     "steps",
     "beta",
+    "diverged",
 )
-
-
-def gather(batches: list[Arrays]) -> Arrays:
-    """The arrays of all batches, in the order of the pairs; curves of different lengths are filled up with NaN."""
-    order = np.argsort(np.concatenate([b["pair"] for b in batches]), kind="stable")
-    return {name: _stack([b[name] for b in batches])[order] for name in batches[0]}
-
-
-def _stack(parts: list[np.ndarray]) -> np.ndarray:
-    if parts[0].ndim != 2:
-        return np.concatenate(parts)
-    width = max(part.shape[1] for part in parts)
-    return np.concatenate(
-        [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=np.nan) for part in parts]
-    )
 
 
 def rows(table: Arrays) -> list[dict[str, Any]]:
@@ -196,7 +182,8 @@ def scores_at(table: Arrays, score: str, reached: np.ndarray, over: str = "mse")
     """``score`` (``ssim`` or ``pcc``) of every pair at the moment when its perturbation first reached given values.
 
     reached : (S,) for all pairs or (P, S), in the units of ``over``: ``mse`` (normalised) or ``linf`` (0..255).
-    Between two looks at a pair both go straight, from (0, 1) on; NaN where it never came so far. Returns (P, S).
+    Between two looks at a pair both go straight, from (0, 1) on; NaN where it never came so far, and beside a look
+    that has no score. Returns (P, S).
     """
     moved, values = table[f"curve/{over}"], table[f"curve/{score}"]
     wanted = np.broadcast_to(reached, (len(moved), np.shape(reached)[-1]))
@@ -205,22 +192,29 @@ def scores_at(table: Arrays, score: str, reached: np.ndarray, over: str = "mse")
         there = np.isfinite(moved[i])
         xs, ys = np.r_[-1, 0, moved[i][there], np.inf], np.r_[1, 1, values[i][there], np.nan]
         first = np.searchsorted(np.maximum.accumulate(xs), wanted[i])  # Adam also comes back
+        first = np.minimum(first, len(xs) - 1)  # where what is wanted is NaN
         share = (wanted[i] - xs[first - 1]) / (xs[first] - xs[first - 1])
-        lines[i] = (1 - share) * ys[first - 1] + share * ys[first]
+        between = (1 - share) * ys[first - 1] + share * ys[first]
+        lines[i] = np.where(share == 1, ys[first], between)  # on a look, nothing counts of the one before
     return lines
 
 
 def common_reach(tables: Mapping[str, Arrays], over: str = "mse") -> np.ndarray:
-    """The largest perturbation (P,) that every method reached on a pair."""
-    return np.min([np.nanmax(table[f"curve/{over}"], axis=1) for table in tables.values()], axis=0)
+    """The largest perturbation (P,) that every method reached on a pair; NaN where one was never looked at."""
+    return np.min([np.fmax.reduce(table[f"curve/{over}"], axis=1) for table in tables.values()], axis=0)
 
 
 def at_equal_perturbation(
     tables: Mapping[str, Arrays], score: str, over: str = "mse"
 ) -> dict[str, np.ndarray]:
-    """``score`` (P,) of every method, each pair at its :func:`common_reach`: the same images, equally far away."""
+    """``score`` (P,) of every method, each pair at its :func:`common_reach`: the same images, equally far away.
+
+    A pair that lacks a score with one method is NaN with all.
+    """
     reach = common_reach(tables, over)[:, None]
-    return {name: scores_at(table, score, reach, over)[:, 0] for name, table in tables.items()}
+    found = {name: scores_at(table, score, reach, over)[:, 0] for name, table in tables.items()}
+    complete = np.isfinite(list(found.values())).all(0)
+    return {name: np.where(complete, scores, np.nan) for name, scores in found.items()}
 
 
 @dataclass(frozen=True)
@@ -238,19 +232,23 @@ class PerturbationCurves:
 
 
 def perturbation_curves(tables: Mapping[str, Arrays], over: str, points: int = 25) -> PerturbationCurves:
-    """SSIM and PCC; at each point of the pairs that *every* method brought so far, so that all lines stand for the
-    same pairs.
+    """SSIM and PCC; at each point of the pairs that *every* method brought so far and that have both scores with all
+    of them, so that all lines stand for the same pairs.
 
     Fewer pairs count to the right; the curves end where less than a quarter of them is left.
     """
     reach = common_reach(tables, over)
-    grid = np.linspace(0, np.quantile(reach, 0.75, method="lower"), points)
-    inside = grid <= reach[:, None]
+    seen = reach[np.isfinite(reach)]
+    grid = np.linspace(0, np.quantile(seen, 0.75, method="lower") if len(seen) else 0, points)
+    lines = {s: {m: scores_at(table, s, grid, over) for m, table in tables.items()} for s in SCORES[:2]}
+    complete = np.isfinite([each for methods in lines.values() for each in methods.values()]).all(0)
+    inside = (grid <= reach[:, None]) & complete
 
-    def band(table: Arrays, score: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        lines = np.where(inside, scores_at(table, score, grid, over), np.nan)
-        low, median, high = np.nanquantile(lines, (0.25, 0.5, 0.75), axis=0)
+    def band(line: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a point without pairs is NaN
+            low, median, high = np.nanquantile(np.where(inside, line, np.nan), (0.25, 0.5, 0.75), axis=0)
         return median, low, high
 
-    bands = {score: {m: band(table, score) for m, table in tables.items()} for score in SCORES[:2]}
+    bands = {score: {m: band(line) for m, line in methods.items()} for score, methods in lines.items()}
     return PerturbationCurves(over, grid, inside.sum(0), bands)

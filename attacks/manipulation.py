@@ -43,6 +43,8 @@ class AttackResult:
     logits_original, logits_adversarial : (N, K).
     target : (N,) the explained class.
     steps : (N,) steps taken; beta : (N,) the surrogate's beta at the last of them.
+    diverged : (N,) bool, whether an image ended early because the attack's gradient was not finite; all else is of
+        the iterate before that, which is the last one.
     mse : (N,) mean squared change in normalised units; linf : (N,) largest change of a pixel, in units of 0..255.
     mse_best : the same for ``best``.
     prediction_kept : (N,) bool, whether the original network still predicts the same class.
@@ -66,6 +68,7 @@ class AttackResult:
     target: Tensor
     steps: Tensor
     beta: Tensor
+    diverged: Tensor
     mse: Tensor
     linf: Tensor
     mse_best: Tensor
@@ -114,8 +117,9 @@ class Manipulation:
         """Attack images x (N, C, H, W) in [0, 1] towards the maps of ``goal_images`` (same shape).
 
         ``target`` (N,) is the class explained for x, None = predicted; a goal image is explained for its own
-        predicted class. Images are independent of each other. ``on_step`` is called with the steps left over
-        when an image stops early as well, so that it adds up to N * steps.
+        predicted class. Images are independent of each other; one whose gradient is not finite stops where it
+        stands. ``on_step`` is called with the steps left over when an image stops early as well, so that it adds
+        up to N * steps.
         """
         check_input(x, model)
         check_input(goal_images, model)
@@ -145,6 +149,7 @@ class _Attack:
         self.adversarial, self.best = x.clone(), x.clone()
         self.best_error = torch.full_like(x[:, 0, 0, 0], torch.inf)
         self.steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self.diverged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.moments = (torch.zeros_like(x), torch.zeros_like(x))
         self.loss = x.new_full((len(x), how.steps), torch.nan)
         self.judged: list[dict[str, Tensor]] = []
@@ -154,7 +159,13 @@ class _Attack:
         active = torch.arange(len(self.x), device=self.x.device)
         every = self.how.judge_every or max(1, self.how.steps // 10)
         for i in range(self.how.steps):
-            self._step(i, active)
+            finite = self._step(i, active)
+            if not finite.all():
+                self._leave(active[~finite], i)
+                on_step(int((~finite).sum()) * (self.how.steps - i))
+                active = active[finite]
+                if len(active) == 0:
+                    break
             stopped = self._mse(active) >= self.how.stop_mse
             if (i + 1) % every == 0 or i + 1 == self.how.steps:
                 self._judge(active, i + 1)
@@ -171,21 +182,28 @@ class _Attack:
         how = self.how
         return float(how.beta_start * (how.beta_end / how.beta_start) ** (step / how.steps))
 
-    def _step(self, i: int, active: Tensor) -> None:
+    def _leave(self, some: Tensor, i: int) -> None:
+        """Images that cannot take step i end where they stand, on the surrogate of the step before."""
+        self.diverged[some] = True
+        self._judge(some, i)
+        self._judge_surrogate(some, max(i - 1, 0))
+
+    def _step(self, i: int, active: Tensor) -> Tensor:
+        """Move the images whose gradient is finite; which of them these are."""
         surrogate = SmoothModel(self.model, self._beta(i))
         x = self.adversarial[active].requires_grad_()
         with torch.enable_grad():
             raw, logits = self.how.explainer.explain_with_logits(surrogate, x, self.target[active])
             loss = self.how.objective(raw, self.goal[active], logits, self.logits0[active])
             (slope,) = torch.autograd.grad(loss.sum(), x)
-        if not torch.isfinite(slope).all():
-            raise SrdLabError(
-                f"the attack's gradient is not finite at step {i} (beta {self._beta(i):.3g}); try a smaller --beta-end"
-            )
-        self.loss[active, i] = loss.detach()
-        moved = x.detach() - self.how.lr * self._adam(slope / self.scale, active, i + 1) / self.scale
-        self.adversarial[active] = self.how.budget.project(moved, self.x[active])
-        self.steps[active] = i + 1
+        finite = slope.isfinite().flatten(1).all(1)
+        moving = active[finite]
+        self.loss[moving, i] = loss.detach()[finite]
+        direction = self._adam(slope[finite] / self.scale, moving, i + 1)
+        moved = x.detach()[finite] - self.how.lr * direction / self.scale
+        self.adversarial[moving] = self.how.budget.project(moved, self.x[moving])
+        self.steps[moving] = i + 1
+        return finite
 
     def _adam(self, slope: Tensor, active: Tensor, step: int) -> Tensor:
         """Adam's direction for a gradient in normalised units; every image has its own moments."""
@@ -244,7 +262,8 @@ class _Attack:
             logits_adversarial=logits,
             target=self.target,
             steps=self.steps,
-            beta=self.x.new_tensor([self._beta(int(step) - 1) for step in self.steps]),
+            beta=self.x.new_tensor([self._beta(max(int(step) - 1, 0)) for step in self.steps]),
+            diverged=self.diverged,
             mse=self._mse(everyone),
             linf=255 * (self.adversarial - self.x).abs().amax((1, 2, 3)),
             mse_best=((best - self.x) * self.scale).square().mean((1, 2, 3)),

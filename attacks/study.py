@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import click
 import numpy as np
 
 from attacks.experiment import (
-    Arrays,
-    Pair,
     at_equal_perturbation,
     attack_batch,
     attack_explainer,
+    common_reach,
     draw_pairs,
-    gather,
     perturbation_curves,
     rows,
 )
@@ -23,10 +20,12 @@ from attacks.manipulation import SCORES, Manipulation
 from attacks.objective import Budget, Objective
 from srd_lab import options as cli
 from srd_lab import render
+from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.data import skipped_report
-from srd_lab.metrics.summary import summarise
+from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
+from srd_lab.types import SrdLabError
 
 PICTURES = 6
 LEGEND = """
@@ -34,8 +33,15 @@ ssim, pcc: to the original's map (1 = unmoved); noise: the same after random noi
 surrogate: as the attacker sees it; target: to the map aimed at, before -> after; kept: predictions that held;
 mse: normalised units; linf: largest change of a pixel (0..255); beta: the surrogate's at the last step."""
 EQUAL = """
-At equal perturbation: every pair as far as every method brought it (by mse, by linf), mean [95 % interval]
+At equal perturbation: every pair as far as every method brought it (by mse, {mse:.1e} on average; by linf, {linf:.1f}),
+mean [95 % interval]
 """
+NOT_FINITE = (
+    "ended early: the attack's gradient was not finite (smaller --beta-end helps; Manipulation(beta_end=...))"
+)
+
+
+EQUAL_KINDS = [(score, over) for over in ("mse", "linf") for score in ("ssim", "pcc")]
 
 
 def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -52,19 +58,18 @@ class Robustness:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.watch = cli.Stopwatch()
         methods = cli.ATTACKED if "all" in settings["methods"] else settings["methods"]
         self.variants = variants(methods, settings["starts"])
         self.device = pick_device(settings["device"])
         name = settings["model"]
-        self.model, self.dataset = cli.subject(settings, name, [name], self.device)
+        self.dataset = cli.data_for(settings, name)
+        self.model = cli.network(settings, name, [name], self.device, self.dataset)
+        settings["weights_sha256"] = cli.weights_sums(settings, [name])
         self.pairs, self.skipped = draw_pairs(
             *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
         )
-        settings["batch_size"] = settings["batch_size"] or _batch_size(
-            self.dataset[self.pairs[0].original].image.shape, self.device.type
-        )
-        self.batcher = Batcher(settings["batch_size"])
+        side = self.dataset[self.pairs[0].original].image.shape[-1]
+        self.batcher = Batcher(settings["batch_size"] or _batch_size(side, self.device.type))
         self.shown: dict[str, list[render.PictureRow]] = {}  # the first pairs of every method
         source = settings["data"].partition(":")[0]
         self.title = f"{name} on {source}, {len(self.pairs)} pairs"
@@ -73,27 +78,32 @@ class Robustness:
         """Attack every method and report."""
         tables = {}
         for name, (method, start) in self.variants.items():
-            with run.child(name, {"method": method, "start": start if method == "srd" else ""}) as child:
-                tables[name] = self._attack(name, child)
+            how = self.manipulation(method, start)
+            with run.child(name, {"method": method, **cli.options_of(how.explainer)}) as child:
+                tables[name] = self._attack(name, how, child)
         self.report(run, tables)
 
-    def _attack(self, name: str, child: Run) -> Arrays:
-        watch = cli.Stopwatch()
-        how = self.manipulation(*self.variants[name])
-        numbered = list(enumerate(self.pairs))
-        size = self.settings["batch_size"]
-        done = cli.finished_batches(child, self.settings)
-        parts, shown = [], []
-        with cli.progress(len(numbered) * how.steps, name) as advance:
-            for first in range(0, len(numbered), size):
-                batch = self._batch(how, child, numbered[first : first + size], done, advance)
-                # scores and curves; images and maps of every batch would pile up
-                parts.append({key: values for key, values in batch.items() if values.ndim <= 2})
-                if first < PICTURES:
-                    shown.append(batch)
-        table = gather(parts)
-        self.shown[name] = self._pictures(gather(shown))
-        self._log(name, child, table, watch.seconds())
+    def _attack(self, name: str, how: Manipulation, child: Run) -> Arrays:
+        def attack(some: Sequence[Item], advance: Advance) -> Arrays:
+            originals, goals = zip(*(item.samples for item in some), strict=True)
+            numbers, seed = [item.number for item in some], self.settings["seed"]
+            return attack_batch(how, self.model, numbers, originals, goals, seed, self.device, advance)
+
+        pairs = [(pair.original, pair.goal) for pair in self.pairs]
+        parts: list[Arrays] = []
+        shown: list[Arrays] = []
+        for arrays in in_batches(
+            child, self.dataset, pairs, self.settings, attack, self.batcher, label=name, steps=how.steps
+        ):
+            if sum(len(part["pair"]) for part in shown) < PICTURES:
+                shown.append(arrays)
+            # scores and curves; images and maps of every batch would pile up
+            parts.append({key: values for key, values in arrays.items() if values.ndim <= 2})
+        table = joined(parts)
+        if lost := skipped_in(table):
+            raise SrdLabError(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
+        self.shown[name] = self._pictures(joined(shown))
+        self._log(name, child, table)
         return table
 
     def manipulation(self, method: str, start: str) -> Manipulation:
@@ -110,32 +120,10 @@ class Robustness:
             beta_end=s["beta_end"],
         )
 
-    def _batch(
-        self,
-        how: Manipulation,
-        child: Run,
-        part: list[tuple[int, Pair]],
-        done: set[str],
-        advance: Callable[[int], None],
-    ) -> Arrays:
-        path = f"batches/{part[0][0]:05d}-{part[-1][0]:05d}.npz"
-        if path in done:
-            advance(len(part) * how.steps)
-            return child.load_arrays(path)
-
-        def attack(some: Sequence[tuple[int, Pair]]) -> Arrays:
-            return attack_batch(
-                how, self.model, self.dataset, some, self.settings["seed"], self.device, advance
-            )
-
-        arrays = gather(self.batcher.run(attack, part))
-        child.save_arrays(path, arrays)
-        return arrays
-
     # what is stored ------------------------------------------------------------------------------------
-    def _log(self, name: str, child: Run, table: Arrays, seconds: float) -> None:
+    def _log(self, name: str, child: Run, table: Arrays) -> None:
         child.save_text("pairs.csv", cli.csv_text(rows(table)))
-        child.log_metrics({**metrics_of(table, self.settings["seed"]), "seconds": seconds})
+        child.log_metrics({**metrics_of(table, self.settings["seed"]), "seconds": float(table["seconds"])})
         loss = _nanmean(table["loss"])
         child.log_traces({"loss": (range(1, len(loss) + 1), loss)})
         child.save_figure("pictures.png", render.picture_grid(self.shown[name]))
@@ -160,10 +148,7 @@ class Robustness:
     def report(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Print and store what compares the methods."""
         self.figures(run, tables)
-        text = self.tables(tables)
-        run.save_text("summary.txt", text + "\n")
-        run.log_metrics({"seconds": self.watch.seconds()})
-        click.echo(text)
+        cli.publish(run, self.tables(tables), seconds(tables))
 
     def figures(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Box plots, and the scores over the perturbation reached."""
@@ -181,16 +166,41 @@ class Robustness:
         text = f"{self.title}; original map against the map after the attack, mean [95 % interval]\n\n"
         text += cli.text_table(*summary_table(tables, seed)) + "\n"
         if len(tables) > 1:
-            text += EQUAL + "\n" + cli.text_table(*equal_table(tables, seed)) + "\n"
-        if self.skipped:
-            text += f"\n{skipped_report(self.skipped)}\n"
-        return text + LEGEND
+            reach = {over: common_reach(tables, over) for over in ("mse", "linf")}
+            text += EQUAL.format(**{over: _mean(values) for over, values in reach.items()})
+            text += "\n" + cli.text_table(*equal_table(tables, seed)) + "\n"
+        notes = [*_ended_early(tables), *_left_out(tables), few_note(len(self.pairs), "pairs")]
+        notes.append(skipped_report(self.skipped) if self.skipped else "")
+        return text + "".join(f"\n{note}\n" for note in notes if note) + LEGEND
 
 
-def _batch_size(shape: tuple[int, ...], device: str) -> int:
+def seconds(tables: dict[str, Arrays]) -> float:
+    """How long all batches took, those of earlier sessions too."""
+    return float(sum(table["seconds"] for table in tables.values()))
+
+
+def _ended_early(tables: dict[str, Arrays]) -> list[str]:
+    """A line per method with pairs that ended for a gradient that was not finite."""
+    counts = {method: int(table["diverged"].sum()) for method, table in tables.items()}
+    return [f"{m}: {k} pair{'' if k == 1 else 's'} {NOT_FINITE}" for m, k in counts.items() if k]
+
+
+def _left_out(tables: dict[str, Arrays]) -> list[str]:
+    """A line per score at equal perturbation that some pairs do not have with every method."""
+    count = len(next(iter(tables.values()))["pair"])
+    lines = []
+    for score, over in EQUAL_KINDS if len(tables) > 1 else ():
+        scores = next(iter(at_equal_perturbation(tables, score, over).values()))
+        if (n := int(np.isfinite(scores).sum())) < count:
+            lines.append(
+                f"{score} at equal {over}: {n} of {count} pairs, which have a score with every method"
+            )
+    return lines
+
+
+def _batch_size(side: int, device: str) -> int:
     """Pairs at once: about 24 of 64 x 64 or 2 of 224 x 224 on a CPU, 32 times as many on an accelerator."""
-    pixels = 2 * 224 * 224 * (1 if device == "cpu" else 32)
-    return max(1, pixels // (shape[-1] * shape[-2]))
+    return max(1, 2 * 224 * 224 * (1 if device == "cpu" else 32) // side**2)
 
 
 def metrics_of(table: Arrays, seed: int) -> dict[str, float]:
@@ -208,7 +218,7 @@ def metrics_of(table: Arrays, seed: int) -> dict[str, float]:
         }
     surrogate = (f"{name}_surrogate" for name in SCORES[:2])
     before = (f"{name}_before" for name in SCORES[2:])
-    for name in (*surrogate, *before, "prediction_kept", "mse", "linf", "steps", "beta"):
+    for name in (*surrogate, *before, "prediction_kept", "mse", "linf", "steps", "beta", "diverged"):
         metrics[name] = float(table[name].mean())
     return metrics
 
@@ -223,7 +233,7 @@ def summary_table(tables: dict[str, Arrays], seed: int) -> tuple[list[str], list
         mean = {name: table[name].mean() for name in table if table[name].dtype.kind in "bfi"}
         cells = [method]
         for name in ("ssim", "pcc"):
-            cells += [interval(table[name], seed), f"{mean[f'{name}_noise']:.3f}"]
+            cells += [str(summarise(table[name], seed)), f"{mean[f'{name}_noise']:.3f}"]
             cells += [f"{mean[f'{name}_surrogate']:.3f}"]
         cells += [f"{mean[f'{name}_before']:.3f} -> {mean[name]:.3f}" for name in SCORES[2:]]
         cells += [f"{mean['prediction_kept']:.0%}", f"{mean['mse']:.1e}", f"{mean['linf']:.1f}"]
@@ -234,16 +244,15 @@ def summary_table(tables: dict[str, Arrays], seed: int) -> tuple[list[str], list
 
 def equal_table(tables: dict[str, Arrays], seed: int) -> tuple[list[str], list[list[str]]]:
     """Header and one line of text per method: scores of every pair at the perturbation that all methods reached."""
-    kinds = [(score, over) for over in ("mse", "linf") for score in ("ssim", "pcc")]
-    found = [at_equal_perturbation(tables, score, over) for score, over in kinds]
-    header = ["method", *(f"{score} at equal {over}" for score, over in kinds)]
-    return header, [[method, *(interval(scores[method], seed) for scores in found)] for method in tables]
+    found = [at_equal_perturbation(tables, score, over) for score, over in EQUAL_KINDS]
+    header = ["method", *(f"{score} at equal {over}" for score, over in EQUAL_KINDS)]
+    return header, [[m, *(str(summarise(scores[m], seed)) for scores in found)] for m in tables]
 
 
-def interval(values: np.ndarray, seed: int) -> str:
-    """Mean and its 95 % interval as text."""
-    s = summarise(values, seed)
-    return f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]"
+def _mean(values: np.ndarray) -> float:
+    """Of what is finite; NaN where nothing is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else np.nan
 
 
 def _nanmean(loss: np.ndarray) -> np.ndarray:

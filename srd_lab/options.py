@@ -6,12 +6,13 @@ Nothing heavy is imported here, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import io
+import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,14 @@ from srd_lab.types import SrdLabError
 
 # how, not what: free to differ on resume
 INFRASTRUCTURE = ("track", "tracking_uri", "out", "resume", "debug", "device", "workers")
+PACE = "batch_size"  # so is this, but a resumed run goes on as it was told to first: to the same last digits
 DEFAULT_MODEL = "vgg16"
 ATTACKED = FIGURE_4  # what "all" means to an attack
 DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
+
+
+class OtherWork(SrdLabError):
+    """What is stored in a run is not of the work to do, so that going on with it makes no sense."""
 
 
 class WeightsFile(click.ParamType):
@@ -153,18 +159,50 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def subject(settings: Mapping[str, Any], name: str, models: Sequence[str], device: Any) -> tuple[Any, Any]:
-    """The network ``name``, one of ``models``, and the data at the size that it is made for, as the settings have them."""
+def data_for(settings: Mapping[str, Any], name: str) -> Any:
+    """The data as the settings have it, at the size that the network ``name`` is made for."""
     from srd_lab.data import load_data
-    from srd_lab.models import check_classes, input_size, load_model
+    from srd_lab.models import input_size
 
-    data = settings["data"]
-    weights = weights_of(settings["weights"], models)[name]
-    size = input_size(name, data)
-    dataset = load_data(data, seed=settings["seed"], size=size, non_rgb=settings["non_rgb"])
-    model = load_model(name, data, weights, str(device))
+    size = input_size(name, settings["data"])
+    return load_data(settings["data"], seed=settings["seed"], size=size, non_rgb=settings["non_rgb"])
+
+
+def network(settings: Mapping[str, Any], name: str, models: Sequence[str], device: Any, dataset: Any) -> Any:
+    """The network ``name``, one of ``models``, with the weights that the settings have for it, fit for ``dataset``."""
+    from srd_lab.models import check_classes, load_model
+
+    model = load_model(name, settings["data"], weights_of(settings["weights"], models)[name], str(device))
     check_classes(model, dataset)
-    return model, dataset
+    return model
+
+
+def checked_networks(
+    settings: dict[str, Any], models: Sequence[str], fits: Callable[[str, Any], object] | None = None
+) -> Any:
+    """The data at the first network's size, after every network was loaded, tried and let go again.
+
+    So what is wrong with the last one shows before the work on the first. ``fits`` may refuse one by an error. The
+    settings get ``weights_sha256``.
+    """
+    dataset = data_for(settings, models[0])
+    for name in models:
+        model = network(settings, name, models, "cpu", dataset)
+        if fits:
+            fits(name, model)
+    settings["weights_sha256"] = weights_sums(settings, models)
+    return dataset
+
+
+def weights_sums(settings: Mapping[str, Any], models: Sequence[str]) -> tuple[str, ...]:
+    """``NAME:SHA256`` of every network's weights file, bundled and downloaded ones too."""
+    from srd_lab.models import weights_file
+
+    sums = []
+    for name, given in weights_of(settings["weights"], models).items():
+        with weights_file(name, settings["data"], given).open("rb") as file:
+            sums.append(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return tuple(sums)
 
 
 def given_settings(ctx: click.Context) -> dict[str, Any]:
@@ -173,7 +211,7 @@ def given_settings(ctx: click.Context) -> dict[str, Any]:
     return {
         name: as_setting(value)
         for name, value in ctx.params.items()
-        if name not in INFRASTRUCTURE and ctx.get_parameter_source(name) is source
+        if name not in (*INFRASTRUCTURE, PACE) and ctx.get_parameter_source(name) is source
     }
 
 
@@ -193,7 +231,7 @@ def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, 
     values = dict(ctx.params)
     for option in ctx.command.params:
         name = option.name or ""
-        if name in INFRASTRUCTURE or name not in stored:
+        if name in INFRASTRUCTURE or name not in stored or (name == PACE and values[name]):
             continue
         text = stored[name]
         raw: Any = None if text == "" else text
@@ -203,13 +241,16 @@ def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, 
     return values
 
 
-def finished_batches(run: Any, settings: Mapping[str, Any]) -> set[str]:
-    """What an interrupted run left to go on from; never what another run left in the folder of ``--out``."""
-    return set(run.list("batches")) if settings["resume"] else set()
+def options_of(explainer: Any) -> dict[str, Any]:
+    """An explainer's hyper-parameters as a run stores them."""
+    return {name: as_setting(value) for name, value in dataclasses.asdict(explainer).items()}
 
 
 class Study(Protocol):
-    """What a command does: made from its settings (and so checked) before a run is opened for it."""
+    """What a command does: made from its settings (and so checked) before a run is opened for it.
+
+    settings : the command's, and what else decides the numbers: all that a resumed run has to have in common.
+    """
 
     settings: dict[str, Any]
     device: Any
@@ -222,20 +263,26 @@ def tracked(
 ) -> None:
     """Make the study that the options describe, or that ``--resume`` names, and run it under tracking.
 
-    Wrong settings leave no run behind. Stored with the run: every setting, the environment, the device and the
-    weights file's hash.
+    Wrong settings leave no run behind. Stored with the run: every setting, the environment and the device. An error
+    is given a note that says what is left of the run.
     """
     from srd_lab import tracking
+    from srd_lab.environment import device_name, environment
     from srd_lab.runtime import full_precision, keep_freed_memory
 
     keep_freed_memory()
     full_precision()
     resume = ctx.params["resume"]
     study = None if resume else study_of(dict(ctx.params))
+    if study is None:
+        record = given_settings(ctx)
+    else:
+        record = {**_settings(study), **environment()}
+        record |= {"device": study.device, "hardware": device_name(study.device)}
     run = tracking.open_run(
         command,
         f"{command} {subject}",
-        given_settings(ctx) if study is None else _record(ctx, study),
+        record,
         track=ctx.params["track"],
         tracking_uri=ctx.params["tracking_uri"],
         out=ctx.params["out"],
@@ -243,25 +290,42 @@ def tracked(
     )
     try:
         with run:
-            study = study or study_of(stored_settings(ctx, run.params))
+            if study is None:
+                study = study_of(stored_settings(ctx, run.params))
+                _check_same(run, study)
             study.run(run)
-    except KeyboardInterrupt:
-        again = f"; go on with: srd-lab {command} --resume {run.id}" if run.id else ""
-        raise SrdLabError(f"interrupted; what was finished is stored{again}") from None
+    except OtherWork:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        error.add_note(_what_is_left(ctx, command, run))
+        raise
     click.echo(f"\n{run.where}")
 
 
-def _record(ctx: click.Context, study: Study) -> dict[str, Any]:
-    from srd_lab.environment import device_name, environment
+def _settings(study: Study) -> dict[str, Any]:
+    return {name: as_setting(value) for name, value in study.settings.items() if name not in INFRASTRUCTURE}
 
-    settings = {name: as_setting(study.settings[name]) for name in ctx.params if name not in INFRASTRUCTURE}
-    record = {**settings, **environment()}
-    record |= {"device": study.device, "hardware": device_name(study.device)}
-    if given := ctx.params["weights"]:
-        files = {text: _named_file(text)[1] for text in given}
-        sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()]
-        record["weights_sha256"] = ",".join(sums)
-    return record
+
+def _check_same(run: Any, study: Study) -> None:
+    """Refuse to go on where settings that nobody typed (fixed ones, defaults) or weights have changed since."""
+    now, then = study.settings["weights_sha256"], run.params.get("weights_sha256", "").split(",")
+    if changed := [entry.partition(":")[0] for entry in now if entry not in then]:
+        raise OtherWork(
+            f"the weights of {', '.join(changed)} are not those that run {run.id} was made with; "
+            "put the file back as it was, or start a new run"
+        )
+    run.add_params({name: value for name, value in _settings(study).items() if name != PACE})
+
+
+def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
+    if not run.id:
+        return str(run.where)
+    uri = ctx.params["tracking_uri"]
+    place = f" --tracking-uri {shlex.quote(uri)}" if uri else ""
+    return f"what was finished is stored; go on with: srd-lab {command} --resume {run.id}{place}"
+
+
+_SAID_IN_A_LINE = (SrdLabError, KeyboardInterrupt, MemoryError, OSError, RuntimeError, ImportError)
 
 
 def command_errors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -276,21 +340,22 @@ def command_errors(function: Callable[..., Any]) -> Callable[..., Any]:
         with _terminated_like_interrupted():
             try:
                 return function(*args, **kwargs)
-            except SrdLabError as error:
+            except _SAID_IN_A_LINE as error:
                 if debug:
                     raise
-                raise click.ClickException(str(error)) from None
-            except KeyboardInterrupt:
-                if debug:
-                    raise
-                raise click.ClickException("interrupted") from None
-            except (MemoryError, OSError, RuntimeError, ImportError) as error:
-                if debug:
-                    raise
-                line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise click.ClickException(f"{line} ({type(error).__name__}; --debug shows where)") from None
+                said = "; ".join([_in_a_line(error), *getattr(error, "__notes__", ())])
+                raise click.ClickException(said) from None
 
     return wrapped
+
+
+def _in_a_line(error: BaseException) -> str:
+    if isinstance(error, SrdLabError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{line} ({type(error).__name__}; --debug shows where)"
 
 
 @contextmanager
@@ -299,8 +364,10 @@ def _terminated_like_interrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
     ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # What is ignored stays ignored (nohup); None is a handler that Python cannot put back.
+    heard = [end for end in ends if signal.getsignal(end) not in (signal.SIG_IGN, None)]
     try:
-        before = {end: signal.signal(end, interrupt) for end in ends}
+        before = {end: signal.signal(end, interrupt) for end in heard}
     except ValueError:  # not in the main thread
         yield
         return
@@ -344,11 +411,8 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
+def publish(run: Any, text: str, seconds: float) -> None:
+    """Print a study's summary; store it, and the ``seconds`` that its batches took in all sessions."""
+    run.save_text("summary.txt", text + "\n")
+    run.log_metrics({"seconds": seconds})
+    click.echo(text)

@@ -13,6 +13,15 @@ import torch
 
 from srd_lab.types import SrdLabError
 
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",  # the CPU's allocator
+    "Cannot allocate memory",  # the system
+    "not enough memory",  # the CPU's allocator on Windows
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -109,11 +118,8 @@ class Batcher:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on whatever device: the CPU's allocator and MPS say so in words only."""
+    """Whether memory ran out, on whatever device: most allocators say so in words only."""
     said = str(error)
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "can't allocate memory" in said
-        or "not enough memory" in said  # on Windows
-        or "out of memory" in said
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in said for words in _NO_MEMORY
     )

@@ -30,7 +30,7 @@ class Sample:
 
 
 class Dataset(Protocol):
-    """Random access to samples; ``labels`` are known without decoding an image."""
+    """Random access to samples; ``labels`` and names are known without decoding an image."""
 
     classes: list[str]
     labels: Tensor  # (len,) int64
@@ -38,6 +38,10 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def name(self, index: int) -> str:
+        """The name of that sample."""
+        ...
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ from apop import ActivationPattern, binarize, experiment, record, replay
 from apop.cli import apop as command
 from apop.experiment import Experiment, Hits, draw_images, in_top, metric_name, replay_input, wilson
 from srd_lab.backprop import split_normalisation
+from srd_lab.batches import joined
 from srd_lab.data import batch, load_data
 from srd_lab.models import load_model
 from srd_lab.types import SrdLabError
@@ -510,9 +511,9 @@ def test_hits_do_not_depend_on_the_batch_size(vgg: nn.Module) -> None:
     how, data = Experiment(seed=4), load_data("scenes")
     indices = draw_images(data, 12, 4)
     whole = how.run(vgg, [data[i] for i in indices], indices)
-    parts = Hits.join(
-        [how.run(vgg, [data[j] for j in indices[i : i + 5]], indices[i : i + 5]) for i in range(0, 12, 5)]
-    )
+    groups = [indices[i : i + 5] for i in range(0, 12, 5)]
+    tables = [how.run(vgg, [data[j] for j in group], group).to_arrays() for group in groups]
+    parts = Hits.from_arrays(joined(tables), whole.layers)
     assert list(whole.right) == list(parts.right)
     assert whole.rows() == parts.rows()
     assert whole.layers == parts.layers
@@ -583,52 +584,13 @@ def test_wilson_interval() -> None:
 def test_hits_survive_arrays_and_names_fit_mlflow() -> None:
     right = {"top1/original": np.array([True, False])}
     hits = Hits(np.arange(2), np.array(["a", "b"]), np.array([1, 2]), ("relu", "relu#2"), right)
-    back = Hits.from_arrays(hits.to_arrays())
+    back = Hits.from_arrays(hits.to_arrays(), hits.layers)
     assert back.rows() == hits.rows()
     assert back.layers == hits.layers
     assert metric_name("layer1.0.relu#2") == "layer1.0.relu.2"
     assert metric_name("a+b/c") == "a_b_c"
     with pytest.raises(SrdLabError, match="no input 'noise'"):
         Experiment(("noise",))
-
-
-def some_hits(first: int, right: list[bool], skipped: dict[str, str] | None = None) -> Hits:
-    count, places = len(right), np.arange(first, first + len(right))
-    names = np.array([f"{n}.png" for n in places])
-    return Hits(
-        places, names, np.zeros(count, int), ("relu",), {"top1/original": np.array(right)}, skipped or {}
-    )
-
-
-def test_batches_join_with_what_was_skipped_in_each() -> None:
-    """Also where a whole batch was; names longer than those before stay whole."""
-    nothing = Hits.nothing({"3.png": "no image"})
-    parts = [
-        Hits.nothing({}),
-        some_hits(0, [True, False], {"2.png": "not RGB but L"}),
-        nothing,
-        some_hits(99999, [True], {"a long name.png": "x"}),
-    ]
-    joined = Hits.join([Hits.from_arrays(part.to_arrays()) for part in parts])
-    assert [row["name"] for row in joined.rows()] == ["0.png", "1.png", "99999.png"]
-    assert joined.index.tolist() == [0, 1, 99999]
-    assert joined.right["top1/original"].tolist() == [True, False, True]
-    assert joined.layers == ("relu",)
-    assert list(joined.skipped.items()) == [
-        ("2.png", "not RGB but L"),
-        ("3.png", "no image"),
-        ("a long name.png", "x"),
-    ]
-    assert joined.interval("top1/original").n == 3
-    again = Hits.from_arrays(nothing.to_arrays())
-    assert (len(again.index), again.skipped, again.right) == (0, {"3.png": "no image"}, {})
-    whole = Hits.from_arrays(joined.to_arrays())
-    assert (whole.rows(), whole.skipped) == (joined.rows(), joined.skipped)
-
-
-def test_no_image_at_all_is_said_with_its_reasons() -> None:
-    with pytest.raises(SrdLabError, match=r"^not one image is left; 2 files skipped: a \(x\), b \(y\)$"):
-        Hits.join([Hits.nothing({"a": "x"}), Hits.nothing({"b": "y"})])
 
 
 # --- the command ------------------------------------------------------------------------------------------

@@ -327,6 +327,70 @@ def test_the_window_is_the_largest_that_fits() -> None:
     torch.testing.assert_close(similarity(raw, original, goal)["ssim"], SSIM(5).score(shown, reference))
 
 
+class Diverges:
+    """The gradient, but that its slope is NaN on surrogates from ``beta`` on, for an image whose first pixel is 0.5."""
+
+    def __init__(self, beta: float) -> None:
+        self.beta, self.method = beta, explainer("gradient")
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        return self.explain_with_logits(model, x, target)[0]
+
+    def explain_with_logits(
+        self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        raw, logits = self.method.explain_with_logits(model, x, target)
+        bad = (x[:, 0, 0, 0] - 0.5).abs().detach() < 0.1
+        if isinstance(model, SmoothModel) and x.requires_grad and model.beta >= self.beta and bad.any():
+            raw = raw.clone()  # the map stays what it is, the root of 0 has no slope
+            raw[bad] = raw[bad] + (0 * x[bad].sum((1, 2, 3))).sqrt()[:, None, None]
+        return raw, logits
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 7])
+def test_an_image_whose_gradient_is_not_finite_ends_where_it_stands(steps: int) -> None:
+    """The others go on as if it were not there; so does it as if they were not."""
+    model, x, goal = model_of(), 0.2 + 0.6 * pixels(3), pixels(3, seed=2)
+    x[:, 0, 0, 0] = torch.tensor([0.2, 0.5, 0.8])
+    attack = forever("gradient", steps=12, lr=0.02, judge_every=5)
+    bad = replace(attack, explainer=Diverges(10 * 10 ** ((steps - 0.5) / 12)))
+    taken: list[int] = []
+    result, whole = bad.run(model, x, goal, on_step=taken.append), attack.run(model, x, goal)
+    assert result.diverged.tolist() == [False, True, False]
+    assert sum(taken) == 3 * 12
+    assert result.steps.tolist() == [12, steps, 12]
+    for key, value in select(result, 1).items():
+        assert torch.isfinite(value).all(), key
+    assert result.loss[1].isnan().sum() == 12 - steps
+    assert result.curve["step"][1].nan_to_num(-1).max() == steps
+    torch.testing.assert_close(result.curve["mse"][1].nan_to_num(-1).max(), result.mse[1])
+    if steps:
+        shorter = replace(attack, steps=steps, beta_end=10 * 10 ** (steps / 12)).run(model, x, goal)
+        torch.testing.assert_close(result.adversarial[1], shorter.adversarial[1])
+        assert float(result.beta[1]) == pytest.approx(float(shorter.beta[1]))
+        torch.testing.assert_close(result.scores_surrogate["pcc"][1], shorter.scores_surrogate["pcc"][1])
+    else:
+        assert torch.equal(result.adversarial[1], x[1])
+    for i in range(3):
+        alone = select(bad.run(model, x[i : i + 1], goal[i : i + 1]), 0)
+        untouched = select(whole, i)
+        for key, value in select(result, i).items():
+            torch.testing.assert_close(value, alone[key], rtol=1e-6, atol=1e-9, msg=key)
+            if i != 1:
+                torch.testing.assert_close(value, untouched[key], rtol=1e-6, atol=1e-9, msg=key)
+
+
+def test_all_images_may_end_early() -> None:
+    x, goal = pixels(2), pixels(2, seed=2)
+    taken: list[int] = []
+    bad = replace(forever("gradient", steps=3), explainer=Diverges(0))
+    x[:, 0, 0, 0] = 0.5
+    result = bad.run(model_of(), x, goal, on_step=taken.append)
+    assert result.diverged.all()
+    assert torch.equal(result.adversarial, x)
+    assert sum(taken) == 2 * 3
+
+
 # --- the control ------------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +566,50 @@ def test_curves_stand_for_the_pairs_that_every_method_brought_so_far(
     assert curves.pairs[0] == pairs
     assert curves.pairs[-1] >= pairs / 4
     assert sum(each > curves.reached[-1] for each in reach) < pairs / 4 + 1
+
+
+def test_all_methods_are_compared_over_the_pairs_that_all_have_scores_of() -> None:
+    """Pair 2 has no SSIM with one method, pair 5 none of anything with another."""
+    tables = made_up(0)
+    whole = {score: at_equal_perturbation(tables, score) for score in ("ssim", "pcc")}
+    tables["gradient"]["curve/ssim"][2] = np.nan
+    for values in tables["srd"].values():
+        if values.ndim == 2:
+            values[5] = np.nan
+    assert np.isnan(common_reach(tables)).nonzero()[0].tolist() == [5]
+    for score, lost in (("ssim", [2, 5]), ("pcc", [5])):
+        for name, got in at_equal_perturbation(tables, score).items():
+            assert np.isnan(got).nonzero()[0].tolist() == lost
+            kept = np.isfinite(got)
+            np.testing.assert_allclose(got[kept], whole[score][name][kept])
+    curves = perturbation_curves(tables, "mse", points=5)
+    reach = common_reach(tables)
+    beside = [i for i in range(9) if i not in (2, 5)]
+    # At 0 every line starts at 1, whatever was seen later.
+    assert curves.pairs[0] == 8
+    for at, s in enumerate(curves.reached.tolist()[1:], 1):
+        inside = [i for i in beside if reach[i] >= s]
+        assert curves.pairs[at] == len(inside)
+        for score, bands in curves.bands.items():
+            for name, (median, _, _) in bands.items():
+                expected = np.median([literal(tables[name], score, i, s, "mse") for i in inside])
+                np.testing.assert_allclose(median[at], expected, rtol=1e-6)
+
+
+def test_curves_without_any_score_are_no_error() -> None:
+    tables = made_up(0)
+    for table in tables.values():
+        for values in table.values():
+            if values.ndim == 2:
+                values[:] = np.nan
+    assert all(np.isnan(got).all() for got in at_equal_perturbation(tables, "pcc").values())
+    assert perturbation_curves(tables, "mse").pairs.max() == 0
+
+
+def test_a_look_without_a_score_does_not_spoil_the_next_one() -> None:
+    row = {"curve/mse": np.array([[1.0, 2.0]]), "curve/ssim": np.array([[np.nan, 0.7]])}
+    got = scores_at(row, "ssim", np.array([0, 0.5, 1, 1.5, 2]))
+    np.testing.assert_array_equal(got, [[1, np.nan, np.nan, np.nan, 0.7]])
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------

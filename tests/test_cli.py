@@ -17,9 +17,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from attacks import study
+from attacks.experiment import draw_pairs
 from srd_lab.cli import main
+from srd_lab.data import load_data
 from srd_lab.methods.gradient import Gradient
-from srd_lab.models import WEIGHTS
+from srd_lab.models import WEIGHTS, load_model
 from srd_lab.runtime import Batcher
 from srd_lab.tracking import Run
 
@@ -331,7 +333,7 @@ def test_each_model_gets_its_weights_file(weights: dict[str, Path], tmp_path: Pa
         assert len(surveyed(tmp_path, model)) == 20
         assert says_always(surveyed(tmp_path, model), label)
     params = json.loads((tmp_path / "run.json").read_text())["params"]
-    sums = [hashlib.sha256(weights[name].read_bytes()).hexdigest() for name in ("resnet18", "vgg16")]
+    sums = [f"{n}:{hashlib.sha256(weights[n].read_bytes()).hexdigest()}" for n in ("vgg16", "resnet18")]
     assert params["weights_sha256"] == ",".join(sums)
 
 
@@ -432,3 +434,167 @@ def test_a_folder_with_another_runs_files_gives_none_of_its_numbers(
         arguments = ("--seed", seed, "--device", "cpu", "--no-track", "--out", str(tmp_path / out))
         assert call(*command, *arguments).exit_code == 0
     assert (tmp_path / "used" / table).read_text() == (tmp_path / "fresh" / table).read_text()
+
+
+# --- going on with a run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("apop", "--images", "3", "--inputs", "zeros", "--no-binarize"),
+        ("attack", "--pairs", "1", "--steps", "1", "--method", "gradient"),
+        ("reproduce", "fig7", "--model", "vgg16", "--images", "2"),
+    ],
+    ids=["apop", "attack", "fig7"],
+)
+def test_a_weights_file_that_changed_is_not_gone_on_with(
+    command: tuple[str, ...], weights: dict[str, Path], store: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "net.npz"
+    file.write_bytes((WEIGHTS / "vgg16_scenes.npz").read_bytes())
+    where = ("--device", "cpu", "--tracking-uri", store)
+    result = call(*command, "--weights", str(file), *where)
+    assert result.exit_code == 0, result.output
+    name = " ".join(part for part in command[:2] if not part.startswith("--"))
+    run = run_id(store, f"{name} vgg16")
+    with np.load(file) as arrays:
+        state = dict(arrays)
+    state["classifier.6.bias"] = state["classifier.6.bias"] + np.float16(1e-3)
+    np.savez(file, **state)
+    result = call(*name.split(), "--resume", run, *where)
+    assert result.exit_code == 1
+    assert result.output == (
+        f"Error: the weights of vgg16 are not those that run {run} was made with; "
+        "put the file back as it was, or start a new run\n"
+    )
+
+
+@pytest.mark.usefixtures("unseen")
+def test_fixed_settings_and_options_of_the_explainer_are_stored_and_must_not_change(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    where = ("--device", "cpu", "--tracking-uri", store)
+    small = ("--pairs", "1", "--steps", "1", "--method", "gradient")
+    assert call("reproduce", "fig4", *small, *where).exit_code == 0
+    run = run_id(store, "reproduce fig4 vgg16")
+    fixed = {"lr": "0.001", "stop_mse": "0.001", "bound": "8.0", "output_term": "probabilities"}
+    fixed |= {"beta_start": "10.0", "beta_end": "100.0", "starts": "ones,contrastive"}
+    stored = MlflowClient(store).get_run(run).data.params
+    assert fixed.items() <= stored.items()
+    assert {"methods": "gradient", "batch_size": ""}.items() <= stored.items()
+    params = children(store, run)["gradient"].data.params  # type: ignore[attr-defined]
+    assert params == {"method": "gradient", "channels": "abs_sum"}
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "attacks.objective.Budget.__init__", lambda self, bound=4.0: vars(self).update(bound=bound)
+        )
+        result = call("reproduce", "fig4", "--resume", run, *where)
+    assert f"run {run} was made with bound = 8.0, not 4.0" in result.output
+    # How many at once is free.
+    assert call("reproduce", "fig4", "--resume", run, "--batch-size", "7", *where).exit_code == 0
+
+
+@pytest.mark.usefixtures("unseen")
+def test_the_settings_of_a_table_are_stored(tmp_path: Path) -> None:
+    arguments = ("--model", "resnet18", "--images", "1", "--device", "cpu", "--no-track")
+    for name, inputs, binarize in (("table1", "zeros", "False"), ("fig6", "", "True")):
+        assert call("reproduce", name, *arguments, "--out", str(tmp_path / name)).exit_code == 0
+        params = json.loads((tmp_path / name / "run.json").read_text())["params"]
+        assert (params["inputs"], params["binarize"]) == (inputs, binarize)
+        bundled = hashlib.sha256((WEIGHTS / "resnet18_scenes.npz").read_bytes()).hexdigest()
+        assert params["weights_sha256"] == f"resnet18:{bundled}"
+
+
+@pytest.mark.usefixtures("unseen")
+def test_the_variants_of_figure_7_are_stored(tmp_path: Path) -> None:
+    command = ("reproduce", "fig7", "--model", "vgg16", "--images", "1", "--device", "cpu", "--no-track")
+    assert call(*command, "--out", str(tmp_path)).exit_code == 0
+    params = json.loads((tmp_path / "vgg16" / "run.json").read_text())["params"]
+    assert params["scalar/unit"] == "scalar"
+    assert (params["vector post/values"], params["vector pre SRD/values"]) == ("post", "pre")
+
+
+@pytest.mark.parametrize("command", [("apop",), ("reproduce", "table1"), ("reproduce", "fig7")])
+def test_every_network_is_looked_at_before_a_run_is_opened(
+    command: tuple[str, ...], store: str, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, nothing=np.zeros(3))
+    client = MlflowClient(store)
+    before = len(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+    result = call(*command, *BOTH, "--images", "1", "--weights", f"resnet18={bad}", "--tracking-uri", store)
+    assert result.exit_code == 1
+    assert "bad.npz for resnet18" in result.output
+    assert "resume" not in result.output
+    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == before
+
+
+# --- few pairs, and pairs that ended early ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unseen")
+def test_what_is_said_of_few_pairs_and_of_those_that_ended_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pair 0 is said to have ended early, and pair 1 has no SSIM with one of the methods."""
+    whole = study.attack_batch
+
+    def diverging(*args: Any) -> Any:
+        arrays = whole(*args)
+        arrays["diverged"][:1] = True
+        if "gradient" in str(args[0].explainer).lower():
+            arrays["curve/ssim"][1:2] = np.nan
+        return arrays
+
+    monkeypatch.setattr(study, "attack_batch", diverging)
+    methods = ("--method", "gradient", "--method", "srd")
+    result = call(*TINY, *methods, "--batch-size", "4", "--no-track", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    ended = (
+        "1 pair ended early: the attack's gradient was not finite (smaller --beta-end helps; Manipulation("
+    )
+    lines = result.output.splitlines()
+    assert [line.partition(":")[0] for line in lines if ended in line] == ["gradient", "srd"]
+    assert "ssim at equal mse: 3 of 4 pairs, which have a score with every method" in lines
+    assert not any(line.startswith("pcc at equal") for line in lines)
+    assert any(line.startswith("fewer than 10 pairs: the intervals are too narrow") for line in lines)
+    table = list(csv.DictReader((tmp_path / "srd" / "pairs.csv").read_text().splitlines()))
+    assert [row["diverged"] for row in table] == ["True", "False", "False", "False"]
+    curves = [np.load(tmp_path / name / "batches" / "00000-00003.npz") for name in ("srd", "gradient")]
+    reach = [
+        np.minimum(*(np.nanmax(arrays[f"curve/{over}"], 1) for arrays in curves)).mean()
+        for over in ("mse", "linf")
+    ]
+    assert f"(by mse, {reach[0]:.1e} on average; by linf, {reach[1]:.1f})" in result.output
+
+
+@pytest.mark.usefixtures("unseen")
+def test_one_pair_has_no_interval() -> None:
+    result = call(
+        *("attack", "--pairs", "1", "--steps", "1", "--method", "gradient", "--device", "cpu", "--no-track")
+    )
+    assert result.exit_code == 0, result.output
+    (line,) = (line for line in result.output.splitlines() if line.startswith("gradient "))
+    assert line.split()[2] == line.split()[6] == "[–]"
+
+
+@pytest.mark.usefixtures("unseen")
+def test_pairs_are_screened_in_parts_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model, cpu = load_data(), load_model("vgg16"), torch.device("cpu")
+    expected = draw_pairs(data, model, 6, 0, cpu)
+    sizes = list[int]()
+
+    def narrow(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return model(x)
+
+    assert draw_pairs(data, narrow, 6, 0, cpu) == expected  # type: ignore[arg-type]
+    assert sizes[:5] == [16, 8, 4, 4, 4]

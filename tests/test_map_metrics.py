@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import permutations
 from math import cos, pi
 
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from srd_lab.metrics import summary
 from srd_lab.metrics.complexity import Roughness, Sparseness
-from srd_lab.metrics.summary import summarise
+from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.types import SrdLabError
 
 Metric = Sparseness | Roughness
@@ -183,3 +185,36 @@ def test_scores_are_per_image_and_of_any_dtype(metric: Metric) -> None:
 def test_what_is_no_batch_of_maps_is_refused(metric: Metric, shape: tuple[int, ...]) -> None:
     with pytest.raises(SrdLabError, match=r"a batch of maps \(N, H, W\) is scored, got shape .*maps\[None\]"):
         metric.score(torch.zeros(shape))
+
+
+# --- summaries ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 7, 100])
+@pytest.mark.parametrize("at_once", [1, 50, 1000])
+def test_draws_in_parts_are_the_same_draws(n: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.random.default_rng(1).normal(size=n)
+    draws = np.random.default_rng(3).integers(n, size=(500, n))
+    expected = np.quantile(scores[draws].mean(1), (0.025, 0.975))
+    monkeypatch.setattr(summary, "_DRAWN_AT_ONCE", at_once)
+    got = summarise(scores, seed=3, resamples=500)
+    assert (got.low, got.high, got.mean, got.n) == (*expected, scores.mean(), n)
+
+
+def test_many_scores_take_little_memory() -> None:
+    tracemalloc.start()
+    try:
+        summarise(np.arange(20_000.0), resamples=1000)
+        assert tracemalloc.get_traced_memory()[1] < 50e6  # 320 MB at once
+    finally:
+        tracemalloc.stop()
+
+
+def test_one_score_has_no_interval() -> None:
+    one = summarise(np.array([np.nan, 0.25]))
+    assert (one.mean, one.median, one.n) == (0.25, 0.25, 1)
+    assert np.isnan([one.low, one.high]).all()
+    assert str(one) == "0.250 [–]"
+    assert str(summarise(np.array([0.25, 0.25]))) == "0.250 [0.250, 0.250]"
+    assert few_note(10, "pairs") == ""
+    assert few_note(9, "pairs").startswith("fewer than 10 pairs: the intervals are too narrow")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from click.testing import CliRunner
 
 from srd_lab import options
 from srd_lab.options import Count, WeightsFile, as_setting, progress, stored_settings, weights_of
@@ -31,6 +34,11 @@ OUT_OF_MEMORY: dict[str, Callable[[], BaseException]] = {
     "driver": lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     "MPS": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 18.02 GB)"),
     "CPU": lambda: RuntimeError(CPU),
+    "cuBLAS": lambda: RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "cuDNN": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "system": lambda: RuntimeError("[Errno 12] Cannot allocate memory"),
     "Windows": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
 }
 
@@ -242,10 +250,86 @@ def test_a_run_gives_its_settings_back(files: tuple[str, ...], tmp_path: Path) -
     assert as_setting(("srd", "gradient")) == "srd,gradient"
 
 
-def test_only_a_resumed_run_goes_on_from_stored_batches() -> None:
-    class Folder:
-        def list(self, folder: str) -> list[str]:
-            return [f"{folder}/0.npz"]
+# --- signals -----------------------------------------------------------------------------------------------
 
-    assert options.finished_batches(Folder(), {"resume": None}) == set()
-    assert options.finished_batches(Folder(), {"resume": "abc"}) == {"batches/0.npz"}
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_signal_ends_a_command_as_ctrl_c_does_unless_it_is_ignored(name: str) -> None:
+    """nohup works by ignoring SIGHUP."""
+    end = getattr(signal, name)
+
+    @click.command()
+    @options.command_errors
+    def work() -> None:
+        os.kill(os.getpid(), end)
+        click.echo("went on")
+
+    before = signal.getsignal(end)
+    try:
+        signal.signal(end, signal.SIG_DFL)
+        result = CliRunner().invoke(work)
+        assert (result.exit_code, result.output) == (1, "Error: interrupted\n")
+        assert signal.getsignal(end) is signal.SIG_DFL
+        signal.signal(end, signal.SIG_IGN)
+        result = CliRunner().invoke(work)
+        assert (result.exit_code, result.output) == (0, "went on\n")
+        assert signal.getsignal(end) is signal.SIG_IGN
+    finally:
+        signal.signal(end, before)
+
+
+# --- what is left of a run that ended early ----------------------------------------------------------------
+
+
+class Fails:
+    def __init__(self, error: BaseException, settings: dict[str, Any]) -> None:
+        self.error, self.settings, self.device = error, settings, "cpu"
+
+    def run(self, run: Any) -> None:
+        raise type(self.error)(*self.error.args)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (SrdLabError("no such thing"), "no such thing"),
+        (OSError("disk full"), "disk full (OSError; --debug shows where)"),
+        (MemoryError(), "MemoryError (MemoryError; --debug shows where)"),
+        (RuntimeError("broken\nmore"), "broken (RuntimeError; --debug shows where)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_ends_a_run_says_how_to_go_on(
+    error: BaseException, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Known:
+        id = "abc"
+
+        def __enter__(self) -> Known:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    @click.command()
+    @options.common_options
+    @click.pass_context
+    @options.command_errors
+    def work(ctx: click.Context, /, **_: Any) -> None:
+        options.tracked(ctx, "attack", "it", lambda settings: Fails(error, settings))
+
+    def output(*arguments: str) -> str:
+        result = CliRunner().invoke(work, arguments)
+        assert result.exit_code == 1
+        return result.output
+
+    untracked = "nothing is kept (no tracking, no --out)"
+    assert output("--no-track") == f"Error: {said}; {untracked}\n"
+    out = tmp_path / "out"
+    assert output("--no-track", "--out", str(out)) == f"Error: {said}; the files are in {out}\n"
+    monkeypatch.setattr("srd_lab.tracking.open_run", lambda *_, **__: Known())
+    again = "what was finished is stored; go on with: srd-lab attack --resume abc"
+    assert output() == f"Error: {said}; {again}\n"
+    assert output("--tracking-uri", "sqlite:///a b.db") == (
+        f"Error: {said}; {again} --tracking-uri 'sqlite:///a b.db'\n"
+    )

@@ -373,12 +373,14 @@ class Cifar:
         return f"Cifar({str(self.path)!r}, {self.kind!r}, {self.split!r}, length={len(self)})"
 
     def __getitem__(self, index: int) -> Sample:
-        index = operator.index(index)
-        place = self._places[index]
-        name = f"{self.kind}/{self.split}/{place}"
+        index, name = operator.index(index), self.name(index)
         try:
-            pixels = self._images[place]
+            pixels = self._images[self._places[index]]
         except SkippedFile as error:
             raise SkippedFile(name, error.reason) from None
         image = torch.from_numpy(np.array(pixels, order="C")).float().div_(255)
         return Sample(image, int(self.labels[index]), None, name)
+
+    def name(self, index: int) -> str:
+        """Its place in the archive: ``cifar10/test/17``."""
+        return f"{self.kind}/{self.split}/{self._places[operator.index(index)]}"

@@ -197,6 +197,10 @@ class PictureFolder(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.folder)!r}, size={self.size}, length={len(self)})"
 
+    def name(self, index: int) -> str:
+        """The file's name, without reading it."""
+        return self.pictures[operator.index(index)].name
+
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[operator.index(index)]
         image, orientation = decode(picture.file, picture.name, self.non_rgb)

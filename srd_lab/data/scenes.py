@@ -342,8 +342,11 @@ class Scenes:
         ]  # negative ones count from the end; IndexError beyond it
         pixels, mask = self.render(index)
         image = torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255).contiguous()
-        name = f"scenes/{self.split}/{index}"
-        return Sample(image, index % len(CLASSES), torch.from_numpy(mask), name)
+        return Sample(image, index % len(CLASSES), torch.from_numpy(mask), self.name(index))
+
+    def name(self, index: int) -> str:
+        """What a picture is called; it is not drawn for that."""
+        return f"scenes/{self.split}/{range(len(self))[operator.index(index)]}"
 
     def render(self, index: int) -> tuple[Pixels, NDArray[np.bool_]]:
         """Picture ``index`` as 8-bit pixels (64, 64, 3), and the mask of its object (64, 64)."""

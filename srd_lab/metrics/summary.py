@@ -6,10 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEW = 10  # below, a bootstrap interval is too narrow to settle anything
+_DRAWN_AT_ONCE = 2**20
+
 
 @dataclass(frozen=True)
 class Summary:
-    """mean, median, and the 95 % percentile-bootstrap interval [low, high] of the mean, over n finite scores."""
+    """mean, median, and the 95 % percentile-bootstrap interval [low, high] of the mean, over n finite scores.
+
+    With fewer than two scores there is no interval: low and high are NaN.
+    """
 
     mean: float
     median: float
@@ -17,13 +23,41 @@ class Summary:
     high: float
     n: int
 
+    def __str__(self) -> str:
+        return interval_text(self.mean, self.low, self.high)
+
+
+def interval_text(mean: float, low: float, high: float) -> str:
+    """``0.787 [0.763, 0.811]``, or ``0.787 [–]`` where there is no interval."""
+    return f"{mean:.3f} [–]" if np.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def few_note(n: int, what: str) -> str:
+    """What to say below intervals over n ``what`` ("pairs"); empty where n is enough."""
+    if n >= FEW:
+        return ""
+    return (
+        f"fewer than {FEW} {what}: the intervals are too narrow (even of {FEW}, a 95 % bootstrap interval holds "
+        "the true mean in 85 to 92 % of cases)"
+    )
+
 
 def summarise(scores: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Summary:
-    """Summary of scores (N,); what is not finite is left out and ``n`` says how many were used."""
+    """Summary of scores (N,); what is not finite is left out and ``n`` says how many were used.
+
+    The percentile bootstrap is too sure of itself where n is small: in simulations with n = 10 the interval held the
+    true mean in 85 to 92 % of cases, by the scores' distribution, instead of 95.
+    """
     values = np.asarray(scores, dtype=np.float64)
     values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return Summary(np.nan, np.nan, np.nan, np.nan, 0)
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return Summary(float(values.mean()), float(np.median(values)), float(low), float(high), len(values))
+    n = len(values)
+    if n < 2:
+        mean = float(values[0]) if n else np.nan
+        return Summary(mean, mean, np.nan, np.nan, n)
+    chance, means = np.random.default_rng(seed), np.empty(resamples)
+    rows = max(1, _DRAWN_AT_ONCE // n)
+    for first in range(0, resamples, rows):
+        part = means[first : first + rows]  # all draws at once would take n * resamples * 16 bytes
+        part[:] = values[chance.integers(n, size=(len(part), n))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Summary(float(values.mean()), float(np.median(values)), float(low), float(high), n)

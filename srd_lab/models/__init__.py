@@ -35,6 +35,7 @@ __all__ = [
     "networks",
     "read_state",
     "scenes_network",
+    "weights_file",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -71,13 +72,9 @@ def load_model(
     Raises SrdLabError for a name, data or device that is not there, and for weights that cannot be had or do
     not fit.
     """
-    kind, family = _family(name, data)
+    _, family = _family(name, data)
     place = pick_device(device)
-    file = weights or family.file(name)
-    if file is None:
-        raise SrdLabError(
-            f"there are no weights of {name} for {kind} here; give your own with --weights FILE"
-        )
+    file = weights_file(name, data, weights)
     state = read_state(file)
     # Initial weights are drawn and thrown away: not from the caller's stream.
     with torch.random.fork_rng(devices=[]):
@@ -85,6 +82,17 @@ def load_model(
     fill(network, state, f"{file} for {name}")
     model = Classifier(network, *family.statistics(name))
     return model.float().eval().requires_grad_(False).to(place)
+
+
+def weights_file(name: str, data: str = "scenes", weights: str | Path | None = None) -> Path:
+    """The file that ``load_model`` with these arguments reads; SrdLabError where there is none."""
+    kind, family = _family(name, data)
+    file = weights or family.file(name)
+    if file is None:
+        raise SrdLabError(
+            f"there are no weights of {name} for {kind} here; give your own with --weights FILE"
+        )
+    return Path(file)
 
 
 def networks(data: str = "scenes") -> tuple[str, ...]:

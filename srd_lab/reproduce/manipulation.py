@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from attacks.experiment import Arrays, at_equal_perturbation
 from attacks.objective import Budget, Objective
-from attacks.study import Robustness
+from attacks.study import Robustness, seconds
 from srd_lab import options as cli
 from srd_lab import render
 from srd_lab.data import skipped_report
-from srd_lab.reproduce.paper import Finding, data_deviations, findings_csv, paired_claim, paper, report
+from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, paper, publish
 from srd_lab.tracking import Run
+
+SRD = "srd_ones"
+UNANSWERED = (
+    "SRD or what it is compared with is missing from this run, so the paper's claim cannot be tested."
+)
 
 
 class Figure4(Robustness):
@@ -27,19 +30,15 @@ class Figure4(Robustness):
 
     def report(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Print and store tables, findings and deviations."""
-        findings = self.findings(tables)
-        text = report(f"Fig. 4 of the paper: {self.tables(tables)}", [], findings, self.deviations())
         self.figures(run, tables)
         run.save_figure("fig4.png", render.manipulation_figure(self.shown, _scores(tables), self.title))
-        run.save_text("summary.txt", text + "\n")
-        if findings:
-            run.save_text("findings.csv", findings_csv(findings))
-        run.log_metrics({"seconds": self.watch.seconds()})
-        click.echo(text)
+        title, took = f"Fig. 4 of the paper: {self.tables(tables)}", seconds(tables)
+        findings, deviations = self.findings(tables), self.deviations()
+        publish(run, title, [], findings, deviations, took, unanswered=UNANSWERED)
 
     def findings(self, tables: dict[str, Arrays]) -> list[Finding]:
         """The claim that SRD (from ones) stands above every other method: at the stop, and at equal perturbation."""
-        if "srd_ones" not in tables:
+        if SRD not in tables:
             return []
         seed, others = self.settings["seed"], [name for name in tables if not name.startswith("srd")]
         equal = {score: at_equal_perturbation(tables, score) for score in ("ssim", "pcc")}
@@ -47,21 +46,24 @@ class Figure4(Robustness):
         for score in ("ssim", "pcc"):
             word = score.upper()
             for other in others:
-                pair = tables["srd_ones"][score], tables[other][score]
+                pair = tables[SRD][score], tables[other][score]
                 found.append(paired_claim(f"{word} of srd - {other}, at the stop", *pair, seed))
             for other in others:
-                pair = equal[score]["srd_ones"], equal[score][other]
+                pair = equal[score][SRD], equal[score][other]
                 found.append(paired_claim(f"{word} of srd - {other}, at equal mse", *pair, seed))
         return found
 
     def deviations(self) -> list[str]:
         """How this differs from section 4.3."""
-        said, s = paper()["settings"], self.settings
-        lines = data_deviations(s, len(self.dataset), [s["model"]])
-        if s["model"] != said["attacked"]:
-            lines.append(f"network: {s['model']}, not {said['attacked']}")
+        said, s = paper()["settings"]["fig4"], self.settings
+        lines = data_deviations(s, "fig4", [s["model"]])
+        if s["model"] != said["network"]:
+            lines.append(f"network: {s['model']}, not {said['network']}")
         if len(self.pairs) != said["pairs"]:
             lines.append(f"pairs: {len(self.pairs)}, not {said['pairs']}")
+        lines.append(
+            "pairs: of different classes, all correctly classified, no image used twice; the paper says random"
+        )
         left = [m for m in cli.ATTACKED if m not in {method for method, _ in self.variants.values()}]
         if left:
             lines.append(f"left out: {', '.join(left)}")

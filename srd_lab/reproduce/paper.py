@@ -11,16 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from srd_lab.metrics.summary import summarise
+from srd_lab.metrics.summary import FEW, interval_text, summarise
 from srd_lab.options import csv_text, text_table, weights_of
+from srd_lab.options import publish as publish_text
+from srd_lab.tracking import Run
 
-FEW = 10  # below, a bootstrap interval is too narrow to settle anything
 HEADER = ("", "paper", "measured [95 % interval]", "n", "paper's value")
 
 
 @cache
 def paper() -> dict[str, Any]:
-    """``source``, ``settings``, ``table1``, ``table3`` (network -> ... -> accuracy) and ``claims`` (figure -> text)."""
+    """What the paper prints, but for ``assumed``.
+
+    ``source``; ``settings`` (``apop`` for Tables 1 and 3 and Fig. 6, ``fig4``, ``fig7``); ``assumed``, what it does not
+    say and we suppose; ``table1``, ``table3`` (network -> ... -> accuracy); ``claims`` (figure -> text).
+    """
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -44,7 +49,7 @@ class Finding:
 
     def cells(self) -> list[str]:
         """A line of the table."""
-        measured = f"{self.measured:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        measured = interval_text(self.measured, self.low, self.high)
         return [self.what, self.paper, measured, str(self.n), self.verdict]
 
 
@@ -68,14 +73,23 @@ def paired_claim(what: str, larger: np.ndarray, smaller: np.ndarray, seed: int) 
     return finding if s.n >= FEW else replace(finding, verdict="too few")
 
 
-def report(title: str, tables: Sequence[str], findings: Sequence[Finding], deviations: Sequence[str]) -> str:
-    """The whole output of a reproduction as text."""
-    parts = [title, *tables]
+UNANSWERED = "The paper has no value and no claim for what was measured here."
+
+
+def report(
+    title: str,
+    tables: Sequence[str],
+    findings: Sequence[Finding],
+    deviations: Sequence[str],
+    unanswered: str = UNANSWERED,
+) -> str:
+    """The whole output of a reproduction as text; ``unanswered`` stands where there are no findings."""
+    parts = [title, *filter(None, tables)]
     if findings:
         parts.append("Beside the paper:")
         parts.append(text_table(HEADER, [finding.cells() for finding in findings]))
     else:
-        parts.append("The paper has no value and no claim for what was measured here.")
+        parts.append(unanswered)
     parts.append(
         "Deviations from the paper's setting:\n" + "\n".join(f"- {d}" for d in deviations or ["none"])
     )
@@ -83,22 +97,47 @@ def report(title: str, tables: Sequence[str], findings: Sequence[Finding], devia
     return "\n\n".join(parts)
 
 
-def findings_csv(findings: Sequence[Finding]) -> str:
-    """The findings as a table for a spreadsheet."""
-    return csv_text([vars(finding) for finding in findings])
+def publish(
+    run: Run,
+    title: str,
+    tables: Sequence[str],
+    findings: Sequence[Finding],
+    deviations: Sequence[str],
+    seconds: float,
+    unanswered: str = UNANSWERED,
+) -> None:
+    """Print and store the report, with the findings as a table for a spreadsheet where there are any."""
+    if findings:
+        run.save_text("findings.csv", csv_text([vars(finding) for finding in findings]))
+    publish_text(run, report(title, tables, findings, deviations, unanswered), seconds)
 
 
-def data_deviations(settings: dict[str, Any], count: int, models: Sequence[str]) -> list[str]:
-    """How data and weights differ from the paper's: ImageNet's validation set, torchvision's networks."""
-    said, source = paper()["settings"], settings["data"].partition(":")[0]
+def data_deviations(
+    settings: dict[str, Any], experiment: str, models: Sequence[str], count: int | None = None
+) -> list[str]:
+    """How data, weights and networks differ from what the paper says of ``experiment``, a key of its settings.
+
+    count : how many images were used, where the paper used all of a set.
+    """
+    said, assumed = paper()["settings"][experiment], paper()["assumed"]
+    source = settings["data"].partition(":")[0]
     lines = []
-    if not source.startswith("imagenet"):
+    if said["data"] is None:
+        lines.append(f"data: {source}; the paper does not say what its images are from")
+    elif source == "imagenet-s":
+        lines.append(f"data: imagenet-s, not {said['data']}: fewer images, one in eight under another class")
+    elif source != "imagenet":
         lines.append(f"data: {source}, not {said['data']}; networks made for it")
-    elif count < said["images"]:
-        lines.append(f"images: {count:,} of the {said['images']:,} of {said['data']}, if they are from it")
+    elif count and count < assumed["images"]:
+        lines.append(f"images: {count:,} of the {assumed['images']:,} of {said['data']}, if they are from it")
+    elif count and count > assumed["images"]:
+        lines.append(f"images: {count:,}, more than the {assumed['images']:,} of {said['data']}: another set")
+    lines.append(assumed["why"])
     files = weights_of(settings["weights"], models)
     lines += [
-        f"weights of {name}: {file.name}, not {said['weights']}" for name, file in files.items() if file
+        f"weights of {name}: {file.name}, not {assumed['weights']}, which we assume the paper has"
+        for name, file in files.items()
+        if file
     ]
     unknown = [name for name in models if name not in paper()["table3"]]
     if unknown:

@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from statistics import median
 from typing import Any, ClassVar
 
-import click
-
 from apop.experiment import Hits
 from apop.study import Survey, table_3
 from srd_lab import options as cli
@@ -18,13 +16,14 @@ from srd_lab.reproduce.paper import (
     against_claim,
     against_value,
     data_deviations,
-    findings_csv,
     paper,
-    report,
+    publish,
 )
 from srd_lab.tracking import Run
 
 WORDS = {"original": "original", "apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
+HALF = "±: half the 95 % Wilson interval"
+VERDICTS = ("holds", "open", "does not hold")
 
 
 class _Reproduction(Survey, ABC):
@@ -41,16 +40,11 @@ class _Reproduction(Survey, ABC):
         """Print and store table, findings and deviations."""
         findings = [finding for name, hits in results.items() for finding in self.findings(name, hits)]
         count = len(next(iter(results.values())).index)
-        deviations = data_deviations(self.settings, count, self.models)
+        deviations = data_deviations(self.settings, "apop", self.models, count)
         if skipped := next(iter(results.values())).skipped:
             deviations.append(skipped_report(skipped))
-        text = report(self.title(), self.tables(results), findings, deviations)
         self.figure(run, results)
-        run.save_text("summary.txt", text + "\n")
-        if findings:
-            run.save_text("findings.csv", findings_csv(findings))
-        run.log_metrics({"seconds": self.watch.seconds()})
-        click.echo(text)
+        publish(run, self.title(), self.tables(results), findings, deviations, self.seconds)
 
     def title(self) -> str:
         """What was done, in a line."""
@@ -75,7 +69,7 @@ class Table3(_Reproduction):
     FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros", "ones", "normal"), "binarize": False}
 
     def tables(self, results: dict[str, Hits]) -> list[str]:
-        return [cli.text_table(*table_3(results, self.experiment))]
+        return [cli.text_table(*table_3(results, self.experiment)), HALF]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         published = paper()["table3"].get(name, {})
@@ -104,14 +98,18 @@ class Table1(_Reproduction):
         for name, hits in results.items():
             each = [hits.interval(f"{top}/{c}") for top in ("top1", "top5") for c in self.CONDITIONS.values()]
             lines.append([name, *(f"{i.accuracy:.3f} ±{i.half_width:.3f}" for i in each)])
-        return [cli.text_table(header, lines)]
+        return [cli.text_table(header, lines), HALF]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
-        published = paper()["table1"].get(name, {})
+        """Against the values of Table 3, which are the same before they were cut to three digits."""
+        published = paper()["table3"].get(name)
+        if not published:
+            return []
+        values = {"original": published["original"], "apop": published["zeros"]["apop"]}
         return [
-            _accuracy(f"{name}: {WORDS[what]}, {WORDS[top]}", value, hits, f"{top}/{self.CONDITIONS[what]}")
-            for top, values in published.items()
-            for what, value in values.items()
+            _accuracy(f"{name}: {WORDS[what]}, {WORDS[top]}", values[what][top], hits, f"{top}/{condition}")
+            for top in ("top1", "top5")
+            for what, condition in self.CONDITIONS.items()
         ]
 
 
@@ -122,17 +120,21 @@ class Figure6(_Reproduction):
     FIXED: ClassVar[dict[str, Any]] = {"inputs": (), "binarize": True}
 
     def tables(self, results: dict[str, Hits]) -> list[str]:
-        header = ["Model", "original", "calls", "lowest", "at", "median", "calls not above chance"]
+        header = ["Model", "original", "calls", "lowest", "at", "median", *VERDICTS]
         lines = []
         for name, hits in results.items():
             curve = hits.curve()
             values = [each.accuracy for each in curve]
             lowest = values.index(min(values))
-            below = sum(each.low <= self._chance() for each in curve)
+            verdicts = [finding.verdict for finding in self.findings(name, hits)]
+            counts = [str(verdicts.count(verdict)) for verdict in VERDICTS]
             original = hits.interval("top1/original").accuracy
             numbers = [f"{original:.3f}", str(len(curve)), f"{min(values):.3f}", hits.layers[lowest]]
-            lines.append([name, *numbers, f"{median(values):.3f}", str(below)])
-        return ["One activation call binarised, top-1:", cli.text_table(header, lines)]
+            lines.append([name, *numbers, f"{median(values):.3f}", *counts])
+        title = (
+            "One activation call binarised, top-1; for how many calls the claim, above chance, holds or not:"
+        )
+        return [title, cli.text_table(header, lines)]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         """The claim is about all layers: every call above guessing."""
