@@ -131,7 +131,7 @@ def control_scores(
     ).to(x)
     noisy = noise_at_equal_mse(x, result.mse, scale, how.budget, noise)
     raw = how.explainer.explain(model, noisy, result.target)
-    return similarity(raw, result.map_original, result.map_target)
+    return similarity(raw, result.map_original, result.map_target, (x.shape[2], x.shape[3]))
 
 
 def result_arrays(result: AttackResult) -> Arrays:

@@ -142,6 +142,7 @@ class _Attack:
     ) -> None:
         self.how, self.model, self.x = how, model, x
         self.scale = normalisation_scale(model, x)
+        self.size = (x.shape[2], x.shape[3])
         self.map0, self.logits0 = how.explainer.explain_with_logits(model, x, target)
         self.target = check_target(target, self.logits0)
         self.map_target = how.explainer.explain(model, goal_images)
@@ -224,7 +225,7 @@ class _Attack:
         row["step"][some] = float(step)
         row["mse"][some] = self._mse(some)
         row["linf"][some] = 255 * (x - self.x[some]).abs().amax((1, 2, 3))
-        for name, score in similarity(raw, self.map0[some], self.map_target[some]).items():
+        for name, score in self._similarity(raw, some).items():
             row[name][some] = score.to(self.x)
         self.judged.append(row)
         error = (maps.sum_to_one(raw) - self.goal[some]).square().mean((1, 2))
@@ -239,9 +240,12 @@ class _Attack:
             return
         surrogate, explain = SmoothModel(self.model, self._beta(i)), self.how.explainer.explain
         before, after = (explain(surrogate, x[some], self.target[some]) for x in (self.x, self.adversarial))
-        scores = similarity(after, before, self.map_target[some])
+        scores = similarity(after, before, self.map_target[some], self.size)
         for name, values in self.surrogate.items():
             values[some] = scores[name].to(values)
+
+    def _similarity(self, raw: Tensor, some: Tensor) -> dict[str, Tensor]:
+        return similarity(raw, self.map0[some], self.map_target[some], self.size)
 
     def _result(self) -> AttackResult:
         none_kept = self.best_error.isinf()
@@ -250,7 +254,7 @@ class _Attack:
         map_last, logits = explain(self.model, self.adversarial, self.target)
         map_best, _ = explain(self.model, best, self.target)
         everyone = torch.arange(len(self.x), device=self.x.device)
-        start = similarity(self.map0, self.map0, self.map_target)
+        start = self._similarity(self.map0, everyone)
         return AttackResult(
             adversarial=self.adversarial,
             best=best,
@@ -268,8 +272,8 @@ class _Attack:
             linf=255 * (self.adversarial - self.x).abs().amax((1, 2, 3)),
             mse_best=((best - self.x) * self.scale).square().mean((1, 2, 3)),
             prediction_kept=logits.argmax(1) == self.logits0.argmax(1),
-            scores=similarity(map_last, self.map0, self.map_target),
-            scores_best=similarity(map_best, self.map0, self.map_target),
+            scores=self._similarity(map_last, everyone),
+            scores_best=self._similarity(map_best, everyone),
             scores_start={name: start[name] for name in SCORES[2:]},
             scores_surrogate=self.surrogate,
             loss=self.loss,
@@ -277,10 +281,14 @@ class _Attack:
         )
 
 
-def similarity(raw: Tensor, original: Tensor, goal: Tensor) -> dict[str, Tensor]:
-    """SSIM and PCC (N,) of raw maps to the original's and the goal's, each |.| and divided by its maximum."""
-    shown, reference, target = maps.max_to_one(raw), maps.max_to_one(original), maps.max_to_one(goal)
-    window = min(SSIM.window, *(side - 1 + side % 2 for side in raw.shape[1:]))
+def similarity(raw: Tensor, original: Tensor, goal: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    """SSIM and PCC (N,) of raw maps (N, h, w) to the original's and the goal's, each |.|, divided by its maximum and
+    stretched to ``size`` where it is smaller."""
+    shown, reference, target = (
+        maps.upsample(m, size) if m.shape[1:] != size else m
+        for m in map(maps.max_to_one, (raw, original, goal))
+    )
+    window = min(SSIM.window, *(side - 1 + side % 2 for side in size))
     ssim, pcc = SSIM(window), PCC()
     return {
         "ssim": ssim.score(shown, reference),

@@ -324,7 +324,18 @@ def test_maps_of_any_size_are_scored(side: int) -> None:
 def test_the_window_is_the_largest_that_fits() -> None:
     raw, original, goal = (pixels(2, seed=s)[:, 0, :6, :9] for s in (1, 2, 3))
     shown, reference = maps.max_to_one(raw), maps.max_to_one(original)
-    torch.testing.assert_close(similarity(raw, original, goal)["ssim"], SSIM(5).score(shown, reference))
+    torch.testing.assert_close(
+        similarity(raw, original, goal, tuple(raw.shape[1:]))["ssim"], SSIM(5).score(shown, reference)
+    )
+
+
+def test_coarse_maps_are_scored_as_they_are_shown() -> None:
+    """Divided by their maximum, then stretched to the image, as the paper does it."""
+    raw, original, goal = (pixels(2, seed=s)[:, 0, :4, :4] for s in (1, 2, 3))
+    scores = similarity(raw, original, goal, (16, 16))
+    shown, reference, target = (maps.upsample(maps.max_to_one(m), (16, 16)) for m in (raw, original, goal))
+    torch.testing.assert_close(scores["ssim"], SSIM().score(shown, reference))
+    torch.testing.assert_close(scores["pcc_target"], PCC().score(shown, target))
 
 
 class Diverges:

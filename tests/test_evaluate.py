@@ -4,6 +4,7 @@ whatever was interrupted; comparisons are the tests that they claim to be."""
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,21 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from scipy.stats import wilcoxon
+from scipy.stats import spearmanr, wilcoxon
 from torch import Tensor, nn
 
 from srd_lab import load_data, load_model
-from srd_lab.catalogue import METHODS, METRICS
+from srd_lab.catalogue import METHODS, METRICS, TABLE_2
 from srd_lab.cli import main
 from srd_lab.evaluation.experiment import refusals
 from srd_lab.evaluation.explaining import Classes
 from srd_lab.evaluation.tables import comparisons, holm, ranks, score_table, signed_rank
 from srd_lab.metrics.explained import Explained, Images
+from srd_lab.models.cifar import cifar_network
 from srd_lab.registry import EXPLAINERS
 from srd_lab.registry import METRICS as SCORES
+from srd_lab.reproduce.evaluation import Table2, Table4, activation_of
+from srd_lab.reproduce.paper import paper
 from srd_lab.runtime import Batcher
 from srd_lab.types import SrdLabError
 
@@ -213,8 +217,6 @@ def test_without_masks_localisation_is_not_scored(tmp_path: Path) -> None:
         classes=list("abcdefghij"),
     )
     weights = tmp_path / "resnet8.npz"
-    from srd_lab.models.cifar import cifar_network
-
     torch.manual_seed(0)
     np.savez(weights, **{k: v.numpy() for k, v in cifar_network("resnet8", 10).state_dict().items()})  # type: ignore[arg-type]
     text = succeed(
@@ -249,8 +251,7 @@ def test_what_does_not_go_with_a_network_is_said_and_the_rest_is_done() -> None:
         nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )
     smooth.eval().requires_grad_(False)
-    sample = load_data("scenes")[0]
-    why = refusals(smooth, sample, ["gradient", "lrp_zplus", "gradcam"], torch.device("cpu"))
+    why = refusals(smooth, load_data("scenes")[0].image[None], ["gradient", "lrp_zplus", "gradcam"])
     assert list(why) == ["lrp_zplus"]
     assert "silu" in why["lrp_zplus"]
 
@@ -362,3 +363,102 @@ def test_the_reference_is_what_others_are_held_against(tmp_path: Path) -> None:
     difference = np.array(scores["srd"]) - np.array(scores["gradcam"])
     assert float(row["difference"]) == pytest.approx(difference.mean())
     assert float(row["p"]) == pytest.approx(signed_rank(difference))
+
+
+# --- Table 2 and Table 4 ------------------------------------------------------------------------------------------------
+
+
+def test_table_2_stands_beside_the_papers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Table2, "methods", ("gradient", "gradcam", "srd_high"))
+    command = (
+        "reproduce",
+        "table2",
+        "--model",
+        "resnet18",
+        "--model",
+        "resnet50",
+        "--images",
+        "4",
+        "--no-track",
+    )
+    text = succeed(*command, "--out", str(tmp_path))
+    report = text[text.index("Table 2 of the paper on scenes, 4 images") :]
+    assert "- data: scenes with outlines, not ImageNet-S50 with segmentation masks" in report
+    assert "- images: 4, not 752" in report
+    assert "- networks that the paper does not have: resnet18" in report
+    found = {row["what"]: row for row in table(tmp_path / "findings.csv")}
+    assert len(found) == 3 * 5  # the paper has resnet50 alone
+    inside = sum(row["verdict"] == "inside" for row in found.values())
+    assert f"{inside} of the paper's 15 values lie inside" in report
+    rows = table(tmp_path / "resnet50" / "images.csv")
+    for metric in ("sparseness", "stability"):
+        scores = [float(row[metric]) for row in rows if row["method"] == "srd_high"]
+        one = found[f"resnet50: {metric} of srd_high"]
+        assert float(one["measured"]) == pytest.approx(np.mean(scores))
+        assert float(one["paper"]) == paper()["table2"]["resnet50"]["srd_high"][metric]
+        assert (float(one["low"]) <= float(one["paper"]) <= float(one["high"])) == (
+            one["verdict"] == "inside"
+        )
+    block = report[report.index("\nresnet50 ") :]
+    means = [
+        np.nanmean([float(row["sparseness"]) for row in rows if row["method"] == method])
+        for method in ("gradient", "gradcam", "srd_high")
+    ]
+    correlation = spearmanr(means, [0.488, 0.411, 0.628]).statistic
+    assert cells(block, "rank correlation")[4] == f"{correlation:.2f}"
+
+
+def test_table_4_goes_by_the_networks_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Table4, "methods", ("grad_input", "lrp_zplus", "srd"))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(6), classes=list("abcdefghij"))
+    given: list[str] = []
+    for name in ("resnet8", "resnet8_elu"):
+        torch.manual_seed(0)
+        state = cifar_network(name, 10).state_dict()
+        np.savez(tmp_path / f"{name}.npz", **{key: value.numpy() for key, value in state.items()})  # type: ignore[arg-type]
+        given += ["--model", name, "--weights", f"{name}={tmp_path / name}.npz"]
+    data = f"cifar10:{tmp_path / 'test.npz'}"
+    text = succeed(
+        "reproduce", "table4", "--data", data, *given, "--no-track", "--out", str(tmp_path / "out")
+    )
+    found = {row["what"]: row for row in table(tmp_path / "out" / "findings.csv")}
+    assert {what: row["paper"] for what, row in found.items()} == {
+        "resnet8: fidelity of grad_input": "-0.01",
+        "resnet8: fidelity of lrp_zplus": "0.039",
+        "resnet8: fidelity of srd": "0.078",
+        "resnet8_elu: fidelity of grad_input": "-0.007",
+        "resnet8_elu: fidelity of srd": "0.214",
+    }
+    report = text[text.index("Table 4 of the paper on cifar10") :]
+    assert cells(report, "lrp_zplus")[-1] == "–"
+    assert "- resnet8_elu: without lrp_zplus: " in report
+    assert cells(report, "accuracy")[2::2] == ["(0.780)", "(0.746)"]
+
+
+@pytest.mark.parametrize("name", ["resnet8_elu", "resnet20_leaky_relu", "resnet18_3x3_tanh", "resnet14"])
+def test_cifar_networks_have_the_activation_of_their_name(name: str) -> None:
+    network = cifar_network(name, 10)
+    kinds = {type(module) for module in network.modules()} & {nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Tanh}
+    wanted = {"resnet8_elu": nn.ELU, "resnet20_leaky_relu": nn.LeakyReLU, "resnet18_3x3_tanh": nn.Tanh}
+    assert kinds == {wanted.get(name, nn.ReLU)}
+    network.eval()
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    kind = {"resnet8_elu": "elu", "resnet20_leaky_relu": "leaky_relu", "resnet18_3x3_tanh": "tanh"}
+    assert activation_of(name) == kind.get(name, "relu")
+
+
+def test_the_papers_tables_2_and_4_are_those_of_the_source() -> None:
+    source = Path(__file__).parents[2] / "shared" / "paper" / "tables.json"
+    if not source.is_file():
+        pytest.skip("shared/paper/tables.json, which the tables are checked against, is not here")
+    tables = json.loads(source.read_text())
+    rows = list(tables["table2"].values())
+    for network in ("vgg16", "resnet50"):
+        assert list(paper()["table2"][network].values()) == [row[network] for row in rows]
+    assert list(paper()["table2"]["vgg16"]) == list(TABLE_2)
+    assert [list(v.values()) for v in paper()["table4"]["fidelity"].values()] == [
+        list(v.values()) for v in tables["table4"]["fidelity"].values()
+    ]
+    assert list(paper()["table4"]["accuracy"].values()) == list(tables["table4"]["accuracy"].values())

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from srd_lab.batches import Advance, Arrays, Item
 from srd_lab.metrics.explained import Explained, Images
 from srd_lab.registry import EXPLAINERS, METRICS
 from srd_lab.types import Sample, SrdLabError
-
-Arrays = dict[str, np.ndarray]
-TARGETS = ("label", "predicted")
 
 
 @dataclass(frozen=True)
@@ -31,20 +29,14 @@ class Experiment:
     target: str = "label"
     of_model: dict[Hashable, Any] = field(default_factory=dict, compare=False)
 
-    def run(
-        self,
-        model: nn.Module,
-        samples: Sequence[Sample],
-        indices: Sequence[int],
-        device: torch.device,
-        advance: Callable[[int], None],
-    ) -> Arrays:
+    def run(self, model: nn.Module, items: Sequence[Item], device: torch.device, advance: Advance) -> Arrays:
         """Scores (N,) of every image under ``method/metric``, seconds (N,) under ``method/seconds`` and
         ``forward/seconds``, maps (N, H, W) under ``method/map``, and what there is to know of the images.
 
         An image's scores depend on the image and its index alone, not on the batch. ``advance`` is called with the images
         done per method.
         """
+        samples = [item.sample for item in items]
         x = torch.stack([sample.image for sample in samples]).to(device)
         labels = torch.tensor([sample.label for sample in samples], device=device)
         with torch.no_grad():
@@ -52,7 +44,8 @@ class Experiment:
             seconds, logits = _timed(lambda: model(x), device)
         predicted = logits.argmax(1)
         target = labels if self.target == "label" else predicted
-        images = Images(model, x, target, [int(i) for i in indices], _masks(samples, device), self.of_model)
+        indices = [item.index for item in items]
+        images = Images(model, x, target, indices, _masks(samples, device), self.of_model)
         arrays: Arrays = {
             "index": np.array(indices),
             "name": np.array([sample.name for sample in samples]),
@@ -71,11 +64,8 @@ class Experiment:
         return arrays
 
 
-def refusals(
-    model: nn.Module, sample: Sample, methods: Sequence[str], device: torch.device
-) -> dict[str, str]:
-    """Which methods do not go with this network, and why; tried on one image."""
-    x = sample.image[None].to(device)
+def refusals(model: nn.Module, x: Tensor, methods: Sequence[str]) -> dict[str, str]:
+    """Which methods do not go with this network, and why; tried on one image x (1, C, H, W)."""
     why = {}
     for method in methods:
         try:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
-import click
 import numpy as np
+import torch
 
 from apop.experiment import draw_images
 from srd_lab import options as cli
 from srd_lab import render
+from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import METHODS, METRICS
-from srd_lab.data import Loaded, load_batches, skipped_report
-from srd_lab.evaluation.experiment import Arrays, Experiment, refusals
+from srd_lab.data import skipped_report
+from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
-from srd_lab.metrics.summary import summarise
+from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.models import input_size
 from srd_lab.registry import EXPLAINERS
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.types import SrdLabError
 
 PICTURES = 6
 COLUMNS = 5  # of a printed table
@@ -31,32 +31,33 @@ MASKS = {
     "voc": "outlines or boxes",
     "imagenet": "bounding boxes",
 }
-LEGEND = """
-↑ higher is better, ↓ lower; ¹ best, ² second best; + better, - worse than {reference} (Wilcoxon's signed-rank test on the
-same images, p < 0.05 after Holm's correction for {tests} tests). Maps divided by their largest |value|, stretched to the
-image, clamped to [-1, 1]."""
+LEGEND = """↑ higher is better, ↓ lower; ¹ best, ² second best{compared}.
+Maps divided by their largest |value|, stretched to the image, clamped to [-1, 1]."""
+COMPARED = """; + better, - worse than {reference} (Wilcoxon's signed-rank
+test on the same images, p < 0.05 after Holm's correction for {tests} tests)"""
 
 
 class Evaluation:
     """One run of ``srd-lab evaluate``, from settings to tables and figures."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], models: Sequence[str] = ()) -> None:
+        """models : all that the settings' weights are for, where the model is one of several."""
         self.settings = settings
-        self.watch = cli.Stopwatch()
         self.device = pick_device(settings["device"])
         name = settings["model"]
-        self.model, self.dataset = cli.subject(settings, name, [name], self.device)
+        self.dataset = cli.data_for(settings, name)
+        self.model = cli.network(settings, name, models or [name], self.device, self.dataset)
+        settings["weights_sha256"] = cli.weights_sums(settings, models or [name])
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
-        first = next(iter(load_batches(self.dataset, [self.indices[:1]], 0)))
         asked = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
         self.metrics = tuple(METRICS) if "all" in settings["metrics"] else settings["metrics"]
-        sample = first.samples[0] if first.samples else self.dataset[self.indices[-1]]
-        self.refused = refusals(self.model, sample, asked, self.device)
+        side = input_size(name, settings["data"])
+        self.refused = refusals(self.model, torch.rand(1, 3, side, side).to(self.device), asked)
         methods = tuple(method for method in asked if method not in self.refused)
         if not methods:
             raise SrdLabError(f"no method goes with {name}: {next(iter(self.refused.values()))}")
         self.experiment = Experiment(methods, self.metrics, settings["target"])
-        settings["batch_size"] = settings["batch_size"] or _batch_size(sample.image.shape[-1])
+        self.batcher = Batcher(settings["batch_size"] or _images_at_once(side))
         source = settings["data"].partition(":")[0]
         self.title = (
             f"{name} on {source}, {len(self.indices)} of {len(self.dataset)} images, "
@@ -66,51 +67,28 @@ class Evaluation:
 
     def run(self, run: Run) -> None:
         """Evaluate every method and report."""
-        table = self.evaluate(run)
-        self.report(run, table)
+        self.report(run, self.evaluate(run))
 
     def evaluate(self, run: Run) -> Arrays:
-        """Scores of all images, with maps of the first ``PICTURES``."""
-        size = self.settings["batch_size"]
-        parts = [self.indices[first : first + size] for first in range(0, len(self.indices), size)]
-        paths = [f"batches/{part[0]:05d}-{part[-1]:05d}.npz" for part in parts]
-        done = cli.finished_batches(run, self.settings)
-        to_do = [part for part, path in zip(parts, paths, strict=True) if path not in done]
-        arriving, batcher = load_batches(self.dataset, to_do, self.settings["workers"]), Batcher(size)
-        found: list[Arrays] = []
+        """Scores of all images; the first ``PICTURES`` with their maps, as those of all would pile up."""
         pictures = 0
-        with cli.progress(
-            len(self.indices) * len(self.experiment.methods), self.settings["model"]
-        ) as advance:
-            for part, path in zip(parts, paths, strict=True):
-                if path in done:
-                    advance(len(part) * len(self.experiment.methods))
-                else:
-                    batch = self._batch(next(arriving), batcher, advance, PICTURES - pictures)
-                    run.save_arrays(path, batch)
-                found.append(run.load_arrays(path))
-                pictures += len(found[-1]["images"])
-        self.skipped = {str(n): str(why) for arrays in found for n, why in arrays["skipped"]}
-        found = [arrays for arrays in found if len(arrays["name"])]
-        if not found:
-            raise SrdLabError(f"not one image is left; {skipped_report(self.skipped)}")
-        return {key: np.concatenate([arrays[key] for arrays in found]) for key in found[0]}
 
-    def _batch(
-        self, loaded: Loaded, batcher: Batcher, advance: Callable[[int], None], pictures: int
-    ) -> Arrays:
-        def evaluate(some: Sequence[tuple[int, Sample]]) -> Arrays:
-            indices, samples = zip(*some, strict=True)
-            return self.experiment.run(self.model, samples, indices, self.device, advance)
+        def work(some: Sequence[Item], advance: Advance) -> Arrays:
+            left = max(0, PICTURES - pictures)
+            arrays = self.experiment.run(self.model, some, self.device, advance)
+            return {key: values[:left] if values.ndim > 1 else values for key, values in arrays.items()}
 
-        parts = batcher.run(evaluate, list(zip(loaded.indices, loaded.samples, strict=True)))
-        joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
-        kept = {
-            key: values[: max(0, pictures)] if values.ndim > 1 else values for key, values in joined.items()
-        }
-        skipped = np.array(list(loaded.skipped.items()), "U").reshape(-1, 2)
-        blank: Arrays = {"name": np.array([], "U"), "images": np.zeros((0, 3, 1, 1))}
-        return {**blank, **kept, "skipped": skipped}
+        found = []
+        for arrays in in_batches(
+            *(run, self.dataset, self.indices, self.settings, work, self.batcher),
+            label=self.settings["model"],
+            steps=len(self.experiment.methods),
+        ):
+            pictures += len(arrays.get("images", ()))
+            found.append(arrays)
+        table = joined(found)
+        self.skipped = skipped_in(table)
+        return table
 
     # what is stored ------------------------------------------------------------------------------------
     def scores(self, table: Arrays) -> dict[str, dict[str, np.ndarray]]:
@@ -122,16 +100,14 @@ class Evaluation:
         scores, seed = self.scores(table), self.settings["seed"]
         against = comparisons(scores, self.settings["reference"], seed)
         for method in scores:
-            with run.child(method, asdict(EXPLAINERS[method])) as child:  # type: ignore[call-overload]
+            with run.child(method, cli.options_of(EXPLAINERS[method])) as child:
                 child.log_metrics(self._metrics(table, scores[method], method))
         run.save_text("images.csv", cli.csv_text(self._rows(table)))
         if against:
             run.save_text("comparisons.csv", cli.csv_text([vars(c) for c in against]))
         self.figures(run, table)
         text = self.text(table, scores, against)
-        run.save_text("summary.txt", text + "\n")
-        run.log_metrics({"seconds": self.watch.seconds()})
-        click.echo(text)
+        cli.publish(run, text, float(table["seconds"]))
 
     def _metrics(self, table: Arrays, own: dict[str, np.ndarray], method: str) -> dict[str, float]:
         found: dict[str, float] = {"seconds_per_image": float(table[f"{method}/seconds"].mean())}
@@ -175,15 +151,9 @@ class Evaluation:
         for first in range(0, len(self.metrics), COLUMNS):
             some = self.metrics[first : first + COLUMNS]
             parts.append(cli.text_table(*score_table(scores, some, against, seed)))
-        legend = LEGEND.format(
-            reference=self.settings["reference"],
-            tests=sum(np.isfinite(c.p) for c in against),
-        )
-        parts.append(
-            legend.strip()
-            if against
-            else legend.strip().replace(re.findall(r"; \+.*?tests\)", legend, re.S)[0], "")
-        )
+        tests = sum(np.isfinite(c.p) for c in against)
+        held = COMPARED.format(reference=self.settings["reference"], tests=tests) if tests else ""
+        parts.append(LEGEND.format(compared=held))
         parts.append("Cost:\n\n" + cli.text_table(*_cost_table(table, self.experiment.methods)))
         parts += self._notes(table, scores)
         return "\n\n".join(parts)
@@ -204,7 +174,8 @@ class Evaluation:
         notes += [
             f"{METHODS[m].title} does not go with this network: {why}" for m, why in self.refused.items()
         ]
-        return [*notes, skipped_report(self.skipped)] if self.skipped else notes
+        notes += [skipped_report(self.skipped)] if self.skipped else []
+        return [*notes, *filter(None, [few_note(len(table["name"]), "images")])]
 
 
 def _titled(place: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -223,6 +194,6 @@ def _cost_table(table: Arrays, methods: Sequence[str]) -> tuple[list[str], list[
     return ["method", "ms per image", "forward passes"], lines
 
 
-def _batch_size(side: int) -> int:
-    """Images at once: 25 of 64 x 64, 4 of 224 x 224."""
+def _images_at_once(side: int) -> int:
+    """25 of 64 x 64, 4 of 224 x 224."""
     return max(1, min(25, 4 * 224 * 224 // side**2))

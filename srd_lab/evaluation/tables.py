@@ -132,6 +132,6 @@ def score_table(
             rank = place.get(metric, {}).get(method, 0)
             best = {1: "¹", 2: "²"}.get(int(rank) if rank == int(rank) else 0, " ")
             mark = marks.get((method, metric), "")
-            cells.append(f"{s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]{best}{mark:1}" if s.n else "–  ")
+            cells.append(f"{s}{best}{mark:1}" if s.n else "–  ")
         lines.append(cells)
     return header, lines

@@ -142,3 +142,36 @@ def fig7(ctx: click.Context, /, **_: Any) -> None:
     from srd_lab.reproduce.ablation import Figure7
 
     cli.tracked(ctx, "reproduce fig7", ", ".join(ctx.params["models"]), Figure7)
+
+
+@reproduce.command()
+@cli.common_options
+@models_option("vgg16", "resnet50")
+@images_option("752")
+@batch_size_option
+@click.pass_context
+@cli.command_errors
+def table2(ctx: click.Context, /, **_: Any) -> None:
+    """Seventeen methods by five metrics."""
+    from srd_lab.reproduce.evaluation import Table2
+
+    cli.tracked(ctx, "reproduce table2", ", ".join(ctx.params["models"]), Table2)
+
+
+@reproduce.command()
+@cli.common_options
+@models_option(
+    *(f"resnet50_3x3{suffix}" for suffix in ("", "_elu", "_leaky_relu", "_silu", "_gelu", "_tanh"))
+)
+@images_option("1000")
+@batch_size_option
+@click.pass_context
+@cli.command_errors
+def table4(ctx: click.Context, /, **_: Any) -> None:
+    """Fidelity under six activations, on CIFAR.
+
+    The networks are your own: scripts/train_cifar.py trains them, --weights NAME=FILE brings each.
+    """
+    from srd_lab.reproduce.evaluation import Table4
+
+    cli.tracked(ctx, "reproduce table4", ", ".join(ctx.params["models"]), Table4)

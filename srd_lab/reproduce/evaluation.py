@@ -1,0 +1,201 @@
+"""Table 2: seventeen methods by five metrics. Table 4: fidelity under six activations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+import numpy as np
+from scipy.stats import spearmanr
+
+from srd_lab import options as cli
+from srd_lab.catalogue import METRICS, TABLE_2, TABLE_2_METRICS
+from srd_lab.data import skipped_report
+from srd_lab.evaluation.study import Evaluation
+from srd_lab.metrics.summary import Summary, summarise
+from srd_lab.reproduce.paper import Finding, against_value, paper, report
+from srd_lab.runtime import pick_device
+from srd_lab.tracking import Run
+
+TABLE_4 = (
+    *("guided_backprop", "grad_input", "integrated_gradients", "lrp_zplus", "smoothgrad", "fullgrad"),
+    *("gradcam", "scorecam", "ablationcam", "xgradcam", "layercam_low", "srd"),
+)
+ACTIVATIONS = ("relu", "elu", "leaky_relu", "silu", "gelu", "tanh")
+LEGEND = (
+    "Mean ± half the 95 % interval; in brackets the paper's value, with = where it lies inside the interval."
+)
+Scores = dict[str, dict[str, np.ndarray]]  # method -> metric -> (N,)
+
+
+class _Table(ABC):
+    """One run: an :class:`Evaluation` for every network, and its scores beside the paper's."""
+
+    key: str
+    name: str
+    methods: Sequence[str]
+    metrics: Sequence[str]
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.models = list(dict.fromkeys(settings["models"]))
+        cli.weights_of(settings["weights"], self.models)
+        fixed = {"methods": self.methods, "metrics": self.metrics, "target": "label", "reference": "srd"}
+        settings |= fixed
+        self.device = pick_device(settings["device"])
+        self.evaluations = {name: Evaluation(settings | {"model": name}, self.models) for name in self.models}
+        settings["weights_sha256"] = cli.weights_sums(settings, self.models)
+
+    def run(self, run: Run) -> None:
+        """Evaluate every network and report."""
+        scores: dict[str, Scores] = {}
+        accuracy, seconds = {}, 0.0
+        for name, evaluation in self.evaluations.items():
+            with run.child(name, {"model": name}) as child:
+                table = evaluation.evaluate(child)
+                evaluation.report(child, table)
+                scores[name] = evaluation.scores(table)
+                accuracy[name] = float((table["label"] == table["predicted"]).mean())
+                seconds += float(table["seconds"])
+                click.echo("")
+        found = [f for name, own in scores.items() for f in self.findings(name, own)]
+        run.save_text("findings.csv", cli.csv_text([vars(finding) for finding in found]))
+        inside = sum(finding.verdict == "inside" for finding in found)
+        said = f"{inside} of the paper's {len(found)} values lie inside the measured 95 % intervals (findings.csv has each)."
+        tables = self.tables(scores, accuracy)
+        cli.publish(run, report(self.title(), tables, [], self.deviations(), said), seconds)
+
+    def title(self) -> str:
+        source = self.settings["data"].partition(":")[0]
+        first = next(iter(self.evaluations.values()))
+        return f"{self.name} of the paper on {source}, {len(first.indices)} images"
+
+    def findings(self, name: str, scores: Scores) -> list[Finding]:
+        """The paper's value of every cell that it has, against the interval measured."""
+        found = []
+        for method, own in scores.items():
+            for metric, values in own.items():
+                value, s = self.printed(name, method, metric), summarise(values, self.settings["seed"])
+                if value is not None and s.n:
+                    what = f"{name}: {metric} of {method}"
+                    found.append(against_value(what, value, s.mean, s.low, s.high, s.n))
+        return found
+
+    def cell(self, name: str, method: str, metric: str, values: np.ndarray) -> str:
+        """Mean, half an interval, the paper's value."""
+        s, value = summarise(values, self.settings["seed"]), self.printed(name, method, metric)
+        if not s.n:
+            return "–"
+        return f"{s.mean:.3f} ±{(s.high - s.low) / 2:.3f} {_beside(s, value)}"
+
+    @abstractmethod
+    def printed(self, name: str, method: str, metric: str) -> float | None:
+        """The paper's value; None where it has none."""
+
+    @abstractmethod
+    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]: ...
+
+    def deviations(self) -> list[str]:
+        """How this is not what the paper did."""
+        said, source = paper()["settings"][self.key], self.settings["data"].partition(":")[0]
+        first = next(iter(self.evaluations.values()))
+        lines = []
+        if source != said["source"]:
+            masks = f" with {first.masks}" if first.masks else ""
+            lines.append(f"data: {source}{masks}, not {said['data']}")
+        if len(first.indices) != said["images"]:
+            lines.append(f"images: {len(first.indices):,}, not {said['images']:,}")
+        files = cli.weights_of(self.settings["weights"], self.models)
+        lines += [
+            f"weights of {name}: {file.name}; the paper's are not stated"
+            for name, file in files.items()
+            if file
+        ]
+        if unknown := [name for name in self.models if self.printed(name, "srd", "fidelity") is None]:
+            lines.append(f"networks that the paper does not have: {', '.join(unknown)}")
+        for name, evaluation in self.evaluations.items():
+            lines += [f"{name}: without {method}: {why}" for method, why in evaluation.refused.items()]
+        if first.skipped:
+            lines.append(skipped_report(first.skipped))
+        return [
+            *lines,
+            "numbers of draws, the space of noise and zeros, and the explained class: not stated in the paper",
+        ]
+
+
+class Table2(_Table):
+    """All rows and columns of Table 2."""
+
+    key, name, methods, metrics = "table2", "Table 2", TABLE_2, TABLE_2_METRICS
+
+    def printed(self, name: str, method: str, metric: str) -> float | None:
+        """The cell of a network that the paper has."""
+        return paper()["table2"].get(name, {}).get(method, {}).get(metric)  # type: ignore[no-any-return]
+
+    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
+        """A table per network, and how alike the order of the methods is."""
+        texts = []
+        for name, own in scores.items():
+            header = [
+                name,
+                *(
+                    f"{METRICS[m].title} {'↑' if METRICS[m].better == 'higher' else '↓'}"
+                    for m in self.metrics
+                ),
+            ]
+            lines = [
+                [method, *(self.cell(name, method, m, own[method][m]) for m in self.metrics)]
+                for method in own
+            ]
+            lines.append(["rank correlation", *(self._agreement(name, m, own) for m in self.metrics)])
+            texts.append(cli.text_table(header, lines))
+        return [*texts, LEGEND + "\nRank correlation (Spearman) of the methods' order here and in the paper."]
+
+    def _agreement(self, name: str, metric: str, scores: Scores) -> str:
+        pairs = [
+            (value, float(np.nanmean(own[metric])))
+            for method, own in scores.items()
+            if (value := self.printed(name, method, metric)) is not None and np.isfinite(own[metric]).any()
+        ]
+        return f"{spearmanr(*zip(*pairs, strict=True)).statistic:.2f}" if len(pairs) > 2 else "–"
+
+
+class Table4(_Table):
+    """Fidelity of one network with six activations."""
+
+    key, name, methods, metrics = "table4", "Table 4", TABLE_4, ("fidelity",)
+
+    def printed(self, name: str, method: str, metric: str) -> float | None:
+        """The cell of the network's activation."""
+        return paper()["table4"][metric].get(method, {}).get(activation_of(name))  # type: ignore[no-any-return]
+
+    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
+        """Methods by networks."""
+        lines = [
+            [
+                m,
+                *(
+                    self.cell(name, m, "fidelity", own[m]["fidelity"]) if m in own else "–"
+                    for name, own in scores.items()
+                ),
+            ]
+            for m in self.methods
+        ]
+        said = paper()["table4"]["accuracy"]
+        lines.append(
+            ["accuracy", *(f"{accuracy[name]:.3f} ({said[activation_of(name)]:.3f})" for name in scores)]
+        )
+        return [cli.text_table(["fidelity ↑", *scores], lines), LEGEND]
+
+
+def activation_of(name: str) -> str:
+    """``elu`` of ``resnet20_elu``; a name without one has ReLU."""
+    return next((kind for kind in ACTIVATIONS if name.endswith(f"_{kind}")), "relu")
+
+
+def _beside(s: Summary, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"({value:.3f}{'=' if s.low <= value <= s.high else ' '})"
