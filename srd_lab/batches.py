@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from srd_lab.data import Loaded, load_batches, skipped_report
-from srd_lab.options import OtherWork, progress
+from srd_lab.options import progress
 from srd_lab.runtime import Batcher
 from srd_lab.tracking import Run
-from srd_lab.types import Dataset, Sample, SrdLabError
+from srd_lab.types import Dataset, OtherWork, Sample, SrdLabError
 
 Arrays = dict[str, np.ndarray]
 Advance = Callable[[int], None]

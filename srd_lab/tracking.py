@@ -32,7 +32,7 @@ from urllib.parse import quote
 import numpy as np
 
 from srd_lab.store import EXPERIMENT, Store, local_folder, open_store, store_uri
-from srd_lab.types import SrdLabError
+from srd_lab.types import OtherWork, SrdLabError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _LONGEST_PARAM = 6000
 _NOT_FINITE = "not_finite"
+_AS_BEFORE = "as before"
 
 Params = Mapping[str, object]
 Traces = Mapping[str, tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]]
@@ -119,8 +120,8 @@ class ServerFiles:
 class Run(ABC):
     """One run of a command, or (``child``) one method's share of it; a context manager.
 
-    It ends FINISHED, KILLED on a KeyboardInterrupt, FAILED on any other exception (which goes on), and
-    takes children that are still open along.
+    It ends FINISHED, KILLED on a KeyboardInterrupt, as it was before on OtherWork, FAILED on any other exception (which goes
+    on), and takes children that are still open along.
 
     id : the store's id; "" without tracking.
     where : one line: how to see the run.
@@ -146,7 +147,10 @@ class Run(ABC):
             self._close("FINISHED")
             return
         with contextlib.suppress(SrdLabError):  # a store that just broke must not hide the first error
-            self._close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if isinstance(error, OtherWork):
+                self._close(_AS_BEFORE)
+            else:
+                self._close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     def _close(self, status: str) -> None:
         for child in self._children:
@@ -229,6 +233,7 @@ class MlflowRun(Run):
         self.params = dict(stored.data.params)
         self._store = store
         self._start = stored.info.start_time
+        self._before = stored.info.status
         self._not_finite = set(filter(None, stored.data.tags.get(_NOT_FINITE, "").split(", ")))
 
     def add_params(self, params: Params) -> None:
@@ -271,7 +276,8 @@ class MlflowRun(Run):
         return _started(MlflowRun(self._store, stored, self.where), params)
 
     def _end(self, status: str) -> None:
-        self._store.set_status(self.id, status)
+        ended = self._before if self._before != "RUNNING" else "FAILED"
+        self._store.set_status(self.id, ended if status == _AS_BEFORE else status)
 
 
 class FolderRun(Run):

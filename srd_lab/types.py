@@ -13,6 +13,10 @@ class SrdLabError(Exception):
     """What was wrong, what was expected, and what to do: one line, shown to the user as it stands."""
 
 
+class OtherWork(SrdLabError):
+    """What is stored in a run is not of the work to do: going on with it makes no sense, and leaves it as it was."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image of a data set.

@@ -14,10 +14,9 @@ import torch
 from srd_lab import batches
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.data import SkippedFile
-from srd_lab.options import OtherWork
 from srd_lab.runtime import Batcher
 from srd_lab.tracking import FolderRun
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.types import OtherWork, Sample, SrdLabError
 
 INDICES = [3, 4, 8, 9, 11, 12, 20]
 

@@ -452,6 +452,8 @@ def test_a_folder_with_another_runs_files_gives_none_of_its_numbers(
 def test_a_weights_file_that_changed_is_not_gone_on_with(
     command: tuple[str, ...], weights: dict[str, Path], store: str, tmp_path: Path
 ) -> None:
+    from mlflow import MlflowClient
+
     file = tmp_path / "net.npz"
     file.write_bytes((WEIGHTS / "vgg16_scenes.npz").read_bytes())
     where = ("--device", "cpu", "--tracking-uri", store)
@@ -469,6 +471,7 @@ def test_a_weights_file_that_changed_is_not_gone_on_with(
         f"Error: the weights of vgg16 are not those that run {run} was made with; "
         "put the file back as it was, or start a new run\n"
     )
+    assert MlflowClient(store).get_run(run).info.status == "FINISHED"  # as it was
 
 
 @pytest.mark.usefixtures("unseen")
