@@ -21,6 +21,7 @@ from attacks.objective import Budget, Objective
 from srd_lab import options as cli
 from srd_lab import render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.runtime import Batcher, pick_device
@@ -58,7 +59,7 @@ class Robustness:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        methods = cli.ATTACKED if "all" in settings["methods"] else settings["methods"]
+        methods = FIGURE_4 if "all" in settings["methods"] else settings["methods"]
         self.variants = variants(methods, settings["starts"])
         self.device = pick_device(settings["device"])
         name = settings["model"]

@@ -20,14 +20,12 @@ from typing import Any, Protocol
 
 import click
 
-from srd_lab.catalogue import FIGURE_4
 from srd_lab.types import OtherWork, SrdLabError
 
 # how, not what: free to differ on resume
 INFRASTRUCTURE = ("track", "tracking_uri", "out", "resume", "debug", "device", "workers")
 PACE = "batch_size"  # so is this, but a resumed run goes on as it was told to first: to the same last digits
 DEFAULT_MODEL = "vgg16"
-ATTACKED = FIGURE_4  # what "all" means to an attack
 DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
 
 

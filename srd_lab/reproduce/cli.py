@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from srd_lab import options as cli
+from srd_lab.catalogue import FIGURE_4
 
 BUNDLED = ("vgg16", "resnet18", "resnet50")
 TABLE_3 = ("vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -108,7 +109,7 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice([*cli.ATTACKED, "all"]),
+    type=click.Choice([*FIGURE_4, "all"]),
     default=["all"],
     show_default=True,
     help="Explanation method; repeatable.",

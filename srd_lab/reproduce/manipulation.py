@@ -7,8 +7,8 @@ from typing import Any
 from attacks.experiment import Arrays, at_equal_perturbation
 from attacks.objective import Budget, Objective
 from attacks.study import Robustness, seconds
-from srd_lab import options as cli
 from srd_lab import render
+from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, paper, publish
 from srd_lab.tracking import Run
@@ -64,7 +64,7 @@ class Figure4(Robustness):
         lines.append(
             "pairs: of different classes, all correctly classified, no image used twice; the paper says random"
         )
-        left = [m for m in cli.ATTACKED if m not in {method for method, _ in self.variants.values()}]
+        left = [m for m in FIGURE_4 if m not in {method for method, _ in self.variants.values()}]
         if left:
             lines.append(f"left out: {', '.join(left)}")
         lines.append(f"output term: {s['output_term']}; Eq. 10 prints logits, which paralyse the attack")
