@@ -85,12 +85,14 @@ class ScoreCAM(_PassCAM):
     ) -> Tensor:
         normalise, network = split_normalisation(model)
         given = normalise(x)
+        layout = _fast_layout(network, given)
         at_once = self.images_at_once or max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3]))
 
         def seen(channels: Tensor, image: Tensor) -> Tensor:
             masks = _to_unit_range(maps.upsample(channels, (x.shape[2], x.shape[3])))
             masks = masks.masked_fill(_constant(channels)[:, None, None], 0)  # rounding is no structure
-            return Watch(network).run(image * masks[:, None])[:, target]  # type: ignore[no-any-return]
+            views = (image * masks[:, None]).contiguous(memory_format=layout)
+            return Watch(network).run(views)[:, target]  # type: ignore[no-any-return]
 
         constant = _constant(a)
         index = torch.cat([(~constant).nonzero()[:, 0], constant.nonzero()[:1, 0]])
@@ -153,6 +155,18 @@ def _one_of_each(channels: Tensor, like: Tensor) -> Tensor:
     mask = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
     mask[torch.arange(len(channels), device=like.device), channels] = True
     return mask.view(*mask.shape, *[1] * (like.dim() - 2))
+
+
+def _fast_layout(network: nn.Module, image: Tensor) -> torch.memory_format:
+    """Channels last where convolutions on the CPU are a third faster with them, unless the network calls view() on a map,
+    which depends on the layout."""
+    if image.device.type != "cpu" or torch.is_grad_enabled():
+        return torch.contiguous_format
+    try:
+        Watch(network).run(image.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _constant(channels: Tensor) -> Tensor:
