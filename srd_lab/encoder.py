@@ -132,9 +132,15 @@ class SRDTrace(Decomposed):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        version = None if first is None else first._version
         out = super().__torch_function__(func, types, args, kwargs)
         if isinstance(out, Tensor):
-            self._made_at.put(out, self.events)
+            given_back = (
+                out is first and out._version == version
+            )  # as .cpu() in a hook, which throws it away, does
+            if not given_back:
+                self._made_at.put(out, self.events)
         return out
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:

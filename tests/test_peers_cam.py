@@ -187,11 +187,19 @@ def test_ablation_sets_channels_to_zero_whatever_the_layer() -> None:
     assert theirs(grad_cam.AblationCAM, model, layer, x)[0].max() > 1e4 * ours.max()
 
 
+def test_hooks_of_theirs_are_no_part_of_the_network() -> None:
+    """They call .cpu() on what the layer puts out, which returns the same tensor, and throw it away."""
+    model, layer = resnet()
+    expected = make_explainer("ablationcam").explain(model, images(), TARGETS)
+    with grad_cam.GradCAM(model, [layer]):
+        equal(make_explainer("ablationcam").explain(model, images(), TARGETS), expected, 1e-12)
+
+
 @on_both
 def test_fullgrad(network: str) -> None:
     """Theirs stretches every channel to [0, 1] by itself, with 1e-7 added to its largest; ours every layer, as the
     authors' code does. Stretched as theirs, our gradients and biases make their map."""
-    model, layer = NETWORKS[network]()
+    model, _ = NETWORKS[network]()
     terms = [p.detach().abs() for p in _products(model, images(), TARGETS)[0] if p.dim() == 4]
 
     def stretched(axes: tuple[int, ...], added: float) -> Tensor:
