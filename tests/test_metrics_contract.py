@@ -371,6 +371,23 @@ def test_what_all_methods_share_is_made_once(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+@EVERY
+def test_what_is_remembered_is_not_taken_for_other_settings(name: str) -> None:
+    metric: Any = PIECES[name]
+    images = batch(normalised(network()), (10, 12))
+    method = METHODS["levels" if name in ("insertion", "deletion") else "grad_input"]
+    explained, scores = Explained.by(method, images), metric.of(Explained.by(method, images))
+    for field in fields(metric):
+        value = getattr(metric, field.name)
+        whole = value + 5 if value < 10 else value // 2
+        other = replace(metric, **{field.name: whole if isinstance(value, int) else 4 * value})
+        fresh = other.of(Explained.by(method, part(images, range(3))))
+        torch.testing.assert_close(other.of(explained), fresh, equal_nan=True)
+        # Any margin may hit, and of more draws an earlier one may be the largest.
+        if name != "pointing_game" and (name, field.name) != ("max_sensitivity", "draws"):
+            assert not torch.equal(fresh, scores), field.name
+
+
 def test_passes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Counting(network())
     images = batch(model, (9, 9))
