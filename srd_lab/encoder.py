@@ -135,12 +135,9 @@ class SRDTrace(Decomposed):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         version = None if first is None else first._version
         out = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(out, Tensor):
-            given_back = (
-                out is first and out._version == version
-            )  # as .cpu() in a hook, which throws it away, does
-            if not given_back:
-                self._made_at.put(out, self.events)
+        # .cpu() in a hook, say, hands its argument back, and nobody uses what it returned
+        if isinstance(out, Tensor) and (out is not first or out._version != version):
+            self._made_at.put(out, self.events)
         return out
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
