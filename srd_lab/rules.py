@@ -92,9 +92,14 @@ def lrp_epsilon(epsilon: float) -> Rule:
 
 
 def lrp_modified(u: Tensor, v: Tensor, g: Tensor) -> Passed:
-    """LRP z+ and gamma (Montavon et al. 2017, 2019): u is the pre-activation that the modified weights make."""
+    """LRP z+ and gamma (Montavon et al. 2017, 2019): u is the pre-activation that the modified weights make.
+
+    A field of which hardly anything is left counts as dead: on a softplus surrogate what a ReLU would make 0 is 1e-30,
+    say, and while its shares would still be numbers, their derivatives overflow.
+    """
     r = v * g
-    return Passed(divide(r, u), None, r.sum(1))
+    dead = u.abs() < torch.finfo(u.dtype).tiny ** (1 / 3)  # 2e-13 in float32
+    return Passed(divide(r, u.masked_fill(dead, 0)), None, r.sum(1))
 
 
 def sign(t: Tensor) -> Tensor:

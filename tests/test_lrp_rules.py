@@ -205,3 +205,22 @@ def test_rules_refuse_by_name() -> None:
         ExcitationBackprop().explain(chain(), x, 1)
     with pytest.raises(SrdLabError, match=r"no map of relevance is at '7'; choose another level"):
         ExcitationBackprop(level="7").explain(chain(), x, 1)
+
+
+@pytest.mark.parametrize("beta", [10.0, 30.0, 100.0])
+@pytest.mark.parametrize("kind", [LRPZPlus, LRPGamma])
+def test_what_a_surrogate_leaves_of_dead_fields_does_not_overflow(kind: type, beta: float) -> None:
+    """In float32, softplus(-3) is 1e-14 to 0; a bias makes the next layer active all the same."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(4, 3),
+    )
+    net.eval().requires_grad_(False)
+    net[0].bias[:] = -3.0
+    net[2].bias[:] = 0.5
+    x = torch.rand(2, 3, 8, 8, requires_grad=True)
+    map_ = kind().explain(SmoothModel(net, beta), x, 1)
+    (slope,) = torch.autograd.grad(map_.abs().sum(), x)
+    assert torch.isfinite(map_).all()
+    assert torch.isfinite(slope).all()
