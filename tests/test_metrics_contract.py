@@ -488,3 +488,11 @@ def test_metrics_keep_to_their_protocol() -> None:
         assert (scores.shape, scores.dtype) == ((3,), torch.float64)
     index, map_ = next(iter(explained.each()))
     assert (index, map_.shape, map_.dtype) == (0, (9, 9), torch.float64)
+
+
+@EVERY
+def test_counts_below_one_are_refused(name: str) -> None:
+    metric: Any = PIECES[name]
+    for field in {"draws", "steps", "stages", "pixels", "grid"} & set(vars(metric)):
+        with pytest.raises(SrdLabError, match=f"{type(metric).__name__} needs {field} >= 1, got 0"):
+            replace(metric, **{field: 0})

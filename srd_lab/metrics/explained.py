@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.backprop import normalisation_scale, split_normalisation
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer
+from srd_lab.types import Explainer, SrdLabError
 
 _PIXELS_AT_ONCE = 32 * 224 * 224
 
@@ -120,6 +120,13 @@ class Explained:
     def each(self) -> Iterator[tuple[int, Tensor]]:
         """Index and map (H, W) in float64 of every image."""
         return enumerate(self.maps.double().unbind())
+
+
+def check_counts(metric: object, *names: str) -> None:
+    """Refuse a metric of which one of these fields is below 1."""
+    for name in names:
+        if (value := getattr(metric, name)) is not None and value < 1:
+            raise SrdLabError(f"{type(metric).__name__} needs {name} >= 1, got {value}")
 
 
 def unscorable(maps: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.metrics.explained import Explained, Images, unscorable
+from srd_lab.metrics.explained import Explained, Images, check_counts, unscorable
 from srd_lab.metrics.similarity import float64
 from srd_lab.runtime import derived_seed
 from srd_lab.types import SrdLabError
@@ -33,6 +33,9 @@ class Fidelity:
     pixels: int = 200
     draws: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "pixels", "draws")
 
     def of(self, explained: Explained) -> Tensor:
         images = explained.images
@@ -79,6 +82,9 @@ class Infidelity:
     draws: int = 50
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_counts(self, "draws")
+
     def of(self, explained: Explained) -> Tensor:
         images = explained.images
         drops = images.once(self, lambda: self.drops(images))
@@ -117,6 +123,9 @@ class _Curve(ABC):
 
     steps: int = 20
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps")
 
     def of(self, explained: Explained) -> Tensor:
         images = explained.images
@@ -183,6 +192,9 @@ class MoRF(_Curve):
     """
 
     grid: int = 14
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "grid")
 
     def share(self, value: Tensor, ties: torch.Generator) -> Tensor:
         region = self._regions(value)

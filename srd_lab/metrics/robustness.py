@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from srd_lab.metrics.explained import Explained, unscorable
+from srd_lab.metrics.explained import Explained, check_counts, unscorable
 from srd_lab.metrics.similarity import PCC, SSIM, float64
 from srd_lab.runtime import derived_seed
 from srd_lab.types import SrdLabError
@@ -31,6 +31,9 @@ class Stability:
     draws: int = 5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_counts(self, "draws")
+
     def of(self, explained: Explained) -> Tensor:
         found = under_noise(explained, self.noise, self.draws, self.seed)
         change = torch.stack([_norm(map_ - explained.maps) / size for map_, size in found])
@@ -42,6 +45,9 @@ class _Kept:
     noise: float = 0.1
     draws: int = 5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "draws")
 
     def _mean(self, explained: Explained, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         before = explained.maps.abs()
@@ -78,6 +84,9 @@ class MaxSensitivity:
     draws: int = 5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_counts(self, "draws")
+
     def of(self, explained: Explained) -> Tensor:
         images, largest = explained.images, torch.zeros(len(explained.maps), dtype=torch.float64)
         largest = largest.to(float64(explained.maps))
@@ -104,6 +113,9 @@ class Randomization:
 
     stages: int | None = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self, "stages")
 
     def of(self, explained: Explained) -> Tensor:
         return _scored(self.curve(explained).mean(1), explained)
