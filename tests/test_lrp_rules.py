@@ -213,7 +213,14 @@ def test_what_a_surrogate_leaves_of_dead_fields_does_not_overflow(kind: type, be
     """In float32, softplus(-3) is 1e-14 to 0; a bias makes the next layer active all the same."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(
+            nn.Conv2d(3, 4, 3),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ),
         nn.Linear(4, 3),
     )
     net.eval().requires_grad_(False)
