@@ -652,7 +652,7 @@ def test_the_papers_networks_are_the_default(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("table2",), 2, "table2"),
+        (("table9",), 2, "table9"),
         (("table1", "--images", "none"), 2, "expected a number from 1 on, or all"),
         (("table3", "--model", "alexnet", "--no-track"), 1, "no network 'alexnet'"),
         (("fig4", "--pairs", "0"), 2, "--pairs"),
