@@ -192,7 +192,8 @@ class Table4(_Table):
 
 def activation_of(name: str) -> str:
     """``elu`` of ``resnet20_elu``; a name without one has ReLU."""
-    return next((kind for kind in ACTIVATIONS if name.endswith(f"_{kind}")), "relu")
+    found = [kind for kind in ACTIVATIONS if name.endswith(f"_{kind}")]
+    return max(found, key=len, default="relu")  # leaky_relu ends in relu
 
 
 def _beside(s: Summary, value: float | None) -> str:
