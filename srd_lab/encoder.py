@@ -31,12 +31,11 @@ _SHIFTS = {
 @dataclass(frozen=True)
 class End:
     """Where the encoder ends: its output map as it was then, the axis of its channels, and the activation call that
-    made it (None after anything else); the number of the torch function that did, see :class:`Exchange`."""
+    made it (None after anything else)."""
 
     output: Tensor
     axis: int
     call: Call | None
-    event: int
     version: int
 
 
@@ -64,9 +63,7 @@ class SRDTrace(Decomposed):
         self._with_bias = with_bias
         self._encoder = None if encoder is None else find_module(model, encoder)
         self._encoder_name = encoder
-        self.made: list[tuple[int, int]] = []  # event and channel axis of every activation call
         self._made_by: TensorNotes[Call] = TensorNotes()
-        self._made_at: TensorNotes[int] = TensorNotes()
         self._convolved: TensorNotes[Convolution] = TensorNotes()
         self._found: End | None = None
         self._input: Tensor | None = None  # what the network proper is fed with, once normalised
@@ -121,28 +118,14 @@ class SRDTrace(Decomposed):
         """Let go of every tensor, so that the graph dies with whoever still needs it."""
         self.u.clear()
         self.v.clear()
-        self.made.clear()
         self.channels.clear()
         self._made_by.clear()
-        self._made_at.clear()
         self._convolved.clear()
         self._found = self._input = None
 
     # calls ---------------------------------------------------------------------------------------------
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        version = None if first is None else first._version
-        out = super().__torch_function__(func, types, args, kwargs)
-        # .cpu() in a hook, say, hands its argument back, and nobody uses what it returned
-        if isinstance(out, Tensor) and (out is not first or out._version != version):
-            self._made_at.put(out, self.events)
-        return out
-
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self._axis = self.channels.of(x)
-        self.made.append((self.events, self._axis))
         self._layer(x, self._axis)
         out = super().activate(call, x, inplace)
         self._made_by.put(out, call)
@@ -246,13 +229,13 @@ class SRDTrace(Decomposed):
                 raise SrdLabError(
                     f"encoder {self._encoder_name!r} puts out {type(output).__name__}; expected one tensor"
                 )
-            self._found = self._end(output)
+            self._found = self.ends(output)
             return output.clone()  # what follows may overwrite it
         return None
 
-    def _end(self, output: Tensor) -> End:
-        axis, event = self.channels.of(output), self._made_at.get(output) or 0
-        return End(output, axis, self._made_by.get(output), event, output._version)
+    def ends(self, output: Tensor) -> End:
+        """``output`` as the encoder's."""
+        return End(output, self.channels.of(output), self._made_by.get(output), output._version)
 
     def _follow_input(self, function: Function, out: Tensor) -> None:
         """A shift or scale ahead of the first layer is normalisation: the input is what it puts out."""
@@ -274,7 +257,7 @@ class SRDTrace(Decomposed):
         pooled = extended and out.dim() == first.dim() and not has_extent(out, self.channels.of(out))
         flattened = out.dim() < first.dim() and out.shape[0] == first.shape[0]
         if pooled or flattened or (function in _GLOBAL_POOLS and first.dim() == 4):
-            self._found = self._end(first)
+            self._found = self.ends(first)
 
 
 def _of_zeros(

@@ -51,6 +51,8 @@ from srd_lab.calls import (
 from srd_lab.checks import check_model, refuse_checkpoint
 from srd_lab.types import SrdLabError
 
+_TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+
 
 class Interceptor(TorchFunctionMode):
     """Runs a model and hands each call of interest to a method; the base class changes nothing.
@@ -65,7 +67,7 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.calls: list[Call] = []
-        self.events = 0  # torch functions that the model has called
+        self.events = 0  # torch functions that the model has called, see _by_hooks
         self._names = {id(module): name for name, module in model.named_modules()}
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
@@ -142,7 +144,7 @@ class Interceptor(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.events += 1
+        self.events += not _by_hooks(func, args)
         found = recognise(func, args, kwargs)
         if found is None:
             return self._dispatch(func, args, kwargs)
@@ -189,6 +191,13 @@ class Interceptor(TorchFunctionMode):
         return (self._path[-1] if self._path else "") or type(self.model).__name__
 
 
+def _by_hooks(func: Function, args: tuple[Any, ...]) -> bool:
+    """Whether a call is one of backward hooks, which run only where gradients are on: they look at flags, and take
+    views of tensors as they are."""
+    looks = getattr(func, "__name__", "") == "__get__" and func not in _TURNED
+    return looks or (func is Tensor.view_as and args[0] is args[-1])
+
+
 class Watch(Interceptor):
     """Runs a model just as it is; what chance or the batch would decide is refused all the same."""
 
@@ -214,8 +223,9 @@ class Exchange(Watch):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        before = self.events
         out = super().__torch_function__(func, types, args, kwargs)
-        return self.by(out) if self.events == self.event else out
+        return self.by(out) if before < self.events == self.event else out
 
 
 class SmoothModel(nn.Module):

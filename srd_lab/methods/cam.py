@@ -29,34 +29,43 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import traced
-from srd_lab.calls import Function
+from srd_lab.backprop import TensorNotes, traced
+from srd_lab.calls import Call, Function
 from srd_lab.checks import check_input, check_target
-from srd_lab.encoder import SRDTrace
-from srd_lab.intercept import Interceptor
+from srd_lab.encoder import End, SRDTrace
 from srd_lab.types import SrdLabError
 
-_TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
+class _LayerTrace(SRDTrace):
+    """Knows besides which torch function of the model made a layer, see :class:`srd_lab.intercept.Exchange`."""
 
-class Numbered(Interceptor):
-    """Numbers what the model does and not what its backward hooks do, which is more where gradients are on: they look
-    at flags, and take views of tensors as they are."""
+    def __init__(self, model: nn.Module, encoder: str | None) -> None:
+        # The rule is never live: the trace is wanted for the layers that it finds.
+        super().__init__(model, rules.srd_vector, encoder, with_bias=False)
+        self.made: list[tuple[int, int]] = []  # event and channel axis of every activation call
+        self.end_event = 0
+        self._made_at: TensorNotes[int] = TensorNotes()
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        looks = getattr(func, "__name__", "") == "__get__" and func not in _TURNED
-        if not looks and not (func is Tensor.view_as and args[0] is args[-1]):
-            return super().__torch_function__(func, types, args, kwargs)
-        number, self.events = self.events, -2
-        try:
-            return super().__torch_function__(func, types, args, kwargs)
-        finally:
-            self.events = number
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        before, version = self.events, None if first is None else first._version
+        out = super().__torch_function__(func, types, args, kwargs)
+        # .cpu() in a hook, say, hands its argument back, and nobody uses what it returned
+        if isinstance(out, Tensor) and before < self.events and (out is not first or out._version != version):
+            self._made_at.put(out, self.events)
+        return out
 
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        out = super().activate(call, x, inplace)
+        self.made.append((self.events, self.channels.of(out)))
+        return out
 
-class _LayerTrace(Numbered, SRDTrace):
+    def ends(self, output: Tensor) -> End:
+        self.end_event = self._made_at.get(output) or 0
+        return super().ends(output)
+
     def left(self, module: nn.Module, output: Any) -> Any:
         events = self.events
         out = super().left(module, output)
@@ -98,14 +107,13 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
     """The layer at ``level`` of a forward pass, with its graph."""
     check_input(x, model)
     leaf, differentiable = traced(x)
-    # The rule is never live: the trace is wanted for the layers that it finds.
-    trace = _LayerTrace(model, rules.srd_vector, encoder, with_bias=False)
+    trace = _LayerTrace(model, encoder)
     with torch.enable_grad():
         try:
             logits, _ = trace.trace(leaf)
             if level == "low":
                 end = trace.end()
-                layer = Layer(end.output, end.axis, end.event, end.axis, logits, differentiable)
+                layer = Layer(end.output, end.axis, trace.end_event, end.axis, logits, differentiable)
             else:
                 i = trace.high(None) if level == "high" else trace.call_index(level)
                 layer = Layer(trace.v[i], 1, *trace.made[i], logits, differentiable)

@@ -26,7 +26,7 @@ from srd_lab import maps, rules
 from srd_lab.backprop import split_normalisation
 from srd_lab.checks import check_target
 from srd_lab.intercept import Exchange, Watch
-from srd_lab.methods.cam import Layer, Numbered, layer_of
+from srd_lab.methods.cam import Layer, layer_of
 from srd_lab.recompute import recomputed
 from srd_lab.runtime import is_out_of_memory
 from srd_lab.types import SrdLabError
@@ -122,7 +122,7 @@ class AblationCAM(_PassCAM):
                 copies = copies.masked_fill(_one_of_each(channels, copies), 0)
                 return copies.movedim(1, layer.axis)
 
-            return _Exchange(model, layer.event, ablated).run(images)  # type: ignore[no-any-return]
+            return Exchange(model, layer.event, ablated).run(images)  # type: ignore[no-any-return]
 
         def without(channels: Tensor, image: Tensor) -> Tensor:
             rows = channels.repeat(2) if len(channels) == 1 else channels  # two, to see that the batch grew
@@ -144,10 +144,6 @@ class AblationCAM(_PassCAM):
         for some in alive.split(at_once) if len(alive) else ():
             drop = drop.index_put((some,), score - recomputed(without, some, x))
         return rules.divide(drop, score)
-
-
-class _Exchange(Numbered, Exchange):
-    pass
 
 
 def _one_of_each(channels: Tensor, like: Tensor) -> Tensor:
