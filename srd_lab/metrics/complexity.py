@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,10 +31,9 @@ class Sparseness:
 
     def score(self, maps: Tensor) -> Tensor:
         """Sparseness of maps (N, H, W) as (N,)."""
-        v = _pixels(maps).flatten(1).abs().sort(1).values
-        v = (
-            v / v[:, -1:]
-        )  # tiny maps would underflow; NaN, which is sorted last, and 0 / 0 spread to the whole map
+        v = _ascending(_pixels(maps).flatten(1).abs())
+        # tiny maps would underflow; NaN, which is sorted last, and 0 / 0 spread to the whole map
+        v = v / v[:, -1:]
         d = v.shape[1]
         rank = torch.arange(1, d + 1, dtype=v.dtype, device=v.device)
         return ((v * (2 * rank - d - 1)).sum(1) / (d * v.sum(1))).clamp(min=0)
@@ -60,15 +60,21 @@ class Roughness:
         """Roughness of maps (N, H, W) as (N,)."""
         m = _pixels(maps)
         height, width = m.shape[1:]
-        constant = (
-            (m == m[:, :1, :1]).all(2).all(1)
-        )  # whose mean may differ from its pixels in the last digit
+        # their mean may differ from their pixels in the last digit
+        constant = (m == m[:, :1, :1]).all(2).all(1)
         m = m / m.abs().amax((1, 2), keepdim=True)  # tiny maps would underflow when squared
         variation = (m - m.mean((1, 2), keepdim=True)).square().sum((1, 2))
         steps = m.diff(dim=1).square().sum((1, 2)) + m.diff(dim=2).square().sum((1, 2))
         edges = (height - 1) * width + height * (width - 1)
         ratio = (height * width - 1) / max(1, 2 * edges) * steps / variation
         return ratio.masked_fill(constant, torch.nan)
+
+
+def _ascending(rows: Tensor) -> Tensor:
+    """Every row sorted; on the CPU by numpy, which takes a tenth of torch's time."""
+    if rows.device.type == "cpu" and not rows.requires_grad:
+        return torch.from_numpy(np.sort(rows.numpy(), 1))
+    return rows.sort(1).values
 
 
 def _pixels(maps: Tensor) -> Tensor:

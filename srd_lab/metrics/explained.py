@@ -131,5 +131,5 @@ def check_counts(metric: object, *names: str) -> None:
 
 def unscorable(maps: Tensor) -> Tensor:
     """Whether a map (N, H, W) is zero or not finite, (N,)."""
-    flat = maps.flatten(1)
-    return ~torch.isfinite(flat).all(1) | (flat == 0).all(1)
+    low, high = maps.amin((1, 2)), maps.amax((1, 2))  # NaN wherever there is one
+    return ~torch.isfinite(low) | ~torch.isfinite(high) | ((low == 0) & (high == 0))

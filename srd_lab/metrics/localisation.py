@@ -41,6 +41,8 @@ class PointingGame:
     def grow(self, masks: Tensor) -> Tensor:
         """Every pixel within ``margin`` (Euclidean) of a mask (N, H, W)."""
         reach = self.margin * min(masks.shape[1:]) / 224
+        if reach < 1:
+            return masks
         side = torch.arange(-int(reach), int(reach) + 1, device=masks.device)
         disc = ((side[:, None] ** 2 + side**2) <= reach**2).float()[None, None]
         return F.conv2d(masks[:, None].float(), disc, padding=int(reach))[:, 0] > 0.5
