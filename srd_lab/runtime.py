@@ -1,4 +1,4 @@
-"""Device, dtype and randomness: decided once, here."""
+"""Device, memory and randomness: decided once, here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from srd_lab.types import SrdLabError
 
@@ -73,6 +74,18 @@ def full_precision() -> None:
     """Convolutions on CUDA in float32 as it stands: PyTorch would round their factors to 10 bits (TF32)."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def fast_layout(network: nn.Module, images: Tensor) -> torch.memory_format:
+    """The memory format in which forward passes of images (N, C, H, W) take least time: channels last on the CPU, where
+    convolutions are a third faster with it, unless the network calls view() on a map, which it forbids."""
+    if images.device.type != "cpu" or torch.is_grad_enabled():
+        return torch.contiguous_format
+    try:
+        network(images[:1].clone(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 class Batcher:

@@ -28,7 +28,7 @@ from srd_lab.checks import check_target
 from srd_lab.intercept import Exchange, Watch
 from srd_lab.methods.cam import Layer, layer_of
 from srd_lab.recompute import recomputed
-from srd_lab.runtime import is_out_of_memory
+from srd_lab.runtime import fast_layout, is_out_of_memory
 from srd_lab.types import SrdLabError
 
 _ABLATED_AT_ONCE = 2**23  # numbers in the copies of a layer: 32 MiB
@@ -85,7 +85,7 @@ class ScoreCAM(_PassCAM):
     ) -> Tensor:
         normalise, network = split_normalisation(model)
         given = normalise(x)
-        layout = _fast_layout(network, given)
+        layout = fast_layout(network, given)
         at_once = self.images_at_once or max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3]))
 
         def seen(channels: Tensor, image: Tensor) -> Tensor:
@@ -151,18 +151,6 @@ def _one_of_each(channels: Tensor, like: Tensor) -> Tensor:
     mask = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
     mask[torch.arange(len(channels), device=like.device), channels] = True
     return mask.view(*mask.shape, *[1] * (like.dim() - 2))
-
-
-def _fast_layout(network: nn.Module, image: Tensor) -> torch.memory_format:
-    """Channels last where convolutions on the CPU are a third faster with them, unless the network calls view() on a map,
-    which depends on the layout."""
-    if image.device.type != "cpu" or torch.is_grad_enabled():
-        return torch.contiguous_format
-    try:
-        Watch(network).run(image.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        return torch.contiguous_format
-    return torch.channels_last
 
 
 def _constant(channels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.backprop import normalisation_scale, split_normalisation
-from srd_lab.runtime import generator
+from srd_lab.runtime import fast_layout, generator
 from srd_lab.types import Explainer, SrdLabError
 
 _PIXELS_AT_ONCE = 32 * 224 * 224
@@ -77,7 +77,16 @@ class Images:
         at_once = max(1, _PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
         parts = (range(first, min(count, first + at_once)) for first in range(0, count, at_once))
         with torch.no_grad():
-            return torch.cat([network(variants(some)).double() for some in parts])
+            layout = self._layout(network)
+            return torch.cat(
+                [network(variants(some).contiguous(memory_format=layout)).double() for some in parts]
+            )
+
+    def _layout(self, network: nn.Module) -> torch.memory_format:
+        key = ("layout", self.size)
+        if key not in self.of_model:
+            self.of_model[key] = fast_layout(network, self.given)
+        return self.of_model[key]  # type: ignore[no-any-return]
 
     def untouched(self, i: int) -> Tensor:
         """The logit of the explained class of image ``i`` as it is."""
