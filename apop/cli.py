@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from srd_lab import options as cli
+from srd_lab.command import command_errors, tracked
+from srd_lab.options import DEFAULT_MODEL, Count, Names, common_options
 
 INPUTS = ("zeros", "ones", "normal")
 
@@ -16,7 +17,7 @@ INPUTS = ("zeros", "ones", "normal")
     "--model",
     "models",
     multiple=True,
-    default=[cli.DEFAULT_MODEL],
+    default=[DEFAULT_MODEL],
     show_default=True,
     help="A bundled network, or with ImageNet data any torchvision one; repeatable.",
 )
@@ -24,12 +25,12 @@ INPUTS = ("zeros", "ones", "normal")
     "--images",
     default="500",
     show_default=True,
-    type=cli.Count(),
+    type=Count(),
     help="Random images, drawn by the seed: a number, or all.",
 )
 @click.option(
     "--inputs",
-    type=cli.Names(INPUTS),
+    type=Names(INPUTS),
     default=",".join(INPUTS),
     show_default=True,
     help="What is put in the place of the image, comma-separated, in normalised space.",
@@ -42,9 +43,9 @@ INPUTS = ("zeros", "ones", "normal")
 )
 @click.option("--save-patterns", is_flag=True, help="Store the activation patterns with the run.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images at once. [default: by image size]")
-@cli.common_options
+@common_options
 @click.pass_context
-@cli.command_errors
+@command_errors
 def apop(ctx: click.Context, /, **_: Any) -> None:
     """Predict from activation patterns alone (APOP).
 
@@ -54,4 +55,4 @@ def apop(ctx: click.Context, /, **_: Any) -> None:
     """
     from apop.study import Survey
 
-    cli.tracked(ctx, "apop", ", ".join(ctx.params["models"]), Survey)
+    tracked(ctx, "apop", ", ".join(ctx.params["models"]), Survey)

@@ -11,10 +11,10 @@ from torch import nn
 
 from apop.experiment import SETTINGS, Experiment, Hits, Interval, draw_images
 from apop.pattern import ActivationPattern, record
-from srd_lab import options as cli
 from srd_lab import render
 from srd_lab.backprop import split_normalisation
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.command import checked_networks, csv_text, data_for, network_for, publish, text_table
 from srd_lab.data import skipped_report
 from srd_lab.models import input_size
 from srd_lab.runtime import Batcher, pick_device
@@ -32,7 +32,7 @@ class Survey:
         self.models = list(dict.fromkeys(settings["models"]))
         self.device = pick_device(settings["device"])
         self.experiment = Experiment(settings["inputs"], settings["binarize"], settings["seed"])
-        self.dataset: Dataset = cli.checked_networks(settings, self.models, self._pattern)
+        self.dataset: Dataset = checked_networks(settings, self.models, self._pattern)
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
         self.seconds = 0.0
         source = settings["data"].partition(":")[0]
@@ -47,8 +47,8 @@ class Survey:
         self.report(run, results)
 
     def _model(self, name: str, child: Run) -> Hits:
-        dataset = cli.data_for(self.settings, name)
-        model = cli.network(self.settings, name, self.models, self.device, dataset)
+        dataset = data_for(self.settings, name)
+        model = network_for(self.settings, name, self.models, self.device, dataset)
         pattern = self._pattern(name, model)
         if self.settings["save_patterns"]:
             one, count = pattern.packed_bytes, len(self.indices)
@@ -89,8 +89,8 @@ class Survey:
     # what is stored ------------------------------------------------------------------------------------
     def _log(self, name: str, child: Run, hits: Hits, seconds: float) -> None:
         self.seconds += seconds
-        child.save_text("images.csv", cli.csv_text(hits.rows()))
-        child.save_text("summary.csv", cli.csv_text(_summary(hits)))
+        child.save_text("images.csv", csv_text(hits.rows()))
+        child.save_text("summary.csv", csv_text(_summary(hits)))
         metrics = {
             key: hits.interval(key).accuracy for key in hits.right if not key.startswith("binarized_top5")
         }
@@ -120,7 +120,7 @@ class Survey:
             [
                 f"APOP on {self.about}: accuracy ±half the 95 % Wilson interval",
                 "",
-                cli.text_table(*table_3(results, self.experiment)),
+                text_table(*table_3(results, self.experiment)),
                 "",
                 chance,
                 *(line for name, hits in results.items() if hits.layers for line in _curve(name, hits)),
@@ -128,7 +128,7 @@ class Survey:
         )
         if skipped := next(iter(results.values())).skipped:
             text += f"\n\n{skipped_report(skipped)}"
-        cli.publish(run, text, self.seconds)
+        publish(run, text, self.seconds)
 
 
 def table_3(results: dict[str, Hits], experiment: Experiment) -> tuple[list[str], list[list[str]]]:
@@ -157,7 +157,7 @@ def _curve(model: str, hits: Hits) -> list[str]:
         [layer, f"{one.accuracy:.3f}", f"[{one.low:.3f}, {one.high:.3f}]", f"{five.accuracy:.3f}"]
         for layer, one, five in zip(hits.layers, hits.curve(), hits.curve(TOP_5), strict=True)
     ]
-    table = cli.text_table(["Activation call", "Top-1", "95 % interval", "Top-5"], lines)
+    table = text_table(["Activation call", "Top-1", "95 % interval", "Top-5"], lines)
     title = f"{model}: one activation call binarised, all else as it is (untouched: {original:.3f} top-1)"
     return ["", title, "", table]
 

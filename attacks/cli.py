@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from srd_lab import options as cli
 from srd_lab.catalogue import ATTACKABLE
+from srd_lab.command import command_errors, tracked
+from srd_lab.options import DEFAULT_MODEL, common_options
 
 
 @click.command()
@@ -30,7 +31,7 @@ from srd_lab.catalogue import ATTACKABLE
 )
 @click.option(
     "--model",
-    default=cli.DEFAULT_MODEL,
+    default=DEFAULT_MODEL,
     show_default=True,
     help="A bundled network, or with ImageNet data any torchvision one.",
 )
@@ -87,9 +88,9 @@ from srd_lab.catalogue import ATTACKABLE
     show_default=True,
     help="Where SRD starts; the paper attacks 'ones', which is class-agnostic. Repeatable.",
 )
-@cli.common_options
+@common_options
 @click.pass_context
-@cli.command_errors
+@command_errors
 def attack(ctx: click.Context, /, **_: Any) -> None:
     """Attack the explanations of random image pairs and score how far they moved.
 
@@ -98,4 +99,4 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     """
     from attacks.study import Robustness
 
-    cli.tracked(ctx, "attack", ctx.params["model"], Robustness)
+    tracked(ctx, "attack", ctx.params["model"], Robustness)

@@ -18,12 +18,13 @@ from attacks.experiment import (
 )
 from attacks.manipulation import SCORES, Manipulation
 from attacks.objective import Budget, Objective
-from srd_lab import options as cli
 from srd_lab import render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import FIGURE_4
+from srd_lab.command import csv_text, data_for, network_for, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
 from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.options import options_of
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
 from srd_lab.types import SrdLabError
@@ -63,9 +64,9 @@ class Robustness:
         self.variants = variants(methods, settings["starts"])
         self.device = pick_device(settings["device"])
         name = settings["model"]
-        self.dataset = cli.data_for(settings, name)
-        self.model = cli.network(settings, name, [name], self.device, self.dataset)
-        settings["weights_sha256"] = cli.weights_sums(settings, [name])
+        self.dataset = data_for(settings, name)
+        self.model = network_for(settings, name, [name], self.device, self.dataset)
+        settings["weights_sha256"] = weights_sums(settings, [name])
         self.pairs, self.skipped = draw_pairs(
             *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
         )
@@ -80,7 +81,7 @@ class Robustness:
         tables = {}
         for name, (method, start) in self.variants.items():
             how = self.manipulation(method, start)
-            with run.child(name, {"method": method, **cli.options_of(how.explainer)}) as child:
+            with run.child(name, {"method": method, **options_of(how.explainer)}) as child:
                 tables[name] = self._attack(name, how, child)
         self.report(run, tables)
 
@@ -123,7 +124,7 @@ class Robustness:
 
     # what is stored ------------------------------------------------------------------------------------
     def _log(self, name: str, child: Run, table: Arrays) -> None:
-        child.save_text("pairs.csv", cli.csv_text(rows(table)))
+        child.save_text("pairs.csv", csv_text(rows(table)))
         child.log_metrics({**metrics_of(table, self.settings["seed"]), "seconds": float(table["seconds"])})
         loss = _nanmean(table["loss"])
         child.log_traces({"loss": (range(1, len(loss) + 1), loss)})
@@ -149,7 +150,7 @@ class Robustness:
     def report(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Print and store what compares the methods."""
         self.figures(run, tables)
-        cli.publish(run, self.tables(tables), seconds(tables))
+        publish(run, self.tables(tables), seconds(tables))
 
     def figures(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Box plots, and the scores over the perturbation reached."""
@@ -165,11 +166,11 @@ class Robustness:
         """The summary as text."""
         seed = self.settings["seed"]
         text = f"{self.title}; original map against the map after the attack, mean [95 % interval]\n\n"
-        text += cli.text_table(*summary_table(tables, seed)) + "\n"
+        text += text_table(*summary_table(tables, seed)) + "\n"
         if len(tables) > 1:
             reach = {over: common_reach(tables, over) for over in ("mse", "linf")}
             text += EQUAL.format(**{over: _mean(values) for over, values in reach.items()})
-            text += "\n" + cli.text_table(*equal_table(tables, seed)) + "\n"
+            text += "\n" + text_table(*equal_table(tables, seed)) + "\n"
         notes = [*_ended_early(tables), *_left_out(tables), few_note(len(self.pairs), "pairs")]
         notes.append(skipped_report(self.skipped) if self.skipped else "")
         return text + "".join(f"\n{note}\n" for note in notes if note) + LEGEND

@@ -22,10 +22,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from srd_lab.command import command_errors, progress, text_table
 from srd_lab.data import batch, load_data
 from srd_lab.methods.srd import LEAKS, SRD
 from srd_lab.models import load_model
-from srd_lab.options import WeightsFile, command_errors, progress, text_table, weights_of
+from srd_lab.options import WeightsFile, weights_of
 from srd_lab.types import SrdLabError
 
 FAMILIES = (

@@ -33,10 +33,11 @@ from apop.experiment import Experiment
 from attacks import Objective
 from attacks.experiment import attack_explainer
 from srd_lab import maps
+from srd_lab.command import text_table
 from srd_lab.data import load_batches, load_data
 from srd_lab.intercept import SmoothModel
 from srd_lab.models import load_model
-from srd_lab.options import WeightsFile, text_table, weights_of
+from srd_lab.options import WeightsFile, weights_of
 from srd_lab.registry import make_explainer
 from srd_lab.runtime import keep_freed_memory, pick_device
 

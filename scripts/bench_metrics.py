@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.backprop import split_normalisation
+from srd_lab.command import text_table
 from srd_lab.data import batch, load_data
 from srd_lab.metrics.complexity import Sparseness
 from srd_lab.metrics.explained import Explained, Images
@@ -41,7 +42,7 @@ from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.localisation import PointingGame
 from srd_lab.metrics.robustness import Stability
 from srd_lab.models import load_model
-from srd_lab.options import WeightsFile, text_table, weights_of
+from srd_lab.options import WeightsFile, weights_of
 from srd_lab.registry import make_explainer
 from srd_lab.runtime import keep_freed_memory
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from srd_lab.command import progress
 from srd_lab.data import Loaded, load_batches, skipped_report
-from srd_lab.options import progress
 from srd_lab.runtime import Batcher
 from srd_lab.tracking import Run
 from srd_lab.types import Dataset, OtherWork, Sample, SrdLabError

@@ -8,8 +8,8 @@ import click
 
 from apop.cli import apop
 from attacks.cli import attack
+from srd_lab.command import command_errors, text_table
 from srd_lab.evaluation.cli import evaluate, explain
-from srd_lab.options import command_errors, text_table
 from srd_lab.reproduce.cli import reproduce
 
 # Read when PyTorch is loaded. Threads that wait actively cost 5 to 15 times the time once another process holds a core.

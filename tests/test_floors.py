@@ -48,6 +48,7 @@ FLOORS = {
     "attacks.manipulation": 6,
     "attacks.experiment": 6.5,
     "srd_lab.options": 6.5,
+    "srd_lab.command": 6.6,
     "srd_lab.batches": 6.7,
     "attacks.study": 6.8,
     "apop.study": 6.8,

@@ -643,7 +643,7 @@ def test_the_papers_networks_are_the_default(
     def look(ctx: click.Context, command: str, *_: object) -> None:
         seen.append((command, ctx.params["models"], options.given_settings(ctx).get("models")))
 
-    monkeypatch.setattr(options, "tracked", look)
+    monkeypatch.setattr("srd_lab.reproduce.cli.tracked", look)
     assert CliRunner().invoke(main, ["reproduce", name, *given]).exit_code == 0
     typed = ",".join(models) if "--model" in given else None
     assert seen == [(f"reproduce {name}", models, typed)]

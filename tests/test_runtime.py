@@ -16,8 +16,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from srd_lab import options
-from srd_lab.options import Count, WeightsFile, as_setting, progress, stored_settings, weights_of
+from srd_lab import command
+from srd_lab.command import progress
+from srd_lab.options import Count, WeightsFile, as_setting, common_options, stored_settings, weights_of
 from srd_lab.runtime import Batcher, is_out_of_memory
 from srd_lab.types import SrdLabError
 
@@ -259,7 +260,7 @@ def test_a_signal_ends_a_command_as_ctrl_c_does_unless_it_is_ignored(name: str) 
     end = getattr(signal, name)
 
     @click.command()
-    @options.command_errors
+    @command.command_errors
     def work() -> None:
         os.kill(os.getpid(), end)
         click.echo("went on")
@@ -312,11 +313,11 @@ def test_whatever_ends_a_run_says_how_to_go_on(
         def __exit__(self, *_: object) -> None: ...
 
     @click.command()
-    @options.common_options
+    @common_options
     @click.pass_context
-    @options.command_errors
+    @command.command_errors
     def work(ctx: click.Context, /, **_: Any) -> None:
-        options.tracked(ctx, "attack", "it", lambda settings: Fails(error, settings))
+        command.tracked(ctx, "attack", "it", lambda settings: Fails(error, settings))
 
     def output(*arguments: str) -> str:
         result = CliRunner().invoke(work, arguments)

@@ -7,27 +7,28 @@ from typing import Any
 
 import click
 
-from srd_lab import options as cli
 from srd_lab.catalogue import METHODS, METRICS
+from srd_lab.command import command_errors, tracked
+from srd_lab.options import DEFAULT_MODEL, Count, Names, WeightsFile, common_options
 
 
 @click.command()
 @click.option(
     "--model",
-    default=cli.DEFAULT_MODEL,
+    default=DEFAULT_MODEL,
     show_default=True,
     help="A bundled network, or with ImageNet data any torchvision one.",
 )
 @click.option(
     "--methods",
-    type=cli.Names(("all", *METHODS)),
+    type=Names(("all", *METHODS)),
     default="all",
     show_default=True,
     help="Explanation methods, comma-separated; `srd-lab methods` lists them.",
 )
 @click.option(
     "--metrics",
-    type=cli.Names(("all", *METRICS)),
+    type=Names(("all", *METRICS)),
     default="all",
     show_default=True,
     help="Metrics, comma-separated; `srd-lab methods` lists them too.",
@@ -36,7 +37,7 @@ from srd_lab.catalogue import METHODS, METRICS
     "--images",
     default="200",
     show_default=True,
-    type=cli.Count(),
+    type=Count(),
     help="Random images, drawn by the seed: a number, or all.",
 )
 @click.option(
@@ -55,9 +56,9 @@ from srd_lab.catalogue import METHODS, METRICS
     help="The method that every other is compared with.",
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Images at once. [default: by image size]")
-@cli.common_options
+@common_options
 @click.pass_context
-@cli.command_errors
+@command_errors
 def evaluate(ctx: click.Context, /, **_: Any) -> None:
     """Score explanation methods on the same images and rank them.
 
@@ -65,7 +66,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.evaluation.study import Evaluation
 
-    cli.tracked(ctx, "evaluate", ctx.params["model"], Evaluation)
+    tracked(ctx, "evaluate", ctx.params["model"], Evaluation)
 
 
 @click.command()
@@ -74,7 +75,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 )
 @click.option(
     "--model",
-    default=cli.DEFAULT_MODEL,
+    default=DEFAULT_MODEL,
     show_default=True,
     help="A bundled network, or with --data imagenet any torchvision one.",
 )
@@ -87,12 +88,12 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 @click.option(
     "--weights",
     multiple=True,
-    type=cli.WeightsFile(),
+    type=WeightsFile(),
     help="State dict (.pth, .safetensors, .npz). [default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
 )
 @click.option(
     "--methods",
-    type=cli.Names(("all", *METHODS)),
+    type=Names(("all", *METHODS)),
     default="srd",
     show_default=True,
     help="Explanation methods, comma-separated; `srd-lab methods` lists them.",
@@ -111,7 +112,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for what is made.",
 )
-@cli.command_errors
+@command_errors
 def explain(images: tuple[Path, ...], **settings: Any) -> None:
     """Explain IMAGES: overlays, raw maps, a contact sheet.
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from srd_lab import maps, render
-from srd_lab import options as cli
 from srd_lab.catalogue import METHODS
+from srd_lab.command import text_table
 from srd_lab.data.pictures import decode, fit, upright
 from srd_lab.models import Classifier, input_size, load_model
+from srd_lab.options import weights_of
 from srd_lab.registry import EXPLAINERS
 from srd_lab.runtime import pick_device
 from srd_lab.types import SrdLabError
@@ -29,7 +30,7 @@ class Explaining:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.device = pick_device(settings["device"])
         name, data = settings["model"], settings["data"]
-        weights = cli.weights_of(settings["weights"], [name])[name]
+        weights = weights_of(settings["weights"], [name])[name]
         self.model: Classifier = load_model(name, data, weights, str(self.device))
         self.size = input_size(name, data)
         self.methods: Sequence[str] = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
@@ -67,7 +68,7 @@ class Explaining:
             [self.classes.name(int(i)), f"{float(p):.3f}", str(int(i))]
             for p, i in zip(top.values, top.indices, strict=True)
         ]
-        click.echo(cli.text_table(["class", "probability", "index"], lines) + "\n")
+        click.echo(text_table(["class", "probability", "index"], lines) + "\n")
         folder.mkdir(parents=True, exist_ok=True)
         shown: dict[str, Any] = {}
         for method in self.methods:

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 
 from apop.experiment import draw_images
-from srd_lab import options as cli
 from srd_lab import render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import METHODS, METRICS
+from srd_lab.command import csv_text, data_for, network_for, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.models import input_size
+from srd_lab.options import options_of
 from srd_lab.registry import EXPLAINERS
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
@@ -45,9 +46,9 @@ class Evaluation:
         self.settings = settings
         self.device = pick_device(settings["device"])
         name = settings["model"]
-        self.dataset = cli.data_for(settings, name)
-        self.model = cli.network(settings, name, models or [name], self.device, self.dataset)
-        settings["weights_sha256"] = cli.weights_sums(settings, models or [name])
+        self.dataset = data_for(settings, name)
+        self.model = network_for(settings, name, models or [name], self.device, self.dataset)
+        settings["weights_sha256"] = weights_sums(settings, models or [name])
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
         asked = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
         self.metrics = tuple(METRICS) if "all" in settings["metrics"] else settings["metrics"]
@@ -100,14 +101,14 @@ class Evaluation:
         scores, seed = self.scores(table), self.settings["seed"]
         against = comparisons(scores, self.settings["reference"], seed)
         for method in scores:
-            with run.child(method, cli.options_of(EXPLAINERS[method])) as child:
+            with run.child(method, options_of(EXPLAINERS[method])) as child:
                 child.log_metrics(self._metrics(table, scores[method], method))
-        run.save_text("images.csv", cli.csv_text(self._rows(table)))
+        run.save_text("images.csv", csv_text(self._rows(table)))
         if against:
-            run.save_text("comparisons.csv", cli.csv_text([vars(c) for c in against]))
+            run.save_text("comparisons.csv", csv_text([vars(c) for c in against]))
         self.figures(run, table)
         text = self.text(table, scores, against)
-        cli.publish(run, text, float(table["seconds"]))
+        publish(run, text, float(table["seconds"]))
 
     def _metrics(self, table: Arrays, own: dict[str, np.ndarray], method: str) -> dict[str, float]:
         found: dict[str, float] = {"seconds_per_image": float(table[f"{method}/seconds"].mean())}
@@ -150,11 +151,11 @@ class Evaluation:
         parts = [f"{self.title}; accuracy {right:.3f}. Mean [95 % interval]"]
         for first in range(0, len(self.metrics), COLUMNS):
             some = self.metrics[first : first + COLUMNS]
-            parts.append(cli.text_table(*score_table(scores, some, against, seed)))
+            parts.append(text_table(*score_table(scores, some, against, seed)))
         tests = sum(np.isfinite(c.p) for c in against)
         held = COMPARED.format(reference=self.settings["reference"], tests=tests) if tests else ""
         parts.append(LEGEND.format(compared=held))
-        parts.append("Cost:\n\n" + cli.text_table(*_cost_table(table, self.experiment.methods)))
+        parts.append("Cost:\n\n" + text_table(*_cost_table(table, self.experiment.methods)))
         parts += self._notes(table, scores)
         return "\n\n".join(parts)
 

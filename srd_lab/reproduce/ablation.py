@@ -10,14 +10,15 @@ import torch
 
 from apop.experiment import draw_images
 from apop.study import images_at_once
-from srd_lab import options as cli
 from srd_lab import render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.command import checked_networks, csv_text, data_for, network_for, text_table
 from srd_lab.data import skipped_report
 from srd_lab.methods.srd import SRD
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.models import input_size
+from srd_lab.options import options_of
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, publish
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
@@ -42,7 +43,7 @@ class Figure7:
         self.settings = settings
         self.models = list(dict.fromkeys(settings["models"]))
         self.device = pick_device(settings["device"])
-        self.dataset = cli.checked_networks(settings, self.models)
+        self.dataset = checked_networks(settings, self.models)
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
         self.seconds = 0.0
 
@@ -55,8 +56,8 @@ class Figure7:
         self._report(run, results, sheets)
 
     def _model(self, name: str, child: Run) -> tuple[dict[str, Arrays], list[render.SheetRow]]:
-        dataset = cli.data_for(self.settings, name)
-        model = cli.network(self.settings, name, self.models, self.device, dataset)
+        dataset = data_for(self.settings, name)
+        model = network_for(self.settings, name, self.models, self.device, dataset)
         sheet: list[render.SheetRow] = []
 
         def measure(some: Sequence[Item], advance: Advance) -> Arrays:
@@ -90,7 +91,7 @@ class Figure7:
             {"name": str(image)} | {f"{v}: {f}": float(measured[v][f][i]) for v in VARIANTS for f in FIGURES}
             for i, image in enumerate(table["name"])
         ]
-        child.save_text("images.csv", cli.csv_text(rows))
+        child.save_text("images.csv", csv_text(rows))
         child.log_metrics(
             {f"{f}/{_plain(v)}": float(np.nanmean(measured[v][f])) for v in VARIANTS for f in FIGURES}
         )
@@ -116,7 +117,7 @@ class Figure7:
             "measured is our choice"
         )
         findings = [f for name, measured in results.items() for f in self._findings(name, measured)]
-        tables = [cli.text_table(header, lines) + "\n" + LEGEND, few_note(count, "images")]
+        tables = [text_table(header, lines) + "\n" + LEGEND, few_note(count, "images")]
         run.save_figure("fig7.png", render.map_sheet(sheets, title))
         publish(run, title, tables, findings, deviations, self.seconds)
 
@@ -149,7 +150,5 @@ def _plain(variant: str) -> str:
 def _options() -> dict[str, Any]:
     """The hyper-parameters of all variants."""
     return {
-        f"{_plain(v)}/{name}": value
-        for v, how in VARIANTS.items()
-        for name, value in cli.options_of(how).items()
+        f"{_plain(v)}/{name}": value for v, how in VARIANTS.items() for name, value in options_of(how).items()
     }

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from srd_lab import options as cli
 from srd_lab.catalogue import FIGURE_4
+from srd_lab.command import command_errors, tracked
+from srd_lab.options import Count, common_options
 
 BUNDLED = ("vgg16", "resnet18", "resnet50")
 TABLE_3 = ("vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -47,7 +48,7 @@ def images_option(default: str) -> Callable[..., Any]:
         "--images",
         default=default,
         show_default=True,
-        type=cli.Count(),
+        type=Count(),
         help="Random images, drawn by the seed: a number, or all.",
     )
 
@@ -58,49 +59,49 @@ batch_size_option = click.option(
 
 
 @reproduce.command()
-@cli.common_options
+@common_options
 @models_option(*TABLE_3)
 @images_option("all")
 @batch_size_option
 @click.pass_context
-@cli.command_errors
+@command_errors
 def table1(ctx: click.Context, /, **_: Any) -> None:
     """Prediction from activation patterns alone (zeros)."""
     from srd_lab.reproduce.patterns import Table1
 
-    cli.tracked(ctx, "reproduce table1", ", ".join(ctx.params["models"]), Table1)
+    tracked(ctx, "reproduce table1", ", ".join(ctx.params["models"]), Table1)
 
 
 @reproduce.command()
-@cli.common_options
+@common_options
 @models_option(*TABLE_3)
 @images_option("all")
 @batch_size_option
 @click.pass_context
-@cli.command_errors
+@command_errors
 def table3(ctx: click.Context, /, **_: Any) -> None:
     """The same from zeros, ones and noise, & relu."""
     from srd_lab.reproduce.patterns import Table3
 
-    cli.tracked(ctx, "reproduce table3", ", ".join(ctx.params["models"]), Table3)
+    tracked(ctx, "reproduce table3", ", ".join(ctx.params["models"]), Table3)
 
 
 @reproduce.command()
-@cli.common_options
+@common_options
 @models_option("vgg16", "resnet18", "resnet50")
 @images_option("all")
 @batch_size_option
 @click.pass_context
-@cli.command_errors
+@command_errors
 def fig6(ctx: click.Context, /, **_: Any) -> None:
     """One activation call binarised, each in turn."""
     from srd_lab.reproduce.patterns import Figure6
 
-    cli.tracked(ctx, "reproduce fig6", ", ".join(ctx.params["models"]), Figure6)
+    tracked(ctx, "reproduce fig6", ", ".join(ctx.params["models"]), Figure6)
 
 
 @reproduce.command()
-@cli.common_options
+@common_options
 @click.option("--model", default="vgg16", show_default=True, help="Network; the paper attacks VGG16.")
 @click.option(
     "--pairs", default=100, show_default=True, type=click.IntRange(1), help="Random pairs of images."
@@ -117,7 +118,7 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
 @click.option("--steps", default=100, show_default=True, type=click.IntRange(1), help="Adam steps at most.")
 @click.option("--batch-size", type=click.IntRange(1), help="Pairs attacked at once. [default: by image size]")
 @click.pass_context
-@cli.command_errors
+@command_errors
 def fig4(ctx: click.Context, /, **_: Any) -> None:
     """All methods attacked on the same pairs.
 
@@ -125,16 +126,16 @@ def fig4(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.manipulation import Figure4
 
-    cli.tracked(ctx, "reproduce fig4", ctx.params["model"], Figure4)
+    tracked(ctx, "reproduce fig4", ctx.params["model"], Figure4)
 
 
 @reproduce.command()
-@cli.common_options
+@common_options
 @models_option("resnet50", "vgg16")
 @images_option("200")
 @batch_size_option
 @click.pass_context
-@cli.command_errors
+@command_errors
 def fig7(ctx: click.Context, /, **_: Any) -> None:
     """SRD by neuron, by post-activation vector, as it is.
 
@@ -142,32 +143,32 @@ def fig7(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.ablation import Figure7
 
-    cli.tracked(ctx, "reproduce fig7", ", ".join(ctx.params["models"]), Figure7)
+    tracked(ctx, "reproduce fig7", ", ".join(ctx.params["models"]), Figure7)
 
 
 @reproduce.command()
-@cli.common_options
+@common_options
 @models_option("vgg16", "resnet50")
 @images_option("752")
 @batch_size_option
 @click.pass_context
-@cli.command_errors
+@command_errors
 def table2(ctx: click.Context, /, **_: Any) -> None:
     """Seventeen methods by five metrics."""
     from srd_lab.reproduce.evaluation import Table2
 
-    cli.tracked(ctx, "reproduce table2", ", ".join(ctx.params["models"]), Table2)
+    tracked(ctx, "reproduce table2", ", ".join(ctx.params["models"]), Table2)
 
 
 @reproduce.command()
-@cli.common_options
+@common_options
 @models_option(
     *(f"resnet50_3x3{suffix}" for suffix in ("", "_elu", "_leaky_relu", "_silu", "_gelu", "_tanh"))
 )
 @images_option("1000")
 @batch_size_option
 @click.pass_context
-@cli.command_errors
+@command_errors
 def table4(ctx: click.Context, /, **_: Any) -> None:
     """Fidelity under six activations, on CIFAR.
 
@@ -175,4 +176,4 @@ def table4(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.evaluation import Table4
 
-    cli.tracked(ctx, "reproduce table4", ", ".join(ctx.params["models"]), Table4)
+    tracked(ctx, "reproduce table4", ", ".join(ctx.params["models"]), Table4)

@@ -10,11 +10,12 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
-from srd_lab import options as cli
 from srd_lab.catalogue import METRICS, TABLE_2, TABLE_2_METRICS
+from srd_lab.command import csv_text, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
+from srd_lab.options import weights_of
 from srd_lab.reproduce.paper import Finding, against_value, paper, report
 from srd_lab.runtime import pick_device
 from srd_lab.tracking import Run
@@ -41,12 +42,12 @@ class _Table(ABC):
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.models = list(dict.fromkeys(settings["models"]))
-        cli.weights_of(settings["weights"], self.models)
+        weights_of(settings["weights"], self.models)
         fixed = {"methods": self.methods, "metrics": self.metrics, "target": "label", "reference": "srd"}
         settings |= fixed
         self.device = pick_device(settings["device"])
         self.evaluations = {name: Evaluation(settings | {"model": name}, self.models) for name in self.models}
-        settings["weights_sha256"] = cli.weights_sums(settings, self.models)
+        settings["weights_sha256"] = weights_sums(settings, self.models)
 
     def run(self, run: Run) -> None:
         """Evaluate every network and report."""
@@ -61,11 +62,11 @@ class _Table(ABC):
                 seconds += float(table["seconds"])
                 click.echo("")
         found = [f for name, own in scores.items() for f in self.findings(name, own)]
-        run.save_text("findings.csv", cli.csv_text([vars(finding) for finding in found]))
+        run.save_text("findings.csv", csv_text([vars(finding) for finding in found]))
         inside = sum(finding.verdict == "inside" for finding in found)
         said = f"{inside} of the paper's {len(found)} values lie inside the measured 95 % intervals (findings.csv has each)."
         tables = self.tables(scores, accuracy)
-        cli.publish(run, report(self.title(), tables, [], self.deviations(), said), seconds)
+        publish(run, report(self.title(), tables, [], self.deviations(), said), seconds)
 
     def title(self) -> str:
         source = self.settings["data"].partition(":")[0]
@@ -107,7 +108,7 @@ class _Table(ABC):
             lines.append(f"data: {source}{masks}, not {said['data']}")
         if len(first.indices) != said["images"]:
             lines.append(f"images: {len(first.indices):,}, not {said['images']:,}")
-        files = cli.weights_of(self.settings["weights"], self.models)
+        files = weights_of(self.settings["weights"], self.models)
         lines += [
             f"weights of {name}: {file.name}; the paper's are not stated"
             for name, file in files.items()
@@ -150,7 +151,7 @@ class Table2(_Table):
                 for method in own
             ]
             lines.append(["rank correlation", *(self._agreement(name, m, own) for m in self.metrics)])
-            texts.append(cli.text_table(header, lines))
+            texts.append(text_table(header, lines))
         return [*texts, LEGEND + "\nRank correlation (Spearman) of the methods' order here and in the paper."]
 
     def _agreement(self, name: str, metric: str, scores: Scores) -> str:
@@ -187,7 +188,7 @@ class Table4(_Table):
         lines.append(
             ["accuracy", *(f"{accuracy[name]:.3f} ({said[activation_of(name)]:.3f})" for name in scores)]
         )
-        return [cli.text_table(["fidelity ↑", *scores], lines), LEGEND]
+        return [text_table(["fidelity ↑", *scores], lines), LEGEND]
 
 
 def activation_of(name: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from apop.experiment import Hits
 from apop.study import Survey, table_3
-from srd_lab import options as cli
 from srd_lab import render
+from srd_lab.command import text_table
 from srd_lab.data import skipped_report
 from srd_lab.reproduce.paper import (
     Finding,
@@ -69,7 +69,7 @@ class Table3(_Reproduction):
     FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros", "ones", "normal"), "binarize": False}
 
     def tables(self, results: dict[str, Hits]) -> list[str]:
-        return [cli.text_table(*table_3(results, self.experiment)), HALF]
+        return [text_table(*table_3(results, self.experiment)), HALF]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         published = paper()["table3"].get(name, {})
@@ -98,7 +98,7 @@ class Table1(_Reproduction):
         for name, hits in results.items():
             each = [hits.interval(f"{top}/{c}") for top in ("top1", "top5") for c in self.CONDITIONS.values()]
             lines.append([name, *(f"{i.accuracy:.3f} ±{i.half_width:.3f}" for i in each)])
-        return [cli.text_table(header, lines), HALF]
+        return [text_table(header, lines), HALF]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         """Against the values of Table 3, which are the same before they were cut to three digits."""
@@ -134,7 +134,7 @@ class Figure6(_Reproduction):
         title = (
             "One activation call binarised, top-1; for how many calls the claim, above chance, holds or not:"
         )
-        return [title, cli.text_table(header, lines)]
+        return [title, text_table(header, lines)]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         """The claim is about all layers: every call above guessing."""
