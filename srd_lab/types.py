@@ -50,7 +50,10 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Explainer(Protocol):
-    """A frozen dataclass whose fields are its hyper-parameters."""
+    """A frozen dataclass whose fields are its hyper-parameters.
+
+    A method may inherit from it, and has to say no more than ``explain_with_logits`` then.
+    """
 
     def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
         """Map of ``x`` (N, C, H, W) for classes ``target`` (N,), raw, as (N, H, W).
@@ -58,7 +61,7 @@ class Explainer(Protocol):
         ``target=None`` is the predicted class. Differentiable if and only if ``x`` asks for a gradient.
         The model, its flags, hooks and ``param.grad``, and ``x``, are left as they were.
         """
-        ...
+        return self.explain_with_logits(model, x, target)[0]
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None

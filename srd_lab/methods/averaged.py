@@ -27,7 +27,7 @@ from srd_lab.checks import check_input, check_target
 from srd_lab.intercept import Watch
 from srd_lab.recompute import recomputed
 from srd_lab.runtime import generator
-from srd_lab.types import SrdLabError
+from srd_lab.types import Explainer, SrdLabError
 
 Points = Callable[
     [Tensor, range], Tensor
@@ -35,7 +35,7 @@ Points = Callable[
 
 
 @dataclass(frozen=True)
-class IntegratedGradients:
+class IntegratedGradients(Explainer):
     """``x * mean over k = 1..steps of the gradient at x k / steps``; the baseline is zero (normalised).
 
     steps : points of the path, > 0.
@@ -50,14 +50,10 @@ class IntegratedGradients:
         if self.steps < 1:
             raise SrdLabError(f"integrated gradients needs steps >= 1, got {self.steps}")
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Share of every pixel in the logit's rise from the baseline (N, H, W). See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output."""
+        """Share of every pixel in the logit's rise from the baseline (N, H, W); the model's output."""
 
         def on_the_path(given: Tensor, some: range) -> Tensor:
             fractions = (
@@ -70,7 +66,7 @@ class IntegratedGradients:
 
 
 @dataclass(frozen=True)
-class SmoothGrad:
+class SmoothGrad(Explainer):
     """Gradient averaged over noisy copies of the image; ``channels="abs_sum"``, so the map is >= 0.
 
     samples : copies, > 0; noise : standard deviation in parts of the (normalised) image's range.
@@ -90,14 +86,10 @@ class SmoothGrad:
                 f"smoothgrad needs samples >= 1 and noise >= 0, got {self.samples} and {self.noise}"
             )
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Smoothed sensitivity per pixel (N, H, W). See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output."""
+        """Smoothed sensitivity per pixel (N, H, W); the model's output."""
 
         def around(given: Tensor, some: range) -> Tensor:
             size = self.noise * (given.amax((1, 2, 3), True) - given.amin((1, 2, 3), True))

@@ -33,7 +33,7 @@ from srd_lab.backprop import TensorNotes, traced
 from srd_lab.calls import Call, Function
 from srd_lab.checks import check_input, check_target
 from srd_lab.encoder import End, SRDTrace
-from srd_lab.types import SrdLabError
+from srd_lab.types import Explainer, SrdLabError
 
 
 class _LayerTrace(SRDTrace):
@@ -128,7 +128,7 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
 
 
 @dataclass(frozen=True)
-class _CAM(ABC):
+class _CAM(Explainer, ABC):
     """What all share: the layer, and the sum over its channels.
 
     level : "low" = the encoder output, "high" = the last activation at 1/8 of the image, or the name of an
@@ -139,14 +139,10 @@ class _CAM(ABC):
     level: str = "low"
     encoder: str | None = None
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Class activation map (N, h, w) at ``level``, >= 0. See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output, from one forward pass."""
+        """Class activation map (N, h, w) at ``level``, >= 0; the model's output, from one forward pass."""
         with layer_of(model, x, self.level, self.encoder) as layer:
             classes = check_target(target, layer.logits)
             score = layer.logits.gather(1, classes[:, None]).sum()

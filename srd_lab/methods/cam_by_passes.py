@@ -29,14 +29,14 @@ from srd_lab.intercept import Exchange, Watch
 from srd_lab.methods.cam import Layer, layer_of
 from srd_lab.recompute import recomputed
 from srd_lab.runtime import fast_layout, is_out_of_memory
-from srd_lab.types import SrdLabError
+from srd_lab.types import Explainer, SrdLabError
 
 _ABLATED_AT_ONCE = 2**23  # numbers in the copies of a layer: 32 MiB
 _PIXELS_AT_ONCE = 32 * 224 * 224
 
 
 @dataclass(frozen=True)
-class _PassCAM(ABC):
+class _PassCAM(Explainer, ABC):
     """What both share.
 
     level, encoder : see :class:`srd_lab.methods.cam.GradCAM`.
@@ -47,17 +47,13 @@ class _PassCAM(ABC):
     encoder: str | None = None
     images_at_once: int | None = None
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Class activation map (N, h, w) at ``level``, >= 0. See :class:`srd_lab.types.Explainer`.
-
-        A differentiable map recomputes its passes backwards instead of holding them all.
-        """
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output."""
+        """Class activation map (N, h, w) at ``level``, >= 0; the model's output.
+
+        A differentiable map recomputes its passes backwards instead of holding them all.
+        """
         with layer_of(model, x, self.level, self.encoder) as layer:
             differentiable = layer.differentiable
             classes = check_target(target, layer.logits)

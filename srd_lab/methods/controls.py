@@ -21,23 +21,19 @@ from torch import Tensor, nn
 from srd_lab.checks import check_input, check_target
 from srd_lab.intercept import Watch
 from srd_lab.runtime import generator
-from srd_lab.types import SrdLabError
+from srd_lab.types import Explainer, SrdLabError
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Explainer):
     """Uniform noise; the same for the same image, in whatever batch it is, and another for another."""
 
     seed: int = 0
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Noise in [0, 1), (N, H, W); not differentiable in x, which is refused."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output."""
+        """Noise in [0, 1), (N, H, W); not differentiable in x, which is refused; the model's output."""
         check_input(x, model)
         if x.requires_grad and torch.is_grad_enabled():
             raise SrdLabError("random maps have no derivative; x must not ask for a gradient")
@@ -49,17 +45,13 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Sobel:
+class Sobel(Explainer):
     """Length of the brightness gradient, by Sobel's filters; edges of the image are repeated outwards."""
-
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Strength of edges (N, H, W), >= 0. See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output."""
+        """Strength of edges (N, H, W), >= 0; the model's output."""
         logits = _logits(model, x, target)
         across = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
         filters = torch.stack([across, across.T])[:, None]

@@ -30,22 +30,19 @@ from srd_lab.calls import BatchNorm, Call, Convolution, Function
 from srd_lab.checks import check_input, check_target
 from srd_lab.intercept import Watch
 from srd_lab.layout import Channels
+from srd_lab.types import Explainer
 
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
 
 
 @dataclass(frozen=True)
-class FullGrad:
+class FullGrad(Explainer):
     """Input and bias gradients, each stretched to [0, 1] and to the image, added up."""
-
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Full-gradient saliency (N, H, W), >= 0. See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output, from one forward pass."""
+        """Full-gradient saliency (N, H, W), >= 0; the model's output, from one forward pass."""
         products, logits, differentiable = _products(model, x, target)
         size = (x.shape[2], x.shape[3])
         shown = [maps.upsample(_unit_range(p).sum(1), size) for p in products if p.dim() == 4]

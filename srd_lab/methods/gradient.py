@@ -27,48 +27,41 @@ from srd_lab import maps, rules
 from srd_lab.backprop import Gated, split_normalisation, traced
 from srd_lab.checks import check_input, check_target
 from srd_lab.intercept import Watch
+from srd_lab.types import Explainer
 
 Attribution = tuple[Tensor, Tensor]  # map (N, H, W) and logits (N, K)
 
 
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(Explainer):
     """``d y_c / d x``; ``channels="abs_sum"`` sums absolute values over channels, so the map is >= 0."""
 
     channels: str = "abs_sum"
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Sensitivity per pixel (N, H, W). See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> Attribution:
-        """The map and the model's output, from one forward pass."""
+        """Sensitivity per pixel (N, H, W); the model's output, from one forward pass."""
         _, slope, logits = _slope(model, x, target)
         return maps.reduce_channels(slope, self.channels), logits
 
 
 @dataclass(frozen=True)
-class GradInput:
+class GradInput(Explainer):
     """``x * d y_c / d x``; ``channels="sum"`` adds up the channels' signed shares."""
 
     channels: str = "sum"
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """First-order share of every pixel in the logit (N, H, W). See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> Attribution:
-        """The map and the model's output, from one forward pass."""
+        """First-order share of every pixel in the logit (N, H, W); the model's output, from one forward pass."""
         given, slope, logits = _slope(model, x, target)
         return maps.reduce_channels(given * slope, self.channels), logits
 
 
 @dataclass(frozen=True)
-class GuidedBackprop:
+class GuidedBackprop(Explainer):
     """A gradient through activations that pass positive signals only; ``channels="abs_sum"``, the map is >= 0.
 
     Activations keep their own derivative (a softplus surrogate stays smooth); only the sign is guided.
@@ -76,33 +69,25 @@ class GuidedBackprop:
 
     channels: str = "abs_sum"
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Guided sensitivity per pixel (N, H, W). See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> Attribution:
-        """The map and the model's output, from one forward pass."""
+        """Guided sensitivity per pixel (N, H, W); the model's output, from one forward pass."""
         _, slope, logits = _slope(model, x, target, rules.guided)
         return maps.reduce_channels(slope, self.channels), logits
 
 
 @dataclass(frozen=True)
-class Deconvnet:
+class Deconvnet(Explainer):
     """A gradient whose activations rectify the signal instead of passing it where they are active (Zeiler & Fergus
     2014); ``channels="abs_sum"``, the map is >= 0."""
 
     channels: str = "abs_sum"
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Rectified signal per pixel (N, H, W). See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> Attribution:
-        """The map and the model's output, from one forward pass."""
+        """Rectified signal per pixel (N, H, W); the model's output, from one forward pass."""
         _, slope, logits = _slope(model, x, target, rules.deconvnet)
         return maps.reduce_channels(slope, self.channels), logits
 

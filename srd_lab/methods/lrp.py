@@ -34,11 +34,11 @@ from srd_lab.checks import check_input, check_target
 from srd_lab.encoder import SRDTrace
 from srd_lab.level import call_index, high_call
 from srd_lab.modified import ModifiedTrace
-from srd_lab.types import SrdLabError
+from srd_lab.types import Explainer, SrdLabError
 
 
 @dataclass(frozen=True)
-class _Modified(ABC):
+class _Modified(Explainer, ABC):
     """A rule with modified weights.
 
     low, high : the pixel box; it is normalised as the image is.
@@ -47,14 +47,10 @@ class _Modified(ABC):
     low: float = 0.0
     high: float = 1.0
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Relevance per position, as the class says. See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output, from one forward pass."""
+        """Relevance per position, as the class says; the model's output, from one forward pass."""
         check_input(x, model)
         leaf, differentiable = traced(x)
         normalise, network = split_normalisation(model)
@@ -191,7 +187,7 @@ class ExcitationBackprop(_Modified):
 
 
 @dataclass(frozen=True)
-class LRPEpsilon:
+class LRPEpsilon(Explainer):
     """LRP epsilon at every layer, the first among them; biases keep what is theirs.
 
     epsilon : what holds the pre-activations off zero, > 0: the sums that activations are given. zennit holds every
@@ -206,14 +202,10 @@ class LRPEpsilon:
         if not self.epsilon > 0:
             raise SrdLabError(f"lrp_epsilon needs epsilon > 0, got {self.epsilon}")
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Relevance per pixel (N, H, W), signed. See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output, from one forward pass."""
+        """Relevance per pixel (N, H, W), signed; the model's output, from one forward pass."""
         check_input(x, model)
         leaf, differentiable = traced(x)
         normalise, network = split_normalisation(model)

@@ -32,7 +32,7 @@ from srd_lab import rules
 from srd_lab.backprop import traced
 from srd_lab.checks import check_input, check_target
 from srd_lab.encoder import End, SRDTrace
-from srd_lab.types import SrdLabError
+from srd_lab.types import Explainer, SrdLabError
 
 STARTS = ("contrastive", "gradcam", "ones")
 UNITS = ("vector", "scalar")
@@ -47,7 +47,7 @@ _RULES = {
 
 
 @dataclass(frozen=True)
-class SRD:
+class SRD(Explainer):
     """Sharing Ratio Decomposition.
 
     encoder : dotted name of the submodule whose output is the encoder output, "" = the model itself, None = found
@@ -74,14 +74,10 @@ class SRD:
                     f"SRD {field}={getattr(self, field)!r} is not known; expected one of {', '.join(allowed)}"
                 )
 
-    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Signed relevance (N, h, w) at ``level``; (N, H, W) at the input. See :class:`srd_lab.types.Explainer`."""
-        return self.explain_with_logits(model, x, target)[0]
-
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map and the model's output, from one forward pass."""
+        """Signed relevance (N, h, w) at ``level``; (N, H, W) at the input; the model's output, from one forward pass."""
         with _tracing(self, model, x) as run:
             begin = run.begin(target, None)
             return run.at_level(begin, self.level), run.finish(run.output)
