@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from srd_lab.command import command_errors, tracked
-from srd_lab.options import DEFAULT_MODEL, Count, Names, common_options
+from srd_lab.options import DEFAULT_MODEL, Names, batch_size_option, common_options, images_option
 
 INPUTS = ("zeros", "ones", "normal")
 
@@ -21,13 +21,7 @@ INPUTS = ("zeros", "ones", "normal")
     show_default=True,
     help="A bundled network, or with ImageNet data any torchvision one; repeatable.",
 )
-@click.option(
-    "--images",
-    default="500",
-    show_default=True,
-    type=Count(),
-    help="Random images, drawn by the seed: a number, or all.",
-)
+@images_option("500")
 @click.option(
     "--inputs",
     type=Names(INPUTS),
@@ -42,7 +36,7 @@ INPUTS = ("zeros", "ones", "normal")
     help="Binarise each activation call in turn (one forward pass each).",
 )
 @click.option("--save-patterns", is_flag=True, help="Store the activation patterns with the run.")
-@click.option("--batch-size", type=click.IntRange(1), help="Images at once. [default: by image size]")
+@batch_size_option
 @common_options
 @click.pass_context
 @command_errors

@@ -8,7 +8,7 @@ import click
 
 from srd_lab.catalogue import ATTACKABLE
 from srd_lab.command import command_errors, tracked
-from srd_lab.options import DEFAULT_MODEL, common_options
+from srd_lab.options import batch_size_option, common_options, model_option, pairs_option, steps_option
 
 
 @click.command()
@@ -22,20 +22,9 @@ from srd_lab.options import DEFAULT_MODEL, common_options
     metavar="NAME",
     help="Explanation method (`srd-lab methods` lists them), or all = the six of Fig. 4; repeatable.",
 )
-@click.option(
-    "--pairs",
-    default=100,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Random pairs of images to attack.",
-)
-@click.option(
-    "--model",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help="A bundled network, or with ImageNet data any torchvision one.",
-)
-@click.option("--steps", default=100, show_default=True, type=click.IntRange(1), help="Adam steps at most.")
+@pairs_option
+@model_option
+@steps_option
 @click.option(
     "--lr",
     default=1e-3,
@@ -43,7 +32,7 @@ from srd_lab.options import DEFAULT_MODEL, common_options
     type=click.FloatRange(0, min_open=True),
     help="Step size in normalised units.",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Pairs attacked at once. [default: by image size]")
+@batch_size_option
 @click.option(
     "--output-term",
     type=click.Choice(["probabilities", "logits"]),

@@ -93,6 +93,38 @@ def weights_of(given: Sequence[str], models: Sequence[str]) -> dict[str, Path | 
     return files
 
 
+model_option = click.option(
+    "--model",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A bundled network, or with ImageNet data any torchvision one.",
+)
+pairs_option = click.option(
+    "--pairs",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Random pairs of images to attack.",
+)
+steps_option = click.option(
+    "--steps", default=100, show_default=True, type=click.IntRange(1), help="Adam steps at most."
+)
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1), help="Images or pairs at once. [default: by image size]"
+)
+
+
+def images_option(default: str) -> Callable[..., Any]:
+    """``--images``, a number or ``all``."""
+    return click.option(
+        "--images",
+        default=default,
+        show_default=True,
+        type=Count(),
+        help="Random images, drawn by the seed: a number, or all.",
+    )
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that runs a model over data and tracks the result."""
     options = (

@@ -9,16 +9,11 @@ import click
 
 from srd_lab.catalogue import METHODS, METRICS
 from srd_lab.command import command_errors, tracked
-from srd_lab.options import DEFAULT_MODEL, Count, Names, WeightsFile, common_options
+from srd_lab.options import Names, WeightsFile, batch_size_option, common_options, images_option, model_option
 
 
 @click.command()
-@click.option(
-    "--model",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help="A bundled network, or with ImageNet data any torchvision one.",
-)
+@model_option
 @click.option(
     "--methods",
     type=Names(("all", *METHODS)),
@@ -33,13 +28,7 @@ from srd_lab.options import DEFAULT_MODEL, Count, Names, WeightsFile, common_opt
     show_default=True,
     help="Metrics, comma-separated; `srd-lab methods` lists them too.",
 )
-@click.option(
-    "--images",
-    default="200",
-    show_default=True,
-    type=Count(),
-    help="Random images, drawn by the seed: a number, or all.",
-)
+@images_option("200")
 @click.option(
     "--target",
     type=click.Choice(["label", "predicted"]),
@@ -55,7 +44,7 @@ from srd_lab.options import DEFAULT_MODEL, Count, Names, WeightsFile, common_opt
     metavar="NAME",
     help="The method that every other is compared with.",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Images at once. [default: by image size]")
+@batch_size_option
 @common_options
 @click.pass_context
 @command_errors
@@ -73,12 +62,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 @click.argument(
     "images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@click.option(
-    "--model",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help="A bundled network, or with --data imagenet any torchvision one.",
-)
+@model_option
 @click.option(
     "--data",
     default="scenes",

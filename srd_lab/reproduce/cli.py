@@ -9,7 +9,14 @@ import click
 
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.command import command_errors, tracked
-from srd_lab.options import Count, common_options
+from srd_lab.options import (
+    batch_size_option,
+    common_options,
+    images_option,
+    model_option,
+    pairs_option,
+    steps_option,
+)
 
 BUNDLED = ("vgg16", "resnet18", "resnet50")
 TABLE_3 = ("vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -40,22 +47,6 @@ def _default(ctx: click.Context, paper: tuple[str, ...]) -> tuple[str, ...]:
     if ctx.params.get("resume"):
         return ()
     return tuple(n for n in paper if n in BUNDLED) if ctx.params["data"] == "scenes" else paper
-
-
-def images_option(default: str) -> Callable[..., Any]:
-    """``--images``, a number or ``all``."""
-    return click.option(
-        "--images",
-        default=default,
-        show_default=True,
-        type=Count(),
-        help="Random images, drawn by the seed: a number, or all.",
-    )
-
-
-batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1), help="Images at once. [default: by image size]"
-)
 
 
 @reproduce.command()
@@ -102,10 +93,8 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
 
 @reproduce.command()
 @common_options
-@click.option("--model", default="vgg16", show_default=True, help="Network; the paper attacks VGG16.")
-@click.option(
-    "--pairs", default=100, show_default=True, type=click.IntRange(1), help="Random pairs of images."
-)
+@model_option
+@pairs_option
 @click.option(
     "--method",
     "methods",
@@ -115,12 +104,12 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
     show_default=True,
     help="Explanation method; repeatable.",
 )
-@click.option("--steps", default=100, show_default=True, type=click.IntRange(1), help="Adam steps at most.")
-@click.option("--batch-size", type=click.IntRange(1), help="Pairs attacked at once. [default: by image size]")
+@steps_option
+@batch_size_option
 @click.pass_context
 @command_errors
 def fig4(ctx: click.Context, /, **_: Any) -> None:
-    """All methods attacked on the same pairs.
+    """All methods attacked on the same pairs; in the paper on VGG16.
 
     Box plots, the control by noise of equal MSE, SRD from both starts, and scores at equal perturbation.
     """
