@@ -27,16 +27,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """``None`` or "auto" picks CUDA, then MPS, then the CPU; any other name must be usable."""
+def pick_device(name: str | None = None, *, float64: bool = False) -> torch.device:
+    """``None`` or "auto" picks CUDA, then MPS, then the CPU; any other name must be usable.
+
+    float64 : it has to compute in float64, which MPS does not.
+    """
     if name in (None, "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and not float64 else "cpu")
     try:
         device = torch.device(str(name))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, dtype=torch.float64 if float64 else None, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise SrdLabError(
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
         ) from None

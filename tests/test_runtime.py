@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from srd_lab import command
 from srd_lab.command import progress
 from srd_lab.options import Count, WeightsFile, as_setting, common_options, stored_settings, weights_of
-from srd_lab.runtime import Batcher, is_out_of_memory
+from srd_lab.runtime import Batcher, is_out_of_memory, pick_device
 from srd_lab.types import SrdLabError
 
 # --- batches -----------------------------------------------------------------------------------------------
@@ -334,3 +334,42 @@ def test_whatever_ends_a_run_says_how_to_go_on(
     assert output("--tracking-uri", "sqlite:///a b.db") == (
         f"Error: {said}; {again} --tracking-uri 'sqlite:///a b.db'\n"
     )
+
+
+# --- devices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "float64", "picked"),
+    [
+        ((), False, "cpu"),
+        (("mps",), False, "mps"),
+        (("mps",), True, "cpu"),
+        (("cuda", "mps"), False, "cuda"),
+        (("cuda", "mps"), True, "cuda"),
+    ],
+)
+def test_auto_takes_the_first_device_that_can_do_it(
+    there: tuple[str, ...], float64: bool, picked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    assert pick_device("auto", float64=float64) == pick_device(None, float64=float64) == torch.device(picked)
+
+
+def test_a_device_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def single_precision(*size: int, dtype: torch.dtype | None = None, device: torch.device) -> torch.Tensor:
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype\nand more")
+        return empty(*size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", single_precision)
+    assert pick_device("mps") == torch.device("mps")
+    with pytest.raises(
+        SrdLabError, match=r"device 'mps' cannot be used here \(Cannot convert .* dtype\); try"
+    ):
+        pick_device("mps", float64=True)
+    with pytest.raises(SrdLabError, match="device 'quantum' cannot be used here"):
+        pick_device("quantum")

@@ -59,7 +59,7 @@ class Explaining:
     def _explain(self, file: Path, folder: Path, image: Tensor) -> render.SheetRow:
         x = image[None].to(self.device)
         with torch.no_grad():
-            probabilities = torch.softmax(self.model(x).double(), 1)[0].cpu()
+            probabilities = torch.softmax(self.model(x).cpu().double(), 1)[0]
         top = probabilities.topk(min(TOP, len(probabilities)))
         target = int(top.indices[0]) if self.target is None else self.target
         explained = self.classes.name(target)

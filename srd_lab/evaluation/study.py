@@ -44,7 +44,7 @@ class Evaluation:
     def __init__(self, settings: dict[str, Any], models: Sequence[str] = ()) -> None:
         """models : all that the settings' weights are for, where the model is one of several."""
         self.settings = settings
-        self.device = pick_device(settings["device"])
+        self.device = pick_device(settings["device"], float64=True)
         name = settings["model"]
         self.dataset = data_for(settings, name)
         self.model = network_for(settings, name, models or [name], self.device, self.dataset)

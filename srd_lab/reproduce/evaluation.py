@@ -45,7 +45,7 @@ class _Table(ABC):
         weights_of(settings["weights"], self.models)
         fixed = {"methods": self.methods, "metrics": self.metrics, "target": "label", "reference": "srd"}
         settings |= fixed
-        self.device = pick_device(settings["device"])
+        self.device = pick_device(settings["device"], float64=True)
         self.evaluations = {name: Evaluation(settings | {"model": name}, self.models) for name in self.models}
         settings["weights_sha256"] = weights_sums(settings, self.models)
 
