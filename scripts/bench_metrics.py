@@ -8,7 +8,8 @@
 What cannot be imported is left out. ResNet18; with --data and --weights on photographs, else random. Both sides run one
 after the other, ``--repeats`` times; times are medians, ratios are medians over repeats. The CPU ratio is that of
 processor time, which other work on the machine does not touch. ``difference`` is the largest one of a score, or of a map
-over its maximum, once both sides have the same random draws (their own ones are timed).
+over its maximum, once both sides have the same random draws and the same memory format, which rounds the network's
+output in its own way (their own ones are timed).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from statistics import median
 from types import ModuleType
@@ -36,6 +37,7 @@ from srd_lab import maps
 from srd_lab.backprop import split_normalisation
 from srd_lab.command import text_table
 from srd_lab.data import batch, load_data
+from srd_lab.metrics import explained
 from srd_lab.metrics.complexity import Sparseness
 from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Fidelity
@@ -43,10 +45,12 @@ from srd_lab.metrics.localisation import PointingGame
 from srd_lab.metrics.robustness import Stability
 from srd_lab.models import load_model
 from srd_lab.options import WeightsFile, weights_of
-from srd_lab.registry import make_explainer
+from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.runtime import keep_freed_memory
 
-METHODS = ("gradient", "gradcam", "grad_input", "layercam_high")
+# without those whose maps would take most of the time
+PASSES = ("integrated_gradients", "smoothgrad", "scorecam", "ablationcam")
+METHODS = tuple(name for name in EXPLAINERS if name not in PASSES)
 PIXELS, NOISE, STABILITY_DRAWS = 200, 0.1, 5
 Work = Callable[[], Any]
 
@@ -88,14 +92,19 @@ def optional(name: str, extra: str) -> ModuleType | None:
 
 
 @contextmanager
-def drawing(function: str, draws: Iterator[np.ndarray]) -> Iterator[None]:
-    """Within: a function of numpy.random returns these."""
-    before = getattr(np.random, function)
-    setattr(np.random, function, lambda *_, **__: next(draws))
+def changed(where: Any, name: str, to: Any) -> Iterator[None]:
+    """Within: another value under that name."""
+    before = getattr(where, name)
+    setattr(where, name, to)
     try:
         yield
     finally:
-        setattr(np.random, function, before)
+        setattr(where, name, before)
+
+
+def drawing(function: str, draws: Iterator[np.ndarray]) -> AbstractContextManager[None]:
+    """Within: a function of numpy.random returns these."""
+    return changed(np.random, function, lambda *_, **__: next(draws))
 
 
 def measured(work: Work) -> tuple[float, float]:
@@ -148,7 +157,7 @@ def metrics(quantus: ModuleType, s: Setting, repeats: int) -> list[list[str]]:
     sets, _ = fidelity.drops(s.images())
     numbers = torch.cat([sets + colour * size**2 for colour in range(3)], 2).numpy()
     ordered = (numbers[i, k] for _ in METHODS for k in range(s.draws) for i in range(n))
-    with drawing("choice", ordered):
+    with drawing("choice", ordered), changed(explained, "fast_layout", lambda *_: torch.contiguous_format):
         faithful_apart = apart(s.scored(fidelity, METHODS), s.theirs(faithful, METHODS))
     images = s.images()
     noise = (
