@@ -59,7 +59,7 @@ def test_passes_of_metrics_are_the_same_in_every_layout(monkeypatch: pytest.Monk
     def logits(view: bool) -> Tensor:
         model = Viewed(view).double().eval()
         images = Images(model, x, torch.tensor([0, 1]), range(2))
-        images.untouched(0)  # the choice is made
+        images.logits(0, lambda _: images.given[:1], 1)  # the choice is made
         model.register_forward_pre_hook(see)
         return torch.cat([images.logits(i, lambda _, i=i: x[[i, i, i]], 3) for i in range(2)])
 

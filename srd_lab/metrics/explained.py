@@ -88,9 +88,15 @@ class Images:
             self.of_model[key] = fast_layout(network, self.given)
         return self.of_model[key]  # type: ignore[no-any-return]
 
-    def untouched(self, i: int) -> Tensor:
-        """The logit of the explained class of image ``i`` as it is."""
-        return self.logits(i, lambda _: self.given[i : i + 1].clone(), 1)[0, int(self.target[i])]
+    def drops(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
+        """How far the logit of the explained class falls from image ``i`` to each variant, (count,)."""
+
+        def itself_first(some: range) -> Tensor:
+            changed = variants(range(max(0, some.start - 1), some.stop - 1))
+            return changed if some.start else torch.cat([self.given[i : i + 1], changed])
+
+        scores = self.logits(i, itself_first, count + 1)[:, int(self.target[i])]
+        return scores[0] - scores[1:]
 
     def probabilities(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
         """Probability (count,) of the explained class."""

@@ -55,14 +55,14 @@ class Fidelity:
             rng = np.random.default_rng(derived_seed(self.seed, "fidelity", key))
             drawn = [rng.choice(places, self.pixels, replace=False, shuffle=False) for _ in range(self.draws)]
             chosen = torch.from_numpy(np.stack(drawn)).to(images.x.device)
-            image, target = images.given[i], int(images.target[i])
+            image = images.given[i]
 
             def without(some: range, image: Tensor = image, chosen: Tensor = chosen) -> Tensor:
                 copies = image.flatten(1).repeat(len(some), 1, 1)
                 index = chosen[some.start : some.stop, None].expand(-1, len(image), -1)
                 return copies.scatter_(2, index, 0).unflatten(2, images.size)
 
-            drops.append(images.untouched(i) - images.logits(i, without, self.draws)[:, target])
+            drops.append(images.drops(i, without, self.draws))
             sets.append(chosen)
         return torch.stack(sets), torch.stack(drops)
 
@@ -99,12 +99,12 @@ class Infidelity:
         """How far the logit falls under each noise, (N, draws)."""
         found = []
         for i in range(len(images.x)):
-            image, noise, target = images.given[i], self._noise(images, i), int(images.target[i])
+            image, noise = images.given[i], self._noise(images, i)
 
             def under(some: range, image: Tensor = image, noise: Tensor = noise) -> Tensor:
                 return image - noise[some.start : some.stop, None]
 
-            found.append(images.untouched(i) - images.logits(i, under, self.draws)[:, target])
+            found.append(images.drops(i, under, self.draws))
         return torch.stack(found)
 
     def _noise(self, images: Images, i: int) -> Tensor:
