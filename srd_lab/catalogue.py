@@ -68,6 +68,10 @@ METHODS = {
 ATTACKABLE = tuple(name for name, method in METHODS.items() if method.attackable)
 # the rows of Table 2, in its order, and the methods of Fig. 4
 TABLE_2 = tuple(METHODS)[:17]
+TABLE_4 = (
+    *("guided_backprop", "grad_input", "integrated_gradients", "lrp_zplus", "smoothgrad", "fullgrad"),
+    *("gradcam", "scorecam", "ablationcam", "xgradcam", "layercam_low", "srd"),
+)
 FIGURE_4 = ("srd", "gradient", "grad_input", "guided_backprop", "integrated_gradients", "lrp_zplus")
 
 METRICS = {

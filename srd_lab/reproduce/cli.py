@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from srd_lab.catalogue import FIGURE_4
+from srd_lab.catalogue import FIGURE_4, TABLE_2, TABLE_4
 from srd_lab.command import command_errors, tracked
 from srd_lab.options import (
+    Names,
     batch_size_option,
     common_options,
     images_option,
@@ -47,6 +48,17 @@ def _default(ctx: click.Context, paper: tuple[str, ...]) -> tuple[str, ...]:
     if ctx.params.get("resume"):
         return ()
     return tuple(n for n in paper if n in BUNDLED) if ctx.params["data"] == "scenes" else paper
+
+
+def methods_option(paper: tuple[str, ...]) -> Callable[..., Any]:
+    """``--methods``, by default those of the paper's table."""
+    return click.option(
+        "--methods",
+        type=Names(("all", *paper)),
+        default="all",
+        show_default=True,
+        help="Explanation methods of the table, comma-separated.",
+    )
 
 
 @reproduce.command()
@@ -138,6 +150,7 @@ def fig7(ctx: click.Context, /, **_: Any) -> None:
 @reproduce.command()
 @common_options
 @models_option("vgg16", "resnet50")
+@methods_option(TABLE_2)
 @images_option("752")
 @batch_size_option
 @click.pass_context
@@ -154,6 +167,7 @@ def table2(ctx: click.Context, /, **_: Any) -> None:
 @models_option(
     *(f"resnet50_3x3{suffix}" for suffix in ("", "_elu", "_leaky_relu", "_silu", "_gelu", "_tanh"))
 )
+@methods_option(TABLE_4)
 @images_option("1000")
 @batch_size_option
 @click.pass_context

@@ -10,7 +10,7 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
-from srd_lab.catalogue import METRICS, TABLE_2, TABLE_2_METRICS
+from srd_lab.catalogue import METRICS, TABLE_2, TABLE_2_METRICS, TABLE_4
 from srd_lab.command import csv_text, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
 from srd_lab.evaluation.study import Evaluation
@@ -20,10 +20,6 @@ from srd_lab.reproduce.paper import Finding, against_value, paper, report
 from srd_lab.runtime import pick_device
 from srd_lab.tracking import Run
 
-TABLE_4 = (
-    *("guided_backprop", "grad_input", "integrated_gradients", "lrp_zplus", "smoothgrad", "fullgrad"),
-    *("gradcam", "scorecam", "ablationcam", "xgradcam", "layercam_low", "srd"),
-)
 ACTIVATIONS = ("relu", "elu", "leaky_relu", "silu", "gelu", "tanh")
 LEGEND = (
     "Mean ± half the 95 % interval; in brackets the paper's value, with = where it lies inside the interval."
@@ -43,7 +39,9 @@ class _Table(ABC):
         self.settings = settings
         self.models = list(dict.fromkeys(settings["models"]))
         weights_of(settings["weights"], self.models)
-        fixed = {"methods": self.methods, "metrics": self.metrics, "target": "label", "reference": "srd"}
+        asked = self.methods if "all" in settings["methods"] else settings["methods"]
+        self.asked = [method for method in self.methods if method in asked]
+        fixed = {"methods": tuple(self.asked), "metrics": self.metrics, "target": "label", "reference": "srd"}
         settings |= fixed
         self.device = pick_device(settings["device"], float64=True)
         self.evaluations = {name: Evaluation(settings | {"model": name}, self.models) for name in self.models}
@@ -116,6 +114,8 @@ class _Table(ABC):
         ]
         if unknown := [name for name in self.models if self.printed(name, "srd", "fidelity") is None]:
             lines.append(f"networks that the paper does not have: {', '.join(unknown)}")
+        if left_out := [method for method in self.methods if method not in self.asked]:
+            lines.append(f"methods left out: {', '.join(left_out)}")
         for name, evaluation in self.evaluations.items():
             lines += [f"{name}: without {method}: {why}" for method, why in evaluation.refused.items()]
         if first.skipped:
@@ -182,7 +182,7 @@ class Table4(_Table):
                     for name, own in scores.items()
                 ),
             ]
-            for m in self.methods
+            for m in self.asked
         ]
         said = paper()["table4"]["accuracy"]
         lines.append(
