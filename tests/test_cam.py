@@ -278,6 +278,11 @@ def changed_in_place(left: Tensor, right: Tensor, model: Any) -> Tensor:
     return F.elu_(right)
 
 
+def looked_at(left: Tensor, right: Tensor, model: Any) -> Tensor:
+    """Properties are torch functions too, and no events."""
+    return right + left if right.shape[1:] == left.shape[1:] else left
+
+
 def reshaped(left: Tensor, right: Tensor, model: Any) -> Tensor:
     """By a batch size that was asked for before."""
     return right.view(len(left), 4, -1).view(left.shape) + left
@@ -290,6 +295,7 @@ ROUTES: dict[str, tuple[Callable[[Tensor, Tensor, nn.Module], Tensor], int]] = {
     "sum in place": (added_to, 4),
     "changed in place": (changed_in_place, 4),
     "concatenated": (lambda left, right, model: torch.cat([left, right], 1), 8),
+    "looked at": (looked_at, 4),
     "reshaped": (reshaped, 4),
     "product": (lambda left, right, model: left * right, 4),
 }
