@@ -133,7 +133,7 @@ def fidelity(metric: Any, s: Subject) -> float:
         x, attribution = s.x.copy(), 0.0
         for place in rng.choice(s.map.size, metric.pixels, replace=False, shuffle=False):
             row, column = divmod(int(place), s.size[1])
-            x[:, row, column] = s.mean[:, 0, 0]
+            x[:, row, column] = 0 if metric.zero == "black" else s.mean[:, 0, 0]
             attribution += s.map[row, column]
         sums.append(attribution)
         drops.append(s.drop(x))

@@ -60,6 +60,18 @@ def test_metrics_as_registered_equal_their_definitions() -> None:
         assert METRICS[name].of(explained).tolist() == pytest.approx(expected, rel=1e-8), name
 
 
+def test_fidelity_knows_two_zeros() -> None:
+    metric = Fidelity(pixels=20, draws=9, zero="black")
+    for model in (normalised(network()), network()):
+        explained = Explained.by(GradInput(), batch(model, (15, 12)))
+        expected = [slow.fidelity(metric, slow.Subject(explained, i)) for i in range(3)]
+        assert metric.of(explained).tolist() == pytest.approx(expected, rel=1e-8)
+        same = torch.allclose(metric.of(explained), Fidelity(pixels=20, draws=9).of(explained))
+        assert same == isinstance(model, nn.Sequential)  # without a normalisation the two are one
+    with pytest.raises(SrdLabError, match="fidelity zero='white' is not known"):
+        Fidelity(zero="white")
+
+
 @pytest.mark.parametrize("size", [(1, 20), (20, 1), (9, 40)])
 def test_narrow_images_are_scored_by_the_same_definitions(size: tuple[int, int]) -> None:
     explained = Explained.by(GradInput(), batch(normalised(network()), size))

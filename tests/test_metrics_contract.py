@@ -380,8 +380,13 @@ def test_what_is_remembered_is_not_taken_for_other_settings(name: str) -> None:
     explained, scores = Explained.by(method, images), metric.of(Explained.by(method, images))
     for field in fields(metric):
         value = getattr(metric, field.name)
-        whole = value + 5 if value < 10 else value // 2
-        other = replace(metric, **{field.name: whole if isinstance(value, int) else 4 * value})
+        if isinstance(value, str):
+            changed: Any = "black"
+        elif isinstance(value, int):
+            changed = value + 5 if value < 10 else value // 2
+        else:
+            changed = 4 * value
+        other = replace(metric, **{field.name: changed})
         fresh = other.of(Explained.by(method, part(images, range(3))))
         torch.testing.assert_close(other.of(explained), fresh, equal_nan=True)
         # Any margin may hit, and of more draws an earlier one may be the largest.

@@ -60,11 +60,12 @@ class Images:
     @property
     def given(self) -> Tensor:
         """The images as the network proper is fed with them: normalised."""
-        return self.once("given", self._given)  # type: ignore[no-any-return]
+        return self.once("given", lambda: self.normalised(self.x))  # type: ignore[no-any-return]
 
-    def _given(self) -> Tensor:
+    def normalised(self, x: Tensor) -> Tensor:
+        """Pixels as the network proper is fed with them."""
         with torch.no_grad():
-            return split_normalisation(self.model)[0](self.x.clone())  # type: ignore[no-any-return]
+            return split_normalisation(self.model)[0](x.clone())  # type: ignore[no-any-return]
 
     def generator(self, i: int, seed: int, *names: int | str) -> torch.Generator:
         """Random numbers of image ``i``."""

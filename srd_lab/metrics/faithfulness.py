@@ -26,6 +26,8 @@ class Fidelity:
     (Bhatt et al. 2020, faithfulness correlation; SRD, appendix E). In [-1, 1], higher is better.
 
     pixels : in a set; draws : sets, the same ones for every method; seed.
+    zero : which 0; "mean" is that of normalised units, the mean colour, "black" that of pixel values. The values that the
+        SRD paper prints are those of "black", as far as can be told (docs/results.md).
 
     Not scored where all sets have one attribution (a constant map) or one drop.
     """
@@ -33,9 +35,12 @@ class Fidelity:
     pixels: int = 200
     draws: int = 100
     seed: int = 0
+    zero: str = "mean"
 
     def __post_init__(self) -> None:
         check_counts(self, "pixels", "draws")
+        if self.zero not in ("mean", "black"):
+            raise SrdLabError(f'fidelity zero={self.zero!r} is not known; expected "mean" or "black"')
 
     def of(self, explained: Explained) -> Tensor:
         images = explained.images
@@ -50,6 +55,8 @@ class Fidelity:
             raise SrdLabError(
                 f"fidelity takes sets of {self.pixels} pixels, but the images have {places}; take fewer"
             )
+        black = images.normalised(torch.zeros_like(images.x[:1]))[0].flatten(1)
+        filled = black if self.zero == "black" else torch.zeros_like(black)
         sets, drops = [], []
         for i, key in enumerate(images.keys):
             rng = np.random.default_rng(derived_seed(self.seed, "fidelity", key))
@@ -60,7 +67,8 @@ class Fidelity:
             def without(some: range, image: Tensor = image, chosen: Tensor = chosen) -> Tensor:
                 copies = image.flatten(1).repeat(len(some), 1, 1)
                 index = chosen[some.start : some.stop, None].expand(-1, len(image), -1)
-                return copies.scatter_(2, index, 0).unflatten(2, images.size)
+                values = filled.expand_as(copies).gather(2, index)
+                return copies.scatter_(2, index, values).unflatten(2, images.size)
 
             drops.append(images.drops(i, without, self.draws))
             sets.append(chosen)
