@@ -40,9 +40,8 @@ def pick_device(name: str | None = None, *, float64: bool = False) -> torch.devi
         device = torch.device(str(name))
         torch.empty(1, dtype=torch.float64 if float64 else None, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise SrdLabError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
+        why = str(error).splitlines()[0].partition(". ")[0]  # torch goes on for pages
+        raise SrdLabError(f"device {name!r} cannot be used here ({why}); try --device cpu") from None
     return device
 
 

@@ -362,7 +362,7 @@ def test_a_device_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
     def single_precision(*size: int, dtype: torch.dtype | None = None, device: torch.device) -> torch.Tensor:
         if dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype\nand more")
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype. Please use float32.\nAnd more")
         return empty(*size, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", single_precision)
