@@ -26,8 +26,8 @@ class Fidelity:
     (Bhatt et al. 2020, faithfulness correlation; SRD, appendix E). In [-1, 1], higher is better.
 
     pixels : in a set; draws : sets, the same ones for every method; seed.
-    zero : which 0; "mean" is that of normalised units, the mean colour, "black" that of pixel values. The values that the
-        SRD paper prints are those of "black", as far as can be told (docs/results.md).
+    zero : which 0; "mean" is that of normalised units, the mean colour, "black" that of pixel values. The SRD paper does
+        not say which it took (docs/results.md compares both with its values).
 
     Not scored where all sets have one attribution (a constant map) or one drop.
     """
