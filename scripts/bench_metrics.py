@@ -143,12 +143,12 @@ def metrics(quantus: ModuleType, s: Setting, repeats: int) -> list[list[str]]:
     faithful = quantus.FaithfulnessCorrelation(
         nr_runs=s.draws,
         subset_size=3 * PIXELS,
-        perturb_baseline=0.0,
+        perturb_baseline="black",
         normalise=False,
         return_aggregate=False,
         **quiet,
     )
-    fidelity = Fidelity(PIXELS, s.draws)
+    fidelity = Fidelity(PIXELS, s.draws, baseline="minimum")  # their black
     lipschitz = quantus.LocalLipschitzEstimate(
         nr_samples=STABILITY_DRAWS, perturb_std=NOISE, normalise=False, **quiet
     )

@@ -100,3 +100,5 @@ METRICS = {
     "roughness": Metric("Roughness", "Geary 1954", "lower", "complexity", "definition"),
 }
 TABLE_2_METRICS = tuple(METRICS)[:5]
+
+BASELINES = ("black", "white", "mean", "minimum")  # what fidelity sets pixels to

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from srd_lab.catalogue import BASELINES
 from srd_lab.types import SrdLabError
 
 # how, not what: free to differ on resume
@@ -108,6 +109,14 @@ pairs_option = click.option(
 )
 steps_option = click.option(
     "--steps", default=100, show_default=True, type=click.IntRange(1), help="Adam steps at most."
+)
+baseline_option = click.option(
+    "--baseline",
+    default="black",
+    show_default=True,
+    type=click.Choice(BASELINES),
+    help="What fidelity sets pixels to: mean is the colour that normalisation maps to 0, minimum the smallest value "
+    "of the normalised image.",
 )
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(1), help="Images or pairs at once. [default: by image size]"

@@ -129,11 +129,13 @@ def roughness(metric: Any, s: Subject) -> float:
 def fidelity(metric: Any, s: Subject) -> float:
     rng = np.random.default_rng(derived_seed(metric.seed, "fidelity", s.key))
     sums, drops = [], []
+    least = ((s.x - s.mean) / s.std).min()
+    colour = {"black": 0, "white": 1, "mean": s.mean[:, 0, 0], "minimum": (s.mean + least * s.std)[:, 0, 0]}
     for _ in range(metric.draws):
         x, attribution = s.x.copy(), 0.0
         for place in rng.choice(s.map.size, metric.pixels, replace=False, shuffle=False):
             row, column = divmod(int(place), s.size[1])
-            x[:, row, column] = 0 if metric.zero == "black" else s.mean[:, 0, 0]
+            x[:, row, column] = colour[metric.baseline]
             attribution += s.map[row, column]
         sums.append(attribution)
         drops.append(s.drop(x))

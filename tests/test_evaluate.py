@@ -23,6 +23,7 @@ from srd_lab.evaluation.experiment import refusals
 from srd_lab.evaluation.explaining import Classes
 from srd_lab.evaluation.tables import comparisons, holm, ranks, score_table, signed_rank
 from srd_lab.metrics.explained import Explained, Images
+from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.models.cifar import cifar_network
 from srd_lab.registry import EXPLAINERS
 from srd_lab.registry import METRICS as SCORES
@@ -146,6 +147,7 @@ def test_it_says_what_was_done(evaluated: tuple[str, Path]) -> None:
     text, out = evaluated
     assert text.startswith("resnet18 on scenes, 7 of 2000 images, their own class explained; accuracy ")
     assert "Masks: outlines." in text
+    assert "Fidelity sets pixels to the baseline black." in text
     assert "than srd" in text
     assert "Holm's correction for 15 tests" in text
     for name in ("ranks.png", "pictures.png"):
@@ -164,6 +166,30 @@ def test_its_scores_do_not_depend_on_the_batch_size(evaluated: tuple[str, Path],
         }
         for metric in FIVE[1].split(","):
             assert float(one[metric]) == pytest.approx(float(other[metric]), rel=5e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("baseline", ["white", "mean", "minimum"])
+def test_fidelity_sets_pixels_to_the_baseline_asked_for(
+    baseline: str, evaluated: tuple[str, Path], tmp_path: Path
+) -> None:
+    command = ("evaluate", *SOME, "--metrics", "fidelity,sparseness", "--baseline", baseline, "--no-track")
+    text = succeed(*command, "--out", str(tmp_path))
+    assert f"Fidelity sets pixels to the baseline {baseline}." in text
+    rows, black = (
+        [row for row in table(out / "images.csv") if row["method"] == "srd"]
+        for out in (tmp_path, evaluated[1])
+    )
+    assert [row["sparseness"] for row in rows] == [row["sparseness"] for row in black]
+    data, model, keys = (
+        load_data("scenes"),
+        load_model("resnet18", device="cpu"),
+        [int(r["index"]) for r in rows],
+    )
+    x, target = torch.stack([data[i].image for i in keys]), torch.tensor([data[i].label for i in keys])
+    explained = Explained.by(EXPLAINERS["srd"], Images(model, x, target, keys))
+    expected = Fidelity(baseline=baseline).of(explained).tolist()
+    assert [float(row["fidelity"]) for row in rows] == pytest.approx(expected, abs=1e-4)
+    assert [float(row["fidelity"]) for row in black] != pytest.approx(expected, abs=1e-2)
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,8 +450,9 @@ def test_table_4_goes_by_the_networks_activation(tmp_path: Path) -> None:
     data = f"cifar10:{tmp_path / 'test.npz'}"
     text = succeed(
         *("reproduce", "table4", "--data", data, *given, "--methods", "srd,grad_input,lrp_zplus"),
-        *("--no-track", "--out", str(tmp_path / "out")),
+        *("--baseline", "mean", "--no-track", "--out", str(tmp_path / "out")),
     )
+    assert "- the 0 that fidelity sets pixels to: mean here, not stated in the paper" in text
     found = {row["what"]: row for row in table(tmp_path / "out" / "findings.csv")}
     assert {what: row["paper"] for what, row in found.items()} == {
         "resnet8: fidelity of grad_input": "-0.01",

@@ -60,16 +60,19 @@ def test_metrics_as_registered_equal_their_definitions() -> None:
         assert METRICS[name].of(explained).tolist() == pytest.approx(expected, rel=1e-8), name
 
 
-def test_fidelity_knows_two_zeros() -> None:
-    metric = Fidelity(pixels=20, draws=9, zero="black")
+def test_fidelity_knows_four_baselines() -> None:
     for model in (normalised(network()), network()):
-        explained = Explained.by(GradInput(), batch(model, (15, 12)))
-        expected = [slow.fidelity(metric, slow.Subject(explained, i)) for i in range(3)]
-        assert metric.of(explained).tolist() == pytest.approx(expected, rel=1e-8)
-        same = torch.allclose(metric.of(explained), Fidelity(pixels=20, draws=9).of(explained))
-        assert same == isinstance(model, nn.Sequential)  # without a normalisation the two are one
-    with pytest.raises(SrdLabError, match="fidelity zero='white' is not known"):
-        Fidelity(zero="white")
+        explained, found = Explained.by(GradInput(), batch(model, (15, 12))), {}
+        for baseline in catalogue.BASELINES:
+            metric = Fidelity(pixels=20, draws=9, baseline=baseline)
+            expected = [slow.fidelity(metric, slow.Subject(explained, i)) for i in range(3)]
+            found[baseline] = metric.of(explained).tolist()
+            assert found[baseline] == pytest.approx(expected, rel=1e-8)
+        without = isinstance(model, nn.Sequential)  # a normalisation, black is the 0 of its units
+        assert (found["mean"] == found["black"]) == without
+        assert len({tuple(scores) for scores in found.values()}) == (3 if without else 4)
+    with pytest.raises(SrdLabError, match="fidelity has no baseline 'grey'; expected one of black, white,"):
+        Fidelity(baseline="grey")
 
 
 @pytest.mark.parametrize("size", [(1, 20), (20, 1), (9, 40)])

@@ -381,7 +381,7 @@ def test_what_is_remembered_is_not_taken_for_other_settings(name: str) -> None:
     for field in fields(metric):
         value = getattr(metric, field.name)
         if isinstance(value, str):
-            changed: Any = "black"
+            changed: Any = "white"
         elif isinstance(value, int):
             changed = value + 5 if value < 10 else value // 2
         else:

@@ -148,15 +148,18 @@ def test_attribution_localization(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["grad_input", "gradient", "gradcam", "srd"])
-def test_fidelity_is_their_faithfulness_correlation(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs draws numbers among all colours of all pixels, ours pixels; its "black" is the least value of the image,
-    ours 0, the mean colour. It is given the pixels of ours, in all colours, and 0."""
-    e, ours = explained(method), Fidelity(pixels=30, draws=25)
+@pytest.mark.parametrize(("baseline", "called"), [("minimum", "black"), ("mean", 0.0)])
+def test_fidelity_is_their_faithfulness_correlation(
+    method: str, baseline: str, called: str | float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs draws numbers among all colours of all pixels, ours pixels; it is given the pixels of ours, in all colours.
+    Its "black", the default, is the least value of the normalised image."""
+    e, ours = explained(method), Fidelity(pixels=30, draws=25, baseline=baseline)
     sets, _ = ours.drops(e.images)
     numbers = torch.cat([sets + colour * SIZE**2 for colour in range(3)], 2)
     order = iter([numbers[i, k].numpy() for k in range(25) for i in range(N)])
     metric = quantus.FaithfulnessCorrelation(
-        **options(nr_runs=25, subset_size=90, perturb_baseline=0.0, return_aggregate=False)
+        **options(nr_runs=25, subset_size=90, perturb_baseline=called, return_aggregate=False)
     )
     with monkeypatch.context() as patch:
         patch.setattr(np.random, "choice", lambda *_, **__: next(order))

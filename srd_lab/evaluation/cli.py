@@ -9,7 +9,15 @@ import click
 
 from srd_lab.catalogue import METHODS, METRICS
 from srd_lab.command import command_errors, tracked
-from srd_lab.options import Names, WeightsFile, batch_size_option, common_options, images_option, model_option
+from srd_lab.options import (
+    Names,
+    WeightsFile,
+    baseline_option,
+    batch_size_option,
+    common_options,
+    images_option,
+    model_option,
+)
 
 
 @click.command()
@@ -44,6 +52,7 @@ from srd_lab.options import Names, WeightsFile, batch_size_option, common_option
     metavar="NAME",
     help="The method that every other is compared with.",
 )
+@baseline_option
 @batch_size_option
 @common_options
 @click.pass_context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.batches import Advance, Arrays, Item
-from srd_lab.metrics.explained import Explained, Images
-from srd_lab.registry import EXPLAINERS, METRICS
+from srd_lab.metrics.explained import Explained, Images, Metric
+from srd_lab.registry import EXPLAINERS
 from srd_lab.types import Sample, SrdLabError
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which methods and metrics, by name, and which class is explained: ``label`` or ``predicted``.
+    """Which methods, by name, and which metrics, under their names; which class is explained: ``label`` or ``predicted``.
 
     of_model : what metrics remember of the network from batch to batch.
     """
 
     methods: Sequence[str]
-    metrics: Sequence[str]
+    metrics: Mapping[str, Metric]
     target: str = "label"
     of_model: dict[Hashable, Any] = field(default_factory=dict, compare=False)
 
@@ -58,8 +58,8 @@ class Experiment:
             seconds, explained = _timed(lambda m=method: Explained.by(EXPLAINERS[m], images), device)  # type: ignore[misc]
             arrays[f"{method}/seconds"] = np.full(len(x), seconds / len(x))
             arrays[f"{method}/map"] = explained.maps.cpu().numpy()
-            for metric in self.metrics:
-                arrays[f"{method}/{metric}"] = METRICS[metric].of(explained).cpu().numpy()
+            for name, metric in self.metrics.items():
+                arrays[f"{method}/{name}"] = metric.of(explained).cpu().numpy()
             advance(len(x))
         return arrays
 

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from apop.experiment import draw_images
-from srd_lab import render
+from srd_lab import registry, render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import METHODS, METRICS
 from srd_lab.command import csv_text, data_for, network_for, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
+from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.models import input_size
 from srd_lab.options import options_of
-from srd_lab.registry import EXPLAINERS
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
 from srd_lab.types import SrdLabError
@@ -57,7 +57,9 @@ class Evaluation:
         methods = tuple(method for method in asked if method not in self.refused)
         if not methods:
             raise SrdLabError(f"no method goes with {name}: {next(iter(self.refused.values()))}")
-        self.experiment = Experiment(methods, self.metrics, settings["target"])
+        known = registry.METRICS | {"fidelity": Fidelity(baseline=settings["baseline"])}
+        metrics = {metric: known[metric] for metric in self.metrics}
+        self.experiment = Experiment(methods, metrics, settings["target"])
         self.batcher = Batcher(settings["batch_size"] or _images_at_once(side))
         source = settings["data"].partition(":")[0]
         self.title = (
@@ -101,7 +103,7 @@ class Evaluation:
         scores, seed = self.scores(table), self.settings["seed"]
         against = comparisons(scores, self.settings["reference"], seed)
         for method in scores:
-            with run.child(method, options_of(EXPLAINERS[method])) as child:
+            with run.child(method, options_of(registry.EXPLAINERS[method])) as child:
                 child.log_metrics(self._metrics(table, scores[method], method))
         run.save_text("images.csv", csv_text(self._rows(table)))
         if against:
@@ -161,6 +163,8 @@ class Evaluation:
 
     def _notes(self, table: Arrays, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
         notes = [f"Masks: {self.masks}." if self.masks else "No masks: localisation is not scored."]
+        if "fidelity" in self.metrics:
+            notes.append(f"Fidelity sets pixels to the baseline {self.settings['baseline']}.")
         unscored = {
             f"{METHODS[m].title} by {METRICS[k].title}": int((~np.isfinite(v)).sum())
             for m, own in scores.items()

@@ -1,7 +1,7 @@
 """Does an explanation say what the network does? The image is changed where the map says, and the output watched.
 
-The class is the explained one throughout; changes are made in normalised units, where 0 is the mean colour. Zero maps
-and maps that are not finite are not scored.
+The class is the explained one throughout; noise is in normalised units. Zero maps and maps that are not finite are not
+scored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srd_lab.catalogue import BASELINES
 from srd_lab.metrics.explained import Explained, Images, check_counts, unscorable
 from srd_lab.metrics.similarity import float64
 from srd_lab.runtime import derived_seed
@@ -26,8 +27,9 @@ class Fidelity:
     (Bhatt et al. 2020, faithfulness correlation; SRD, appendix E). In [-1, 1], higher is better.
 
     pixels : in a set; draws : sets, the same ones for every method; seed.
-    zero : which 0; "mean" is that of normalised units, the mean colour, "black" that of pixel values. The SRD paper does
-        not say which it took (docs/results.md compares both with its values).
+    baseline : what 0 is. "black" and "white" are pixels of 0 and 1, "mean" is 0 in normalised units, the mean colour of
+        the training set, and "minimum" the smallest normalised value of the image, in all channels: what quantus takes by
+        default and calls black. docs/results.md compares them with the values of the SRD paper, which does not say.
 
     Not scored where all sets have one attribution (a constant map) or one drop.
     """
@@ -35,12 +37,13 @@ class Fidelity:
     pixels: int = 200
     draws: int = 100
     seed: int = 0
-    zero: str = "mean"
+    baseline: str = "black"
 
     def __post_init__(self) -> None:
         check_counts(self, "pixels", "draws")
-        if self.zero not in ("mean", "black"):
-            raise SrdLabError(f'fidelity zero={self.zero!r} is not known; expected "mean" or "black"')
+        if self.baseline not in BASELINES:
+            known = ", ".join(BASELINES)
+            raise SrdLabError(f"fidelity has no baseline {self.baseline!r}; expected one of {known}")
 
     def of(self, explained: Explained) -> Tensor:
         images = explained.images
@@ -55,24 +58,32 @@ class Fidelity:
             raise SrdLabError(
                 f"fidelity takes sets of {self.pixels} pixels, but the images have {places}; take fewer"
             )
-        black = images.normalised(torch.zeros_like(images.x[:1]))[0].flatten(1)
-        filled = black if self.zero == "black" else torch.zeros_like(black)
         sets, drops = [], []
         for i, key in enumerate(images.keys):
             rng = np.random.default_rng(derived_seed(self.seed, "fidelity", key))
             drawn = [rng.choice(places, self.pixels, replace=False, shuffle=False) for _ in range(self.draws)]
             chosen = torch.from_numpy(np.stack(drawn)).to(images.x.device)
-            image = images.given[i]
+            image, colour = images.given[i], self._colour(images, i)
 
-            def without(some: range, image: Tensor = image, chosen: Tensor = chosen) -> Tensor:
+            def without(
+                some: range, image: Tensor = image, colour: Tensor = colour, chosen: Tensor = chosen
+            ) -> Tensor:
                 copies = image.flatten(1).repeat(len(some), 1, 1)
                 index = chosen[some.start : some.stop, None].expand(-1, len(image), -1)
-                values = filled.expand_as(copies).gather(2, index)
-                return copies.scatter_(2, index, values).unflatten(2, images.size)
+                return copies.scatter_(2, index, colour.expand_as(index)).unflatten(2, images.size)
 
             drops.append(images.drops(i, without, self.draws))
             sets.append(chosen)
         return torch.stack(sets), torch.stack(drops)
+
+    def _colour(self, images: Images, i: int) -> Tensor:
+        """What pixels are set to, in normalised units, (C, 1)."""
+        image = images.given[i].flatten(1)
+        if self.baseline == "minimum":
+            return image.amin().expand(len(image), 1)
+        if self.baseline == "mean":
+            return torch.zeros_like(image[:, :1])
+        return images.normalised(torch.full_like(images.x[:1], self.baseline == "white"))[0].flatten(1)[:, :1]
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ class _Curve(ABC):
 
 @dataclass(frozen=True)
 class Deletion(_Curve):
-    """Area under the probability while pixels become 0, the largest attribution first (Petsiuk et al. 2018, RISE).
+    """Area under the probability while pixels become the mean colour, the largest attribution first (Petsiuk et al. 2018, RISE).
     In [0, 1], lower is better."""
 
     def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from srd_lab.catalogue import FIGURE_4, TABLE_2, TABLE_4
 from srd_lab.command import command_errors, tracked
 from srd_lab.options import (
     Names,
+    baseline_option,
     batch_size_option,
     common_options,
     images_option,
@@ -152,6 +153,7 @@ def fig7(ctx: click.Context, /, **_: Any) -> None:
 @models_option("vgg16", "resnet50")
 @methods_option(TABLE_2)
 @images_option("752")
+@baseline_option
 @batch_size_option
 @click.pass_context
 @command_errors
@@ -169,6 +171,7 @@ def table2(ctx: click.Context, /, **_: Any) -> None:
 )
 @methods_option(TABLE_4)
 @images_option("1000")
+@baseline_option
 @batch_size_option
 @click.pass_context
 @command_errors

@@ -122,7 +122,8 @@ class _Table(ABC):
             lines.append(skipped_report(first.skipped))
         return [
             *lines,
-            "numbers of draws, the space of noise and zeros, and the explained class: not stated in the paper",
+            f"the 0 that fidelity sets pixels to: {self.settings['baseline']} here, not stated in the paper",
+            "numbers of draws, the space of noise, and the explained class: not stated in the paper",
         ]
 
 
