@@ -91,7 +91,6 @@ def tracked(
     is given a note that says what is left of the run.
     """
     from srd_lab import tracking
-    from srd_lab.environment import device_name, environment
     from srd_lab.runtime import full_precision, keep_freed_memory
 
     keep_freed_memory()
@@ -101,8 +100,7 @@ def tracked(
     if study is None:
         record = given_settings(ctx)
     else:
-        record = {**_settings(study), **environment()}
-        record |= {"device": study.device, "hardware": device_name(study.device)}
+        record = {**_settings(study), **_surroundings(study)}
     run = tracking.open_run(
         command,
         f"{command} {subject}",
@@ -117,6 +115,7 @@ def tracked(
             if study is None:
                 study = study_of(stored_settings(ctx, run.params))
                 _check_same(run, study)
+                _note_what_changed(run, study)
             study.run(run)
     except OtherWork:
         raise
@@ -130,6 +129,13 @@ def _settings(study: Study) -> dict[str, Any]:
     return {name: as_setting(value) for name, value in study.settings.items() if name not in INFRASTRUCTURE}
 
 
+def _surroundings(study: Study) -> dict[str, Any]:
+    """What decides no setting and may yet decide a digit."""
+    from srd_lab.environment import device_name, environment
+
+    return {**environment(), "device": study.device, "hardware": device_name(study.device)}
+
+
 def _check_same(run: Any, study: Study) -> None:
     """Refuse to go on where settings that nobody typed (fixed ones, defaults) or weights have changed since."""
     now, then = study.settings["weights_sha256"], run.params.get("weights_sha256", "").split(",")
@@ -139,6 +145,18 @@ def _check_same(run: Any, study: Study) -> None:
             "put the file back as it was, or start a new run"
         )
     run.add_params({name: value for name, value in _settings(study).items() if name != PACE})
+
+
+def _note_what_changed(run: Any, study: Study) -> None:
+    """Other code, libraries or hardware than the run began with may go on; the user is told, and the run says so."""
+    none = "(none)"
+    now = {"git_commit": none} | {name: str(value) for name, value in _surroundings(study).items()}
+    then = {name: run.params.get(name, none) for name in now}
+    if changed := [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then[name]]:
+        line = f"resumed with {', '.join(changed)}: what was stored before is of the former, the rest of the latter"
+        click.echo(f"Note: {line}.", err=True)
+        earlier = run.load_text("resumed.txt") if "resumed.txt" in run.list() else ""
+        run.save_text("resumed.txt", f"{earlier}{line}\n")
 
 
 def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from attacks import study
 from attacks.experiment import draw_pairs
+from srd_lab import environment
 from srd_lab.cli import main
 from srd_lab.data import load_data
 from srd_lab.methods.gradient import Gradient
@@ -63,6 +64,14 @@ def pair_rows(store: str, run: str) -> list[dict[str, str]]:
     client = MlflowClient(store)
     path = client.download_artifacts(run, "pairs.csv")
     return list(csv.DictReader(io.StringIO(Path(path).read_text())))
+
+
+def files(store: str, run: str) -> dict[str, Path]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    found = (f.path for f in client.list_artifacts(run) if not f.is_dir)
+    return {path: Path(client.download_artifacts(run, path)) for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +162,26 @@ def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
             {k: v for k, v in r.data.metrics.items() if k != "seconds"} for r in (run, reference[method])
         ]
         assert timeless[0] == timeless[1]
+
+
+def test_a_resumed_run_says_what_has_changed_since(
+    store: str, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resume = ("attack", "--resume", finished, "--tracking-uri", store, "--device", "cpu")
+    assert "Note: resumed with" not in call(*resume).output
+    assert "resumed.txt" not in files(store, finished)
+    monkeypatch.setattr(environment, "git_commit", lambda: "0123")
+    for version in ("98.0", "99.0"):
+        monkeypatch.setattr(environment.platform, "python_version", lambda version=version: version)
+        result = call(*resume)
+        assert result.exit_code == 0
+        assert "Note: resumed with " in result.stderr
+        assert f"-> {version}" in result.stderr
+        assert "-> 0123" in result.stderr
+    first, second = files(store, finished)["resumed.txt"].read_text().splitlines()
+    assert "-> 0123" in first
+    assert "-> 98.0" in first
+    assert "-> 99.0" in second
 
 
 def test_resume_refuses_other_settings(store: str, finished: str) -> None:

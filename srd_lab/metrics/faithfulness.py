@@ -180,8 +180,8 @@ class _Curve(ABC):
 
 @dataclass(frozen=True)
 class Deletion(_Curve):
-    """Area under the probability while pixels become the mean colour, the largest attribution first (Petsiuk et al. 2018, RISE).
-    In [0, 1], lower is better."""
+    """Area under the probability while pixels become the mean colour, the largest attribution first (Petsiuk et al. 2018,
+    RISE). In [0, 1], lower is better."""
 
     def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:
         return images.given[i], torch.zeros_like(images.given[i])
