@@ -9,10 +9,9 @@ alone or makes attention weights may be anything.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,9 @@ from srd_lab import rules
 from srd_lab.calls import Call, Convolution, Function, function_name, in_place
 from srd_lab.checks import refuse_checkpoint
 from srd_lab.intercept import Interceptor, SmoothModel
+from srd_lab.notes import TensorNotes
 from srd_lab.types import SrdLabError
 
-Note = TypeVar("Note")
 T = torch.Tensor
 GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
 _NOT_AFFINE = {
@@ -336,26 +335,6 @@ def overwrites(function: Function, kwargs: dict[str, Any]) -> bool:
     """Whether a call writes its result into its first argument."""
     name = getattr(function, "__name__", "").replace("__ipow__", "pow_")
     return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
-
-
-class TensorNotes(Generic[Note]):
-    """Notes about tensor objects, void once the tensor is gone or (unless ``lasting``) was changed in place."""
-
-    def __init__(self, lasting: bool = False) -> None:
-        self._lasting = lasting
-        self._notes: dict[int, tuple[weakref.ref[Tensor], int, Note]] = {}
-
-    def put(self, tensor: Tensor, note: Note) -> None:
-        self._notes[id(tensor)] = (weakref.ref(tensor), tensor._version, note)
-
-    def get(self, tensor: Tensor) -> Note | None:
-        found = self._notes.get(id(tensor))
-        if found is None or found[0]() is not tensor:
-            return None
-        return found[2] if self._lasting or found[1] == tensor._version else None
-
-    def clear(self) -> None:
-        self._notes.clear()
 
 
 def traced(x: Tensor) -> tuple[Tensor, bool]:

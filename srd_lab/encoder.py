@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import Decomposed, TensorNotes, exchanged, overwrites
+from srd_lab.backprop import Decomposed, exchanged, overwrites
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool
 from srd_lab.held import HELD
 from srd_lab.layout import Channels, has_extent
 from srd_lab.level import call_index, high_call
+from srd_lab.notes import TensorNotes, original_of
 from srd_lab.types import SrdLabError
 
 T = torch.Tensor
@@ -235,6 +236,7 @@ class SRDTrace(Decomposed):
 
     def ends(self, output: Tensor) -> End:
         """``output`` as the encoder's."""
+        output = original_of(output)  # other branches do not pass a view
         return End(output, self.channels.of(output), self._made_by.get(output), output._version)
 
     def _follow_input(self, function: Function, out: Tensor) -> None:

@@ -49,6 +49,7 @@ from srd_lab.calls import (
     smooth_relu,
 )
 from srd_lab.checks import check_model, refuse_checkpoint
+from srd_lab.notes import is_one_with
 from srd_lab.types import SrdLabError
 
 _TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
@@ -67,7 +68,7 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.model = model
         self.calls: list[Call] = []
-        self.events = 0  # torch functions that the model has called, see _by_hooks
+        self.events = 0  # torch functions that the model has called; not counted: what its backward hooks do
         self._names = {id(module): name for name, module in model.named_modules()}
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
@@ -144,7 +145,12 @@ class Interceptor(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.events += not _by_hooks(func, args)
+        # backward hooks of modules, which run only where gradients are on, take views of tensors and look at flags
+        if func is Tensor.view_as and args[0] is args[-1]:
+            view = func(*args)
+            is_one_with(view, args[0])
+            return view
+        self.events += getattr(func, "__name__", "") != "__get__" or func in _TURNED
         found = recognise(func, args, kwargs)
         if found is None:
             return self._dispatch(func, args, kwargs)
@@ -189,13 +195,6 @@ class Interceptor(TorchFunctionMode):
     def where(self) -> str:
         """The running module, for messages."""
         return (self._path[-1] if self._path else "") or type(self.model).__name__
-
-
-def _by_hooks(func: Function, args: tuple[Any, ...]) -> bool:
-    """Whether a call is one of backward hooks, which run only where gradients are on: they look at flags, and take
-    views of tensors as they are."""
-    looks = getattr(func, "__name__", "") == "__get__" and func not in _TURNED
-    return looks or (func is Tensor.view_as and args[0] is args[-1])
 
 
 class Watch(Interceptor):

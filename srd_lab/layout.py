@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srd_lab.backprop import TensorNotes, exchanged
+from srd_lab.backprop import exchanged
 from srd_lab.calls import Function
+from srd_lab.notes import TensorNotes
 
 T = torch.Tensor
 _RESHAPES = {

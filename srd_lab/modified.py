@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import GATES, Decomposed, TensorNotes, exchanged, overwrites, tensors_in
+from srd_lab.backprop import GATES, Decomposed, exchanged, overwrites, tensors_in
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take
 from srd_lab.layout import Channels
+from srd_lab.notes import TensorNotes
 from srd_lab.types import SrdLabError
 
 _NON_NEGATIVE = ("relu", "relu6", "softplus")

@@ -549,6 +549,51 @@ def untouched(model: nn.Module, x: Tensor) -> Iterator[None]:
     assert before.keys() == after.keys()
 
 
+class Forked(nn.Module):
+    """Two branches from a map that modules of their own end, and two that meet before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.a, self.b, self.side = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 3), nn.Conv2d(5, 6, 3)
+        self.act, self.last, self.bn, self.fc = nn.ReLU(), nn.ReLU(), nn.BatchNorm2d(6), nn.Linear(6, 4)
+        self.down, self.mean, self.max = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)
+        self.gate = nn.Sigmoid()
+        with torch.no_grad():
+            self.bn.running_mean.uniform_(-0.2, 0.2)
+            self.bn.bias.uniform_(-0.2, 0.2)
+        self.double().eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x))
+        x = x * self.gate(x.mean((2, 3), keepdim=True))
+        y = self.down(self.last(self.bn(self.b(x)) + self.side(x)))
+        share = torch.full((), 0.3).neg().abs()  # of another making than y
+        return self.fc((self.mean(y) + share * self.max(y)).flatten(1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_backward_hooks_of_the_model_change_no_map(name: str) -> None:
+    """They put views in the place of what modules are given and return, where gradients are on."""
+    x, found = pixels(2, 3, 8, 8), []
+    names = [None, *dict(Forked().named_children())]
+    for hooked in names:
+        for kind in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+            model = Forked()
+            if hooked:
+                getattr(getattr(model, hooked), kind)(lambda *_: None)
+            maps = [method(name).explain(model, x, 2)]
+            if name in DIFFERENTIABLE and name != "sobel":
+                smooth, leaf = SmoothModel(model, 5.0), x.clone().requires_grad_()
+                maps.append(method(name).explain(smooth, leaf, 2))
+                maps.append(torch.autograd.grad(maps[1].square().sum(), leaf)[0])
+            found.append([m.detach() for m in maps])
+    assert found[0][0].flatten(1).any(1).all()
+    for maps in found[1:]:
+        for map_, expected in zip(maps, found[0], strict=True):
+            torch.testing.assert_close(map_, expected, rtol=1e-10, atol=1e-12)
+
+
 class Explodes(nn.Module):
     """Passes its input on, until it is told not to."""
 

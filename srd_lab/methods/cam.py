@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import TensorNotes, traced
+from srd_lab.backprop import traced
 from srd_lab.calls import Call, Function
 from srd_lab.checks import check_input, check_target
 from srd_lab.encoder import End, SRDTrace
+from srd_lab.notes import TensorNotes
 from srd_lab.types import Explainer, SrdLabError
 
 

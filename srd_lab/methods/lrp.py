@@ -34,6 +34,7 @@ from srd_lab.checks import check_input, check_target
 from srd_lab.encoder import SRDTrace
 from srd_lab.level import call_index, high_call
 from srd_lab.modified import ModifiedTrace
+from srd_lab.notes import original_of
 from srd_lab.types import Explainer, SrdLabError
 
 
@@ -163,7 +164,7 @@ class ExcitationBackprop(_Modified):
         one = torch.zeros_like(logits).scatter(1, classes, 1)
         signals = [rules.divide(one, top[0])]
         if self.contrastive:
-            if trace.head is None or trace.head[0] is not logits:
+            if trace.head is None or trace.head[0] is not original_of(logits):
                 raise SrdLabError(
                     "contrastive excitation backprop needs a network that ends in a linear layer; use contrastive=False"
                 )
