@@ -17,8 +17,9 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from types import ModuleType
@@ -121,93 +122,97 @@ def row(name: str, here: Work, there: Work, difference: float, repeats: int) -> 
     return [name, *(f"{t:.3g}" for t in times), *(f"{r:.3g}" for r in ratios), f"{difference:.1e}"]
 
 
-def apart(here: list[Tensor], there: list[Tensor]) -> float:
-    a, b = torch.cat(here), torch.cat(there)
-    return float((a - b).abs()[a.isfinite() & b.isfinite()].max())
+@dataclass(frozen=True)
+class Pair:
+    """A metric here and there.
 
+    timed, compared : the methods whose maps both score; same_draws : within, both draw the same random numbers and take
+    the same memory format; given : what theirs wants besides.
+    """
 
-def metrics(quantus: ModuleType, s: Setting, repeats: int) -> list[list[str]]:
-    size, n, first, quiet = s.x.shape[2], len(s.x), METHODS[:1], {"disable_warnings": True}
+    name: str
+    ours: Any
+    theirs: Any
+    timed: Sequence[str] = METHODS[:1]
+    compared: Sequence[str] = METHODS
+    same_draws: Callable[[], AbstractContextManager[None]] = nullcontext
+    given: Mapping[str, Any] = field(default_factory=dict)
 
-    def label(name: str) -> str:
-        return f"{name}, {n} images of {size}"
+    def apart(self, s: Setting) -> float:
+        """The largest difference of two scores."""
+        with self.same_draws():
+            a = torch.cat(s.scored(self.ours, self.compared))
+            b = torch.cat(s.theirs(self.theirs, self.compared, **self.given))
+        return float((a - b).abs()[a.isfinite() & b.isfinite()].max())
 
-    def explain(model: nn.Module, inputs: np.ndarray, targets: np.ndarray, **_: Any) -> np.ndarray:
-        raw = make_explainer(METHODS[0]).explain(
-            model, torch.as_tensor(inputs).float(), torch.as_tensor(targets)
-        )
-        return maps.prepared(raw, (size, size)).numpy()
-
-    sparse = quantus.Sparseness(normalise=False, **quiet)
-    game, pointing = quantus.PointingGame(normalise=False, **quiet), PointingGame(margin=0)
-    faithful = quantus.FaithfulnessCorrelation(
-        nr_runs=s.draws,
-        subset_size=3 * PIXELS,
-        perturb_baseline="black",
-        normalise=False,
-        return_aggregate=False,
-        **quiet,
-    )
-    fidelity = Fidelity(PIXELS, s.draws, baseline="minimum")  # their black
-    lipschitz = quantus.LocalLipschitzEstimate(
-        nr_samples=STABILITY_DRAWS, perturb_std=NOISE, normalise=False, **quiet
-    )
-    stability = Stability(NOISE, STABILITY_DRAWS)
-
-    sets, _ = fidelity.drops(s.images())
-    numbers = torch.cat([sets + colour * size**2 for colour in range(3)], 2).numpy()
-    ordered = (numbers[i, k] for _ in METHODS for k in range(s.draws) for i in range(n))
-    with drawing("choice", ordered), changed(explained, "fast_layout", lambda *_: torch.contiguous_format):
-        faithful_apart = apart(s.scored(fidelity, METHODS), s.theirs(faithful, METHODS))
-    images = s.images()
-    noise = (
-        NOISE
-        * np.stack(
-            [torch.randn(s.x.shape[1:], generator=images.generator(i, 0, "stability", k)) for i in range(n)]
-        )
-        for k in range(STABILITY_DRAWS)
-    )
-    with drawing("normal", (drawn.reshape(n, -1) for drawn in noise)):
-        lipschitz_apart = apart(s.scored(stability, first), s.theirs(lipschitz, first, explain_func=explain))
-
-    work: list[tuple[str, Any, Any, Sequence[str], float, dict[str, Any]]] = [
-        (
-            "sparseness",
-            Sparseness(),
-            sparse,
-            first,
-            apart(s.scored(Sparseness(), METHODS), s.theirs(sparse, METHODS)),
-            {},
-        ),
-        (
-            "pointing game",
-            pointing,
-            game,
-            first,
-            apart(s.scored(pointing, METHODS), s.theirs(game, METHODS)),
-            {},
-        ),
-        (f"fidelity ({s.draws} draws)", fidelity, faithful, first, faithful_apart, {}),
-        (f"  of {len(METHODS)} methods", fidelity, faithful, METHODS, faithful_apart, {}),
-        (
-            f"stability ({STABILITY_DRAWS} draws)",
-            stability,
-            lipschitz,
-            first,
-            lipschitz_apart,
-            {"explain_func": explain},
-        ),
-    ]
-    return [
-        row(
-            label(name),
-            lambda ours=ours, methods=methods: s.scored(ours, methods),
-            lambda theirs=theirs, methods=methods, given=given: s.theirs(theirs, methods, **given),
-            difference,
+    def row(self, s: Setting, repeats: int) -> list[str]:
+        return row(
+            f"{self.name}, {len(s.x)} images of {s.x.shape[2]}",
+            lambda: s.scored(self.ours, self.timed),
+            lambda: s.theirs(self.theirs, self.timed, **self.given),
+            self.apart(s),
             repeats,
         )
-        for name, ours, theirs, methods, difference, given in work
+
+
+def metrics(quantus: ModuleType, s: Setting) -> list[Pair]:
+    plain = {"normalise": False, "disable_warnings": True}
+    return [
+        Pair("sparseness", Sparseness(), quantus.Sparseness(**plain)),
+        Pair("pointing game", PointingGame(margin=0), quantus.PointingGame(**plain)),
+        *fidelity(quantus, s, plain),
+        stability(quantus, s, plain),
     ]
+
+
+def fidelity(quantus: ModuleType, s: Setting, plain: Mapping[str, Any]) -> list[Pair]:
+    """Of one method, and of all on the same images."""
+    size = s.x.shape[2]
+    ours = Fidelity(PIXELS, s.draws, baseline="minimum")
+    theirs = quantus.FaithfulnessCorrelation(
+        nr_runs=s.draws, subset_size=3 * PIXELS, perturb_baseline="black", return_aggregate=False, **plain
+    )
+
+    @contextmanager
+    def same_draws() -> Iterator[None]:
+        sets, _ = ours.drops(s.images())
+        numbers = torch.cat([sets + colour * size**2 for colour in range(3)], 2).numpy()
+        ordered = (numbers[i, k] for _ in METHODS for k in range(s.draws) for i in range(len(s.x)))
+        with (
+            drawing("choice", ordered),
+            changed(explained, "fast_layout", lambda *_: torch.contiguous_format),
+        ):
+            yield
+
+    one = Pair(f"fidelity ({s.draws} draws)", ours, theirs, same_draws=same_draws)
+    return [one, replace(one, name=f"  of {len(METHODS)} methods", timed=METHODS)]
+
+
+def stability(quantus: ModuleType, s: Setting, plain: Mapping[str, Any]) -> Pair:
+    size, first = s.x.shape[2], METHODS[:1]
+
+    def explain(model: nn.Module, inputs: np.ndarray, targets: np.ndarray, **_: Any) -> np.ndarray:
+        x, target = torch.as_tensor(inputs).float(), torch.as_tensor(targets)
+        return maps.prepared(make_explainer(*first).explain(model, x, target), (size, size)).numpy()
+
+    def same_draws() -> AbstractContextManager[None]:
+        images = s.images()
+
+        def noise(k: int) -> np.ndarray:
+            seeded = (images.generator(i, 0, "stability", k) for i in range(len(s.x)))
+            drawn = [torch.randn(s.x.shape[1:], generator=generator) for generator in seeded]
+            return NOISE * torch.stack(drawn).flatten(1).numpy()
+
+        return drawing("normal", map(noise, range(STABILITY_DRAWS)))
+
+    theirs = quantus.LocalLipschitzEstimate(nr_samples=STABILITY_DRAWS, perturb_std=NOISE, **plain)
+    return Pair(
+        f"stability ({STABILITY_DRAWS} draws)",
+        *(Stability(NOISE, STABILITY_DRAWS), theirs),
+        compared=first,
+        same_draws=same_draws,
+        given={"explain_func": explain},
+    )
 
 
 def cams(grad_cam: ModuleType, s: Setting, repeats: int) -> list[list[str]]:
@@ -284,7 +289,8 @@ def main(
     for size in sizes:
         x, masks = pictures(data, images, size)
         setting = Setting(model, x, masks, draws)
-        rows += metrics(quantus, setting, repeats) if quantus else []
+        if quantus:
+            rows += [pair.row(setting, repeats) for pair in metrics(quantus, setting)]
         rows += cams(grad_cam, setting, repeats) if grad_cam and size == max(sizes) else []
     if rows:
         head = ["work", "here, s", "there, s", "ratio", "CPU ratio", "difference"]
