@@ -21,6 +21,7 @@ from srd_lab import rules
 from srd_lab.calls import Call, Convolution, Function, function_name, in_place
 from srd_lab.checks import refuse_checkpoint
 from srd_lab.intercept import Interceptor, SmoothModel
+from srd_lab.models.classifier import Classifier
 from srd_lab.notes import TensorNotes
 from srd_lab.types import SrdLabError
 
@@ -203,6 +204,7 @@ class Gated(Interceptor):
         return self.gate(call, u, call.function(u))
 
     def convolution(self, conv: Convolution) -> Tensor:
+        refuse_checkpoint(self.where())
         return conv.apply(conv.x, conv.weight, conv.bias)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
@@ -349,15 +351,20 @@ def traced(x: Tensor) -> tuple[Tensor, bool]:
 def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The normalisation in front of a network, and the network.
 
-    Models of :func:`srd_lab.load_model` name them; any other model is taken to be a bare network.
+    Models of :func:`srd_lab.load_model` have both; any other model is taken to be a bare network. Raises SrdLabError if
+    hooks, which what is run in two parts would pass by, are on the whole.
     """
     if isinstance(model, SmoothModel):
         normalise, network = split_normalisation(model.model)
         return normalise, SmoothModel(network, model.beta)
-    first, rest = getattr(model, "normalise", None), getattr(model, "network", None)
-    if isinstance(first, nn.Module) and isinstance(rest, nn.Module):
-        return first, rest
-    return nn.Identity(), model
+    if type(model) is not Classifier:
+        return nn.Identity(), model
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise SrdLabError(
+            "forward hooks are on the whole classifier, whose normalisation and network run one by one; put them on "
+            "model.network"
+        )
+    return model.normalise, model.network
 
 
 def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from torch.utils import checkpoint
 from srd_lab.types import SrdLabError
 
 
-def refuse_checkpoint(activation: str) -> None:
-    """Refuse an activation whose forward pass will be run again, unseen, during the backward pass."""
+def refuse_checkpoint(name: str) -> None:
+    """Refuse a call whose forward pass will be run again, unseen, during the backward pass."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0].__module__ == checkpoint.__name__:
         raise SrdLabError(
-            f"activation {activation!r} is checkpointed, and its recomputation cannot be seen; switch checkpointing off"
+            f"{name!r} is checkpointed, and its recomputation cannot be seen; switch checkpointing off"
         )
 
 
@@ -70,8 +70,11 @@ def check_input(x: Tensor, model: nn.Module | None = None) -> None:
 
 def check_target(target: Tensor | int | None, logits: Tensor) -> Tensor:
     """Class indices (N,) on the logits' device; ``None`` is the predicted class, one index serves all images."""
-    if logits.dim() != 2:
-        raise SrdLabError(f"the model's output must be logits (N, K), got shape {tuple(logits.shape)}")
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise SrdLabError(
+            f"the model's output must be logits (N, K), got {got}; wrap a model that returns more in one that returns these"
+        )
     n, classes = logits.shape
     if target is None:
         return logits.detach().argmax(1)
@@ -87,3 +90,9 @@ def check_target(target: Tensor | int | None, logits: Tensor) -> Tensor:
             f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}"
         )
     return index.long()
+
+
+def class_logit(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """The logit (N,) of every image's class, see :func:`check_target`."""
+    classes = check_target(target, logits)
+    return logits.gather(1, classes[:, None])[:, 0]

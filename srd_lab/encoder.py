@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import Decomposed, exchanged, overwrites
+from srd_lab.backprop import Decomposed, exchanged, overwrites, tensors_in
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool
 from srd_lab.held import HELD
 from srd_lab.layout import Channels, has_extent
@@ -23,6 +23,15 @@ T = torch.Tensor
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 _SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
 _NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
+_SLICING = {
+    "__getitem__",
+    "unsqueeze",
+    "select",
+    "narrow",
+    "chunk",
+    "split",
+    "unbind",
+}  # of colours, to normalise each
 _SHIFTS = {
     *(torch.add, T.add, T.add_, torch.sub, T.sub, T.sub_, torch.subtract, T.subtract, T.subtract_),
     *(torch.rsub, T.__rsub__),
@@ -69,16 +78,23 @@ class SRDTrace(Decomposed):
         self._found: End | None = None
         self._input: Tensor | None = None  # what the network proper is fed with, once normalised
         self._at_input = True
+        self._ahead: TensorNotes[bool] = TensorNotes(
+            lasting=True
+        )  # the image, and what normalising makes of it
+        self._read: list[Tensor] = []  # of these, what the network proper has read
         self._shape: torch.Size | None = None
         if accounting:
             self.switch.lost = {}
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
-        """Output of the model and the tensor that input relevance refers to: leaf, or what a leading
-        normalisation made of it."""
+        """Output of the model and the tensor that input relevance refers to: what a leading normalisation made of
+        leaf; leaf itself where there is none, or more than one."""
         self._shape = leaf.shape
-        output = self.run(leaf.clone())  # a model may change its input in place; the caller's stays as it was
-        return output, leaf if self._input is None else self._input
+        fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
+        self._ahead.put(fed, True)
+        output = self.run(fed)
+        one = self._input is not None and all(original_of(t) is self._input for t in self._read)
+        return output, self._input if one and self._input is not None else leaf
 
     def end(self) -> End:
         """Where the encoder ended in the last trace."""
@@ -122,6 +138,8 @@ class SRDTrace(Decomposed):
         self.channels.clear()
         self._made_by.clear()
         self._convolved.clear()
+        self._ahead.clear()
+        self._read.clear()
         self._found = self._input = None
 
     # calls ---------------------------------------------------------------------------------------------
@@ -140,7 +158,7 @@ class SRDTrace(Decomposed):
 
     def convolution(self, conv: Convolution) -> Tensor:
         self._layer(conv.x, 1)
-        y = conv.apply(conv.x, conv.weight, conv.bias)
+        y = super().convolution(conv)
         if conv.bias is not None and self._with_bias:
             y = self.share_bias(y, conv.x, conv.bias, conv)
         self._convolved.put(y, conv)
@@ -155,7 +173,7 @@ class SRDTrace(Decomposed):
         return self.channels.put(y, last)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        self._at_input = False
+        self._leave_input(norm.x)
         y = self.channels.put(run(), 1)
         if not self._with_bias:
             return y
@@ -163,7 +181,7 @@ class SRDTrace(Decomposed):
         return self.share_bias(y, norm.x if conv is None else conv.x, norm.shift, conv)
 
     def max_pool(self, pool: MaxPool) -> Any:
-        self._at_input = False
+        self._leave_input(pool.x)
         return super().max_pool(pool)
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -184,10 +202,9 @@ class SRDTrace(Decomposed):
             if self.switch.lost is not None and self.is_affine(function, args, kwargs, moving):
                 out = self._account(function, args, kwargs, moving, out)
         self.channels.follow(function, args, kwargs, x, axis, out)
-        if isinstance(out, Tensor) and out.requires_grad:
-            self._follow_input(function, out)
-            if args and isinstance(args[0], Tensor):
-                self._look_for_end(function, args[0], out)
+        self._follow_input(function, moving, out)
+        if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
+            self._look_for_end(function, args[0], out)
         return out
 
     # constants -----------------------------------------------------------------------------------------
@@ -239,14 +256,27 @@ class SRDTrace(Decomposed):
         output = original_of(output)  # other branches do not pass a view
         return End(output, self.channels.of(output), self._made_by.get(output), output._version)
 
-    def _follow_input(self, function: Function, out: Tensor) -> None:
+    def _follow_input(self, function: Function, moving: list[Tensor], out: Any) -> None:
         """A shift or scale ahead of the first layer is normalisation: the input is what it puts out."""
-        if self._at_input and out.shape == self._shape and getattr(function, "__name__", "") in _NORMALISING:
+        name = getattr(function, "__name__", "")
+        ahead = [t for t in moving if self._ahead.get(t)]
+        if not self._at_input or len(ahead) < len(moving) or name not in _NORMALISING | _SLICING:
+            self._read += ahead
+            return
+        for t in tensors_in((out,)):
+            self._ahead.put(t, True)
+        if isinstance(out, Tensor) and out.shape == self._shape and name in _NORMALISING:
             self._input = out
+
+    def _leave_input(self, x: Tensor) -> None:
+        """``x`` goes into the network proper."""
+        self._at_input = False
+        if self._ahead.get(x):
+            self._read.append(x)
 
     def _layer(self, x: Tensor, axis: int) -> None:
         """A layer on a map with spatial extent: what was pooled before was a side branch, not the end."""
-        self._at_input = False
+        self._leave_input(x)
         if self._encoder is None and has_extent(x, axis):
             self._found = None
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends import cuda
 from torch.overrides import TorchFunctionMode
 
 from srd_lab.calls import (
@@ -52,6 +52,12 @@ from srd_lab.checks import check_model, refuse_checkpoint
 from srd_lab.notes import is_one_with
 from srd_lab.types import SrdLabError
 
+_ATTENTION = (
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+)
 _TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
@@ -106,8 +112,7 @@ class Interceptor(TorchFunctionMode):
     def run(self, x: Tensor) -> Any:
         """The model's output for ``x``; refuses what it cannot see through, before and after."""
         check_model(self.model)
-        # fused attention cannot be differentiated twice, as the attack must
-        with sdpa_kernel(SDPBackend.MATH), self._following_modules(), self:
+        with _plain_attention, self._following_modules(), self:
             output = self.model(x)
         if self.needs_activations and not self.calls:
             raise SrdLabError(
@@ -195,6 +200,34 @@ class Interceptor(TorchFunctionMode):
     def where(self) -> str:
         """The running module, for messages."""
         return (self._path[-1] if self._path else "") or type(self.model).__name__
+
+
+class _PlainAttention:
+    """Within: attention that is not fused, which can be differentiated twice, as the attack must. Torch's switches are
+    the process's: the first thread that comes in turns them, and the last that goes turns them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [enabled() for enabled, _ in _ATTENTION]
+                for _, turn in _ATTENTION:
+                    turn(turn is cuda.enable_math_sdp)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for (_, turn), before in zip(_ATTENTION, self._before, strict=True):
+                    turn(before)
+
+
+_plain_attention = _PlainAttention()
 
 
 class Watch(Interceptor):

@@ -60,7 +60,11 @@ class Channels:
             for i, part in enumerate(out):
                 self.follow(lambda *a, i=i, **k: function(*a, **k)[i], args, kwargs, x, axis, part)
         elif isinstance(out, Tensor) and out is not x and out.dim():
-            self.put(out, _followed(function, args, kwargs, x, axis, out))
+            if x.dim() > 4 and self._axes.get(x) is None:
+                return
+            found = _followed(function, args, kwargs, x, axis, out)
+            if found is not None:
+                self.put(out, found)
 
 
 def places(t: Tensor, axis: int) -> tuple[int, ...]:
@@ -79,7 +83,7 @@ def _default(dims: int) -> int:
 
 def _followed(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int, out: Tensor
-) -> int:
+) -> int | None:
     found: int | None = axis if out.dim() == x.dim() else None
     if function in _PRODUCTS_OF_MATRICES:
         found = out.dim() - 1
@@ -89,6 +93,8 @@ def _followed(
         found = _behind_view(function, args, kwargs, x, axis)
     if found is not None:
         return found
+    if max(x.dim(), out.dim()) > 4:  # no guess: what it becomes later on must not be taken for known
+        return None
     return out.dim() - 1 if axis == x.dim() - 1 else _default(out.dim())
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from srd_lab import rules
 from srd_lab.backprop import traced
 from srd_lab.calls import Call, Function
-from srd_lab.checks import check_input, check_target
+from srd_lab.checks import check_input, class_logit
 from srd_lab.encoder import End, SRDTrace
 from srd_lab.notes import TensorNotes
 from srd_lab.types import Explainer, SrdLabError
@@ -145,8 +145,7 @@ class _CAM(Explainer, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Class activation map (N, h, w) at ``level``, >= 0; the model's output, from one forward pass."""
         with layer_of(model, x, self.level, self.encoder) as layer:
-            classes = check_target(target, layer.logits)
-            score = layer.logits.gather(1, classes[:, None]).sum()
+            score = class_logit(layer.logits, target).sum()
             a, g = layer.activation, layer.slope(score)
             map_ = torch.relu((self.weights(a, g) * a).sum(1))
             return layer.finish(map_), layer.finish(layer.logits)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from srd_lab import maps, rules
 from srd_lab.backprop import split_normalisation, tensors_in, traced
 from srd_lab.calls import BatchNorm, Call, Convolution, Function
-from srd_lab.checks import check_input, check_target
+from srd_lab.checks import check_input, class_logit
 from srd_lab.intercept import Watch
 from srd_lab.layout import Channels
 from srd_lab.types import Explainer
@@ -117,7 +117,7 @@ def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple
         given = normalise(leaf)
         trace = _Biases(network)
         logits = trace.run(given.clone())
-        score = logits.gather(1, check_target(target, logits)[:, None]).sum()
+        score = class_logit(logits, target).sum()
         held = [given, *(y for y, _, _ in trace.found)]
         slopes = torch.autograd.grad(score, held, create_graph=differentiable, allow_unused=True)
         values = [(given, 1), *((bias, axis) for _, bias, axis in trace.found)]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps, rules
 from srd_lab.backprop import Gated, split_normalisation, traced
-from srd_lab.checks import check_input, check_target
+from srd_lab.checks import check_input, class_logit
 from srd_lab.intercept import Watch
 from srd_lab.types import Explainer
 
@@ -104,7 +104,7 @@ def _slope(
         fed = given.clone()  # a model may change its input in place
         gated = None if rule is None else Gated(network, rule)
         logits = (gated or Watch(network)).run(fed)
-        score = logits.gather(1, check_target(target, logits)[:, None]).sum()
+        score = class_logit(logits, target).sum()
         with nullcontext() if gated is None else gated.live():
             (slope,) = torch.autograd.grad(score, given, create_graph=differentiable)
     if differentiable:

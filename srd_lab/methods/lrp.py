@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps, rules
 from srd_lab.backprop import split_normalisation, traced
-from srd_lab.checks import check_input, check_target
+from srd_lab.checks import check_input, check_target, class_logit
 from srd_lab.encoder import SRDTrace
 from srd_lab.level import call_index, high_call
 from srd_lab.modified import ModifiedTrace
@@ -214,7 +214,7 @@ class LRPEpsilon(Explainer):
             given = normalise(leaf)
             trace = SRDTrace(network, rules.lrp_epsilon(self.epsilon), "", with_bias=False)
             logits, _ = trace.trace(given)
-            score = logits.gather(1, check_target(target, logits)[:, None])
+            score = class_logit(logits, target)[:, None]
             signal = rules.divide(score, score + self.epsilon * rules.sign(score))
             with trace.live():
                 (g,) = torch.autograd.grad(score, given, signal, create_graph=differentiable)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from srd_lab import rules
 from srd_lab.backprop import traced
-from srd_lab.checks import check_input, check_target
+from srd_lab.checks import check_input, class_logit
 from srd_lab.encoder import End, SRDTrace
 from srd_lab.types import Explainer, SrdLabError
 
@@ -258,11 +258,11 @@ class _Run:
             raise SrdLabError(
                 f"start={start!r} is not known; expected a tensor or one of {', '.join(STARTS)}"
             )
-        if self.output is end.output or self.output.dim() != 2:
+        if self.output is end.output or not isinstance(self.output, Tensor) or self.output.dim() != 2:
             raise SrdLabError(
                 f'start={start!r} needs class logits behind the encoder; use start="ones" or give a tensor'
             )
-        score = self.output.gather(1, check_target(target, self.output)[:, None])[:, 0]
+        score = class_logit(self.output, target)
         if start == "contrastive":
             score = score - self.output.mean(1)
         (slope,) = torch.autograd.grad(
