@@ -33,6 +33,7 @@ _NOT_AFFINE = {
     *(F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm),
     *(F.instance_norm, torch.instance_norm, F.local_response_norm, F.normalize),
     *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
+    *(torch.convolution, torch.batch_norm),  # of which srd_lab.calls knows the functional forms
     # activations without a name in srd_lab.calls
     *(F.softsign, F.hardshrink, F.softshrink, F.tanhshrink, F.glu, F.rrelu, F.rrelu_, F.logsigmoid),
     *(F.threshold, F.threshold_, torch.threshold, torch.rrelu, torch.rrelu_),  # type: ignore[attr-defined]

@@ -62,8 +62,8 @@ METHODS = {
     "lrp_gamma": Method("LRP gamma", "Montavon et al. 2019", "input", True, "6", "definition"),
     "excitation_backprop": Method("Excitation BP", "Zhang et al. 2016", "high", True, "6", "definition"),
     "contrastive_excitation": Method("c-Excitation BP", "Zhang et al. 2016", "high", True, "6", "definition"),
-    "random": Method("Random", "control", "input", False, "0", "its moments"),
-    "sobel": Method("Sobel edges", "control", "input", True, "0", "scikit-image"),
+    "random": Method("Random", "control", "input", False, "1", "its moments"),
+    "sobel": Method("Sobel edges", "control", "input", True, "1", "scikit-image"),
 }
 ATTACKABLE = tuple(name for name, method in METHODS.items() if method.attackable)
 # the rows of Table 2, in its order, and the methods of Fig. 4

@@ -45,5 +45,15 @@ class TensorNotes(Generic[Note]):
             return None
         return found[2] if self._lasting or found[1] == tensor._version else None
 
+    def stale(self, tensor: Tensor) -> bool:
+        """Whether a note was made void by a change in place."""
+        tensor = original_of(tensor)
+        found = self._notes.get(id(tensor))
+        return found is not None and found[0]() is tensor and found[1] != tensor._version
+
+    def drop(self, tensor: Tensor) -> None:
+        """Forget what was noted."""
+        self._notes.pop(id(original_of(tensor)), None)
+
     def clear(self) -> None:
         self._notes.clear()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from srd_lab.data import SOURCES, batch, load_data, scenes
 from srd_lab.data.imagenet import ImageNetFolder, class_names, wnids
-from srd_lab.data.pictures import fit
+from srd_lab.data.pictures import SkippedFile, decode, fit
 from srd_lab.data.scenes import BANDS, CLASSES, DISTRACTORS, LENGTHS, SHAPES, SIZE, Scenes
 from srd_lab.types import SrdLabError
 
@@ -353,3 +353,27 @@ def test_folders_that_cannot_be_used(tmp_path: Path, folder: Path) -> None:
     (folder / "n00000001").mkdir()
     with pytest.raises(SrdLabError, match=r"n00000001 is none of the 1,000 classes"):
         ImageNetFolder(folder)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_grey_of_16_bits_is_the_picture_of_8(mode: str, tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    file = tmp_path / "deep.tif"
+    Image.fromarray(grey.astype(np.uint16 if mode == "I;16" else np.int32) * 257).save(file)
+    image, _ = decode(file, "deep", "convert")
+    assert np.array_equal(np.asarray(image), np.repeat(grey[..., None], 3, 2))
+    with pytest.raises(SkippedFile, match="deep cannot be used: not RGB but I"):
+        decode(file, "deep")
+
+
+def test_numbers_without_a_known_range_are_no_picture(tmp_path: Path) -> None:
+    for k, (values, why) in enumerate(
+        (
+            (np.ones((4, 4), np.float32), "floating point"),
+            (np.full((4, 4), 70000, np.int32), "more than 16 bits"),
+        )
+    ):
+        file = tmp_path / f"{k}.tif"
+        Image.fromarray(values).save(file)
+        with pytest.raises(SkippedFile, match=f"cannot be decoded: pixels of {why}"):
+            decode(file, "deep", "convert")

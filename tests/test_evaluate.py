@@ -16,11 +16,12 @@ from PIL import Image
 from scipy.stats import spearmanr, wilcoxon
 from torch import Tensor, nn
 
-from srd_lab import load_data, load_model
+from srd_lab import load_data, load_model, render
 from srd_lab.catalogue import METHODS, METRICS, TABLE_2
 from srd_lab.cli import main
-from srd_lab.evaluation.experiment import refusals
+from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.explaining import Classes
+from srd_lab.evaluation.study import PICTURES
 from srd_lab.evaluation.tables import comparisons, holm, ranks, score_table, signed_rank
 from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Fidelity
@@ -67,8 +68,10 @@ def test_holm_multiplies_the_smallest_by_most() -> None:
 
 def test_signed_rank_is_wilcoxons() -> None:
     difference = np.random.default_rng(0).normal(0.3, 1, 40)
-    assert signed_rank(difference) == wilcoxon(difference, zero_method="pratt", method="approx").pvalue
-    assert signed_rank(difference) == pytest.approx(wilcoxon(difference, method="exact").pvalue, rel=0.05)
+    assert signed_rank(difference) == wilcoxon(difference, method="exact").pvalue
+    assert signed_rank(np.array([-0.01, 0.2, 0.3, 0.4, 0.5, 0.6])) == 0.0625
+    for without in (np.append(difference, 0), np.append(difference, difference[0]), np.tile(difference, 2)):
+        assert signed_rank(without) == wilcoxon(without, zero_method="pratt", method="approx").pvalue
     assert signed_rank(np.zeros(20)) == 1
     assert np.isnan(signed_rank(np.ones(5)))
     few = np.concatenate([np.zeros(100), np.full(4, 1.0), np.full(2, -1.0)])  # nearly all pairs tie
@@ -110,6 +113,13 @@ def test_equal_means_share_their_rank_and_neither_is_called_best_alone() -> None
     assert ranks(scores) == {"stability": {"srd": 1.5, "gradient": 1.5, "random": 3}}
     _, lines = score_table(scores, ["stability"], [], 0)
     assert [line[1].strip() for line in lines] == [*["0.100 [0.100, 0.100]"] * 2, "2.000 [2.000, 2.000]", "–"]
+    scores["sobel"] = scores["srd"]  # three share rank 2
+    _, lines = score_table(scores, ["stability"], [], 0)
+    assert not any("¹" in line[1] or "²" in line[1] for line in lines)
+    scores["gradcam"] = {"stability": np.array([0.05, 0.05])}
+    del scores["sobel"], scores["srd"]
+    _, lines = score_table(scores, ["stability"], [], 0)
+    assert [line[1][-2] for line in lines] == ["²", " ", "¹"]
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -190,6 +200,89 @@ def test_fidelity_sets_pixels_to_the_baseline_asked_for(
     expected = Fidelity(baseline=baseline).of(explained).tolist()
     assert [float(row["fidelity"]) for row in rows] == pytest.approx(expected, abs=1e-4)
     assert [float(row["fidelity"]) for row in black] != pytest.approx(expected, abs=1e-2)
+
+
+def test_the_seed_reaches_the_metrics(evaluated: tuple[str, Path], tmp_path: Path) -> None:
+    command = ("evaluate", "--methods", "srd,random", "--images", "all", "--metrics", "sparseness,fidelity")
+    given = (
+        "--data",
+        dark_cifar(tmp_path),
+        "--model",
+        "resnet8",
+        "--weights",
+        str(weights_of_resnet8(tmp_path)),
+    )
+    for seed in ("0", "1"):
+        succeed(*command, *given, "--seed", seed, "--no-track", "--out", str(tmp_path / seed))
+    one, other = ({(r["index"], r["method"]): r for r in table(tmp_path / s / "images.csv")} for s in "01")
+    for key, row in one.items():
+        assert (row["sparseness"] == other[key]["sparseness"]) == (
+            key[1] == "srd"
+        )  # random maps are drawn, too
+        assert row["fidelity"] != other[key]["fidelity"] or row["fidelity"] == "nan"
+
+
+def test_what_is_not_scored_is_said_without_masks_too(tmp_path: Path) -> None:
+    given = (
+        "--data",
+        dark_cifar(tmp_path),
+        "--model",
+        "resnet8",
+        "--weights",
+        str(weights_of_resnet8(tmp_path)),
+    )
+    command = ("evaluate", *given, "--images", "all", "--methods", "srd,gradient", "--no-track")
+    text = succeed(*command, "--metrics", "fidelity,pointing_game")
+    assert "No masks: localisation is not scored." in text
+    assert "Not scored, of 6 images: Fidelity 1 (all methods); Pointing game 6 (all methods)." in text
+    text = succeed(*command, "--metrics", "pointing_game", "--out", str(tmp_path / "out"))
+    assert cells(text, "srd") == ["srd", "–"]
+    assert not (tmp_path / "out" / "ranks.png").exists()
+
+
+def dark_cifar(folder: Path) -> str:
+    """Six images, the first of them black."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    images[0] = 0
+    np.savez(folder / "dark.npz", images=images, labels=np.arange(6), classes=list("abcdefghij"))
+    return f"cifar10:{folder / 'dark.npz'}"
+
+
+def weights_of_resnet8(folder: Path) -> Path:
+    torch.manual_seed(0)
+    state = {key: value.numpy() for key, value in cifar_network("resnet8", 10).state_dict().items()}
+    np.savez(folder / "resnet8.npz", **state)  # type: ignore[arg-type]
+    return folder / "resnet8.npz"
+
+
+def test_a_reference_that_is_not_there_is_refused_and_the_default_missed() -> None:
+    command = ("evaluate", "--no-track", "--model", "resnet18", "--images", "7", "--metrics", "sparseness")
+    result = call(*command, "--methods", "gradient,sobel", "--reference", "gradcam")
+    assert result.exit_code == 1
+    assert "the reference gradcam is not among the methods (gradient, sobel)" in result.output
+    assert "No comparisons: srd is not among the methods." in succeed(*command, "--methods", "gradient,sobel")
+
+
+def test_pictures_keep_their_labels_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, drawn = Experiment.run, []
+
+    def tight(self: Experiment, model: nn.Module, items: Any, *given: Any) -> Any:
+        if len(items) > 8:
+            raise torch.OutOfMemoryError("too much")
+        return whole(self, model, items, *given)
+
+    monkeypatch.setattr(Experiment, "run", tight)
+    sheet = render.method_sheet
+    monkeypatch.setattr(render, "method_sheet", lambda rows, title: drawn.append(rows) or sheet(rows, title))
+    succeed(
+        *("evaluate", "--no-track", "--model", "resnet18", "--images", "16", "--batch-size", "16"),
+        *("--methods", "sobel", "--metrics", "sparseness"),
+    )
+    data, (rows,) = load_data("scenes"), drawn
+    assert len(rows) == PICTURES
+    for row in rows:
+        (match,) = [s for i in range(len(data)) if torch.equal((s := data[i]).image, torch.tensor(row.image))]
+        assert row.label == data.classes[match.label]
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,6 +558,24 @@ def test_table_4_goes_by_the_networks_activation(tmp_path: Path) -> None:
     assert cells(report, "lrp_zplus")[-1] == "–"
     assert "- resnet8_elu: without lrp_zplus: " in report
     assert cells(report, "accuracy")[2::2] == ["(0.780)", "(0.746)"]
+    assert "- networks that the paper does not have: resnet8, resnet8_elu" in report
+
+
+def test_table_4_wants_networks() -> None:
+    result = call("reproduce", "table4", "--no-track")
+    assert result.exit_code == 1
+    assert (
+        "Table 4 has no network for this data; give --data cifar100:PATH, and --model NAME" in result.output
+    )
+
+
+def test_one_image_is_too_few_for_the_papers_values(tmp_path: Path) -> None:
+    command = ("reproduce", "table2", "--no-track", "--images", "1", "--methods", "srd,gradient")
+    text = succeed(*command, "--model", "vgg16", "--out", str(tmp_path))
+    assert "Too few images for intervals to hold the paper's values against." in text
+    assert {row["verdict"] for row in table(tmp_path / "findings.csv")} == {"too few"}
+    assert "nan" not in text
+    assert "no value and no claim" in succeed(*command, "--model", "resnet18")
 
 
 @pytest.mark.parametrize("name", ["resnet8_elu", "resnet20_leaky_relu", "resnet18_3x3_tanh", "resnet14"])

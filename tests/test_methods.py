@@ -896,3 +896,11 @@ def test_maps_are_as_large_as_the_catalogue_says(name: str) -> None:
     assert map_.dtype == torch.float32
     assert map_.isfinite().all()
     assert map_.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_the_catalogue_counts_the_pass_of_controls(name: str) -> None:
+    model, forward = Mixed(), []
+    model.conv1.register_forward_hook(lambda *_: forward.append(1))
+    method(name).explain(model, pixels(1, 3, 8, 8), 1)
+    assert len(forward) == int(catalogue.METHODS[name].passes)

@@ -222,7 +222,7 @@ def test_a_value_is_inside_its_interval_or_outside() -> None:
         finding = against_value("it", value, 0.31, 0.2, 0.4, 50)
         assert finding == Finding("it", f"{value:g}", 0.31, 0.2, 0.4, 50, verdict)
     assert finding.cells() == ["it", "0.41", "0.310 [0.200, 0.400]", "50", "outside"]
-    assert against_value("it", 0.3, math.nan, math.nan, math.nan, 0).verdict == "outside"
+    assert against_value("it", 0.3, 0.3, math.nan, math.nan, 1).verdict == "too few"
 
 
 def test_a_claim_holds_or_not_or_is_open() -> None:

@@ -61,11 +61,25 @@ def decode(source: Path | IO[bytes], name: str, non_rgb: str = "skip") -> tuple[
             strange = _strangeness(image)
             if strange and non_rgb == "skip":
                 raise SkippedFile(name, strange, 'replace the file, or give non_rgb="convert" for all such')
-            return image.convert("RGB"), image.getexif().get(ORIENTATION, 1)
+            return _eight_bits(image).convert("RGB"), image.getexif().get(ORIENTATION, 1)
     except (SkippedFile, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders let through whatever they stumble over
         raise SkippedFile(name, f"cannot be decoded: {complaint(error)}") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as 8, which Pillow would cut off at white; other numbers have no known range."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("pixels of floating point, whose range is not known")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, dtype=np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels of more than 16 bits")
+    return Image.fromarray((values // 257).astype(np.uint8))
 
 
 def _strangeness(image: Image.Image) -> str:

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from srd_lab.batches import Advance, Arrays, Item
 from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.registry import EXPLAINERS
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.types import Explainer, Sample, SrdLabError
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which methods, by name, and which metrics, under their names; which class is explained: ``label`` or ``predicted``.
+    """Which methods and metrics, under their names, and which class is explained: ``label`` or ``predicted``.
 
     of_model : what metrics remember of the network from batch to batch.
     """
 
-    methods: Sequence[str]
+    methods: Mapping[str, Explainer]
     metrics: Mapping[str, Metric]
     target: str = "label"
     of_model: dict[Hashable, Any] = field(default_factory=dict, compare=False)
@@ -52,10 +52,11 @@ class Experiment:
             "images": x.cpu().numpy(),
             "label": labels.cpu().numpy(),
             "predicted": predicted.cpu().numpy(),
+            "masked": np.array([sample.mask is not None and bool(sample.mask.any()) for sample in samples]),
             "forward/seconds": np.full(len(x), seconds / len(x)),
         }
-        for method in self.methods:
-            seconds, explained = _timed(lambda m=method: Explained.by(EXPLAINERS[m], images), device)  # type: ignore[misc]
+        for method, explainer in self.methods.items():
+            seconds, explained = _timed(lambda e=explainer: Explained.by(e, images), device)  # type: ignore[misc]
             arrays[f"{method}/seconds"] = np.full(len(x), seconds / len(x))
             arrays[f"{method}/map"] = explained.maps.cpu().numpy()
             for name, metric in self.metrics.items():

@@ -18,7 +18,7 @@ from srd_lab.data.pictures import decode, fit, upright
 from srd_lab.models import Classifier, input_size, load_model
 from srd_lab.options import weights_of
 from srd_lab.registry import EXPLAINERS
-from srd_lab.runtime import pick_device
+from srd_lab.runtime import full_precision, pick_device
 from srd_lab.types import SrdLabError
 
 TOP = 5
@@ -28,6 +28,7 @@ class Explaining:
     """One call of ``srd-lab explain``: the network, the pictures and the folder for what is made of them."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        full_precision()
         self.device = pick_device(settings["device"])
         name, data = settings["model"], settings["data"]
         weights = weights_of(settings["weights"], [name])[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,17 @@ class Evaluation:
         methods = tuple(method for method in asked if method not in self.refused)
         if not methods:
             raise SrdLabError(f"no method goes with {name}: {next(iter(self.refused.values()))}")
+        if settings["reference"] != "srd" and settings["reference"] not in methods:
+            raise SrdLabError(
+                f"the reference {settings['reference']} is not among the methods ({', '.join(methods)}); "
+                "add it with --methods"
+            )
         known = registry.METRICS | {"fidelity": Fidelity(baseline=settings["baseline"])}
-        metrics = {metric: known[metric] for metric in self.metrics}
-        self.experiment = Experiment(methods, metrics, settings["target"])
+        self.experiment = Experiment(
+            {method: _seeded(registry.EXPLAINERS[method], settings["seed"]) for method in methods},
+            {metric: _seeded(known[metric], settings["seed"]) for metric in self.metrics},
+            settings["target"],
+        )
         self.batcher = Batcher(settings["batch_size"] or _images_at_once(side))
         source = settings["data"].partition(":")[0]
         self.title = (
@@ -79,7 +88,8 @@ class Evaluation:
         def work(some: Sequence[Item], advance: Advance) -> Arrays:
             left = max(0, PICTURES - pictures)
             arrays = self.experiment.run(self.model, some, self.device, advance)
-            return {key: values[:left] if values.ndim > 1 else values for key, values in arrays.items()}
+            kept = {key: values[:left] if values.ndim > 1 else values for key, values in arrays.items()}
+            return kept | {"pictured": arrays["index"][:left]}
 
         found = []
         for arrays in in_batches(
@@ -91,6 +101,7 @@ class Evaluation:
             found.append(arrays)
         table = joined(found)
         self.skipped = skipped_in(table)
+        self.masked = int(np.sum(table["masked"]))
         return table
 
     # what is stored ------------------------------------------------------------------------------------
@@ -103,7 +114,7 @@ class Evaluation:
         scores, seed = self.scores(table), self.settings["seed"]
         against = comparisons(scores, self.settings["reference"], seed)
         for method in scores:
-            with run.child(method, options_of(registry.EXPLAINERS[method])) as child:
+            with run.child(method, options_of(self.experiment.methods[method])) as child:
                 child.log_metrics(self._metrics(table, scores[method], method))
         run.save_text("images.csv", csv_text(self._rows(table)))
         if against:
@@ -132,15 +143,16 @@ class Evaluation:
     def figures(self, run: Run, table: Arrays) -> None:
         """Ranks, and the sheet of pictures."""
         scores = self.scores(table)
-        run.save_figure("ranks.png", render.rank_chart(_titled(ranks(scores)), self.title))
-        names = self.dataset.classes
+        if place := ranks(scores):
+            run.save_figure("ranks.png", render.rank_chart(_titled(place), self.title))
+        names, label_of = self.dataset.classes, dict(zip(table["index"], table["label"], strict=True))
         rows = [
             render.SheetRow(
-                names[int(table["label"][i])],
-                image,
+                names[int(label_of[index])],
+                table["images"][i],
                 {METHODS[m].title: table[f"{m}/map"][i] for m in self.experiment.methods},
             )
-            for i, image in enumerate(table["images"])
+            for i, index in enumerate(table["pictured"][:PICTURES])
         ]
         run.save_figure("pictures.png", render.method_sheet(rows, self.title))
 
@@ -157,30 +169,47 @@ class Evaluation:
         tests = sum(np.isfinite(c.p) for c in against)
         held = COMPARED.format(reference=self.settings["reference"], tests=tests) if tests else ""
         parts.append(LEGEND.format(compared=held))
-        parts.append("Cost:\n\n" + text_table(*_cost_table(table, self.experiment.methods)))
+        parts.append("Cost:\n\n" + text_table(*_cost_table(table, tuple(self.experiment.methods))))
         parts += self._notes(table, scores)
         return "\n\n".join(parts)
 
     def _notes(self, table: Arrays, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
-        notes = [f"Masks: {self.masks}." if self.masks else "No masks: localisation is not scored."]
+        count = len(table["name"])
+        notes = ["No masks: localisation is not scored."]
+        if self.masked:
+            notes = [f"Masks: {self.masks}{f', of {self.masked} images' if self.masked < count else ''}."]
         if "fidelity" in self.metrics:
             notes.append(f"Fidelity sets pixels to the baseline {self.settings['baseline']}.")
-        unscored = {
-            f"{METHODS[m].title} by {METRICS[k].title}": int((~np.isfinite(v)).sum())
-            for m, own in scores.items()
-            for k, v in own.items()
-        }
-        some = {what: n for what, n in unscored.items() if n}
-        if some and self.masks:
-            listed = [f"{what} {n}" for what, n in list(some.items())[:8]] + (
-                ["..."] if len(some) > 8 else []
-            )
-            notes.append(f"Not scored, of {len(table['name'])} images: {', '.join(listed)}.")
+        if unscored := [
+            f"{METRICS[k].title} {of}"
+            for k in self.metrics
+            if (of := _unscored({m: scores[m][k] for m in scores}))
+        ]:
+            notes.append(f"Not scored, of {count} images: {'; '.join(unscored)}.")
+        if self.settings["reference"] not in scores and len(scores) > 1:
+            notes.append(f"No comparisons: {self.settings['reference']} is not among the methods.")
         notes += [
             f"{METHODS[m].title} does not go with this network: {why}" for m, why in self.refused.items()
         ]
         notes += [skipped_report(self.skipped)] if self.skipped else []
         return [*notes, *filter(None, [few_note(len(table["name"]), "images")])]
+
+
+def _seeded(scorer: Any, seed: int) -> Any:
+    """A metric or method that draws, drawing by ``seed``."""
+    return replace(scorer, seed=seed) if hasattr(scorer, "seed") else scorer
+
+
+def _unscored(own: dict[str, np.ndarray]) -> str:
+    """How many images each method's scores lack: ``3 (all methods)``, ``2 (LRP z+)``; empty where none."""
+    lacking: dict[int, list[str]] = {}
+    for method, values in own.items():
+        lacking.setdefault(int((~np.isfinite(values)).sum()), []).append(METHODS[method].title)
+    lacking.pop(0, None)
+    return ", ".join(
+        f"{n} ({'all methods' if len(names) == len(own) > 1 else ', '.join(names)})"
+        for n, names in lacking.items()
+    )
 
 
 def _titled(place: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ Scores = Mapping[
     str, Mapping[str, np.ndarray]
 ]  # method -> metric -> one score per image (N,), NaN = not scored
 LEVEL = 0.05
+EXACT = 50  # pairs up to which the signed-rank test is exact, where nothing ties
 FEWEST = 6  # pairs with which a signed-rank test can reach the level at all
 
 
@@ -73,7 +74,10 @@ def signed_rank(difference: np.ndarray) -> float:
         return np.nan
     if not difference.any():
         return 1.0
-    # Exact where it can be; Pratt's zeros take part in the ranking, so that many ties do not count as certainty.
+    size = np.abs(difference)
+    if len(difference) <= EXACT and size.all() and len(np.unique(size)) == len(size):
+        return float(wilcoxon(difference, method="exact").pvalue)
+    # Pratt's zeros take part in the ranking, so that many ties do not count as certainty.
     return float(wilcoxon(difference, zero_method="pratt", method="approx").pvalue)
 
 
@@ -129,8 +133,9 @@ def score_table(
         cells = [method]
         for metric in metrics:
             s = summarise(own[metric], seed)
+            others = [rank for name, rank in place.get(metric, {}).items() if name != method]
             rank = place.get(metric, {}).get(method, 0)
-            best = {1: "¹", 2: "²"}.get(int(rank) if rank == int(rank) else 0, " ")
+            best = {1.0: "¹", 2.0: "²"}.get(rank, " ") if rank not in others else " "
             mark = marks.get((method, metric), "")
             cells.append(f"{s}{best}{mark:1}" if s.n else "–  ")
         lines.append(cells)

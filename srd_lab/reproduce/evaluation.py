@@ -16,9 +16,10 @@ from srd_lab.data import skipped_report
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
 from srd_lab.options import weights_of
-from srd_lab.reproduce.paper import Finding, against_value, paper, report
+from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report
 from srd_lab.runtime import pick_device
 from srd_lab.tracking import Run
+from srd_lab.types import SrdLabError
 
 ACTIVATIONS = ("relu", "elu", "leaky_relu", "silu", "gelu", "tanh")
 LEGEND = (
@@ -38,6 +39,11 @@ class _Table(ABC):
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.models = list(dict.fromkeys(settings["models"]))
+        if not self.models:
+            raise SrdLabError(
+                f"{self.name} has no network for this data; give --data cifar100:PATH, and --model NAME "
+                "--weights NAME=FILE for each"
+            )
         weights_of(settings["weights"], self.models)
         asked = self.methods if "all" in settings["methods"] else settings["methods"]
         self.asked = [method for method in self.methods if method in asked]
@@ -62,7 +68,12 @@ class _Table(ABC):
         found = [f for name, own in scores.items() for f in self.findings(name, own)]
         run.save_text("findings.csv", csv_text([vars(finding) for finding in found]))
         inside = sum(finding.verdict == "inside" for finding in found)
-        said = f"{inside} of the paper's {len(found)} values lie inside the measured 95 % intervals (findings.csv has each)."
+        judged = sum(finding.verdict in ("inside", "outside") for finding in found)
+        said = UNANSWERED
+        if judged:
+            said = f"{inside} of the paper's {judged} values lie inside the measured 95 % intervals (findings.csv has each)."
+        elif found:
+            said = "Too few images for intervals to hold the paper's values against."
         tables = self.tables(scores, accuracy)
         publish(run, report(self.title(), tables, [], self.deviations(), said), seconds)
 
@@ -87,7 +98,12 @@ class _Table(ABC):
         s, value = summarise(values, self.settings["seed"]), self.printed(name, method, metric)
         if not s.n:
             return "–"
-        return f"{s.mean:.3f} ±{(s.high - s.low) / 2:.3f} {_beside(s, value)}"
+        half = "–" if np.isnan(s.low) else f"{(s.high - s.low) / 2:.3f}"
+        return f"{s.mean:.3f} ±{half} {_beside(s, value)}"
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether the paper has this network."""
 
     @abstractmethod
     def printed(self, name: str, method: str, metric: str) -> float | None:
@@ -112,7 +128,7 @@ class _Table(ABC):
             for name, file in files.items()
             if file
         ]
-        if unknown := [name for name in self.models if self.printed(name, "srd", "fidelity") is None]:
+        if unknown := [name for name in self.models if not self.has(name)]:
             lines.append(f"networks that the paper does not have: {', '.join(unknown)}")
         if left_out := [method for method in self.methods if method not in self.asked]:
             lines.append(f"methods left out: {', '.join(left_out)}")
@@ -131,6 +147,10 @@ class Table2(_Table):
     """All rows and columns of Table 2."""
 
     key, name, methods, metrics = "table2", "Table 2", TABLE_2, TABLE_2_METRICS
+
+    def has(self, name: str) -> bool:
+        """By name."""
+        return name in paper()["table2"]
 
     def printed(self, name: str, method: str, metric: str) -> float | None:
         """The cell of a network that the paper has."""
@@ -168,6 +188,10 @@ class Table4(_Table):
     """Fidelity of one network with six activations."""
 
     key, name, methods, metrics = "table4", "Table 4", TABLE_4, ("fidelity",)
+
+    def has(self, name: str) -> bool:
+        """ResNet50 for small images, with any of the activations."""
+        return name.removesuffix(f"_{activation_of(name)}") == "resnet50_3x3"
 
     def printed(self, name: str, method: str, metric: str) -> float | None:
         """The cell of the network's activation."""

@@ -36,8 +36,8 @@ class Finding:
 
     what : in words; paper : its value, or the claim (``> 0``).
     measured, low, high : value and 95 % interval over n images or pairs.
-    verdict : ``inside`` or ``outside`` for a value; ``holds``, ``does not hold``, ``open`` (the interval holds the limit)
-        or ``too few`` images for a claim.
+    verdict : ``inside`` or ``outside`` for a value; ``holds``, ``does not hold`` or ``open`` (the interval holds the limit)
+        for a claim; ``too few`` images for either.
     """
 
     what: str
@@ -56,9 +56,8 @@ class Finding:
 
 def against_value(what: str, value: float, measured: float, low: float, high: float, n: int) -> Finding:
     """Whether the paper's value lies in the measured interval."""
-    return Finding(
-        what, f"{value:g}", measured, low, high, n, "inside" if low <= value <= high else "outside"
-    )
+    verdict = "too few" if np.isnan(low) else "inside" if low <= value <= high else "outside"
+    return Finding(what, f"{value:g}", measured, low, high, n, verdict)
 
 
 def against_claim(what: str, limit: float, measured: float, low: float, high: float, n: int) -> Finding:
