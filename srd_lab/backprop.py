@@ -51,8 +51,8 @@ _NOT_AFFINE = {
     *(torch.linalg.norm, torch.linalg.vector_norm, torch.prod, T.prod, torch.logsumexp, T.logsumexp),
     *(torch.cumprod, T.cumprod, torch.cdist, F.cosine_similarity),
 }  # fmt: skip
-_DIVISIONS = {torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide}
-_PRODUCTS = _DIVISIONS | {
+DIVISIONS = {torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide}
+_PRODUCTS = DIVISIONS | {
     *(torch.mul, T.mul, T.mul_, torch.multiply, T.multiply),
     *(
         torch.matmul,
@@ -68,6 +68,11 @@ _PRODUCTS = _DIVISIONS | {
     ),
     *(torch.addmm, T.addmm, torch.baddbmm, T.baddbmm, torch.addcmul, T.addcmul, torch.lerp, T.lerp),
 }
+SHIFTS = {
+    *(torch.add, T.add, T.add_, torch.sub, T.sub, T.sub_, torch.subtract, T.subtract, T.subtract_),
+    *(torch.rsub, T.__rsub__),
+}
+COPIES = {torch.clone, T.clone, T.contiguous, T.to}
 _NO_GATE = "is used for more than multiplying a map by it"
 
 
@@ -275,7 +280,7 @@ class Decomposed(Gated):
         """Whether a call that is no layer is affine in the maps among its operands."""
         if function in _PRODUCTS:
             divisor = args[1] if len(args) > 1 else kwargs.get("other")
-            return len(moving) == 1 and not (function in _DIVISIONS and divisor is moving[0])
+            return len(moving) == 1 and not (function in DIVISIONS and divisor is moving[0])
         return function not in _NOT_AFFINE and function not in GATES
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
@@ -332,6 +337,22 @@ def exchanged(
         return type(arg)(map(one, arg)) if type(arg) in (tuple, list) else one(arg)
 
     return tuple(map(each, args)), {name: each(arg) for name, arg in kwargs.items()}
+
+
+def constant_part(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
+) -> Tensor:
+    """What an affine call makes of zeros."""
+    return called_with(0, function, args, kwargs, moving)
+
+
+def called_with(
+    value: float, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
+) -> Tensor:
+    """What a call makes of maps that are ``value`` everywhere."""
+    with torch.no_grad():
+        args, kwargs = exchanged(args, kwargs, {id(t): torch.full_like(t, value) for t in moving})
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 def overwrites(function: Function, kwargs: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import Decomposed, exchanged, overwrites, tensors_in
+from srd_lab.backprop import COPIES, SHIFTS, Decomposed, constant_part, overwrites, tensors_in
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool
 from srd_lab.held import HELD
 from srd_lab.layout import Channels, has_extent
@@ -32,10 +32,6 @@ _SLICING = {
     "split",
     "unbind",
 }  # of colours, to normalise each
-_SHIFTS = {
-    *(torch.add, T.add, T.add_, torch.sub, T.sub, T.sub_, torch.subtract, T.subtract, T.subtract_),
-    *(torch.rsub, T.__rsub__),
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,8 @@ class SRDTrace(Decomposed):
         self._made_by: TensorNotes[Call] = TensorNotes()
         self._convolved: TensorNotes[Convolution] = TensorNotes()
         self._found: End | None = None
+        self._pooled: TensorNotes[bool] = TensorNotes()
+        self._apart = False  # whether maps of several branches are pooled, each by itself
         self._input: Tensor | None = None  # what the network proper is fed with, once normalised
         self._at_input = True
         self._ahead: TensorNotes[bool] = TensorNotes(
@@ -103,6 +101,11 @@ class SRDTrace(Decomposed):
                 "no end of an encoder was found (a map with spatial extent before global pooling or flattening, or "
                 "tokens before one is picked or all are averaged); "
                 'name the submodule that puts it out with encoder="..." ("" is the model itself)'
+            )
+        if self._apart:
+            raise SrdLabError(
+                "several maps are pooled, each by itself, before the logits, so that none is the encoder's output; name the "
+                'submodule to explain with encoder="..."'
             )
         if self._found.output._version != self._found.version:
             raise SrdLabError(
@@ -139,6 +142,7 @@ class SRDTrace(Decomposed):
         self._made_by.clear()
         self._convolved.clear()
         self._ahead.clear()
+        self._pooled.clear()
         self._read.clear()
         self._found = self._input = None
 
@@ -182,7 +186,9 @@ class SRDTrace(Decomposed):
 
     def max_pool(self, pool: MaxPool) -> Any:
         self._leave_input(pool.x)
-        return super().max_pool(pool)
+        out = super().max_pool(pool)
+        self._look_for_end(F.max_pool2d, pool.x, out[0] if isinstance(out, tuple) else out)
+        return out
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         moving = self.moving(args, kwargs)
@@ -195,7 +201,7 @@ class SRDTrace(Decomposed):
             out = HELD[function](self, *args, **kwargs)
             if out is not None:
                 return out
-        if self._with_bias and function in _SHIFTS and len(moving) == 1:
+        if self._with_bias and function in SHIFTS and len(moving) == 1:
             out = self._shift(function, args, kwargs, x, axis)
         else:
             out = super().other(function, args, kwargs)
@@ -203,6 +209,8 @@ class SRDTrace(Decomposed):
                 out = self._account(function, args, kwargs, moving, out)
         self.channels.follow(function, args, kwargs, x, axis, out)
         self._follow_input(function, moving, out)
+        if function in COPIES and (conv := self._convolved.get(x)) is not None:
+            self._convolved.put(out, conv)
         if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
             self._look_for_end(function, args[0], out)
         return out
@@ -220,7 +228,7 @@ class SRDTrace(Decomposed):
     ) -> Tensor:
         """A constant belongs to the vector that it is added to, as the shift of a batch norm does."""
         carrier = x.clone() if overwrites(function, kwargs) else x
-        shift = _of_zeros(function, args, kwargs, [x])
+        shift = constant_part(function, args, kwargs, [x])
         out = super().other(function, args, kwargs)
         if out.dim() > x.dim():
             return out  # type: ignore[no-any-return]
@@ -237,7 +245,7 @@ class SRDTrace(Decomposed):
         """``out`` of an affine call, its constant part put down as lost: a class token put in front, say."""
         if not isinstance(out, Tensor) or not out.requires_grad or overwrites(function, kwargs):
             return out
-        constant = _of_zeros(function, args, kwargs, moving)
+        constant = constant_part(function, args, kwargs, moving)
         return self.absorb(out, constant) if constant.any() else out
 
     # where things begin and end --------------------------------------------------------------------------
@@ -278,27 +286,28 @@ class SRDTrace(Decomposed):
         """A layer on a map with spatial extent: what was pooled before was a side branch, not the end."""
         self._leave_input(x)
         if self._encoder is None and has_extent(x, axis):
-            self._found = None
+            self._found, self._apart = None, False
 
     def _look_for_end(self, function: Function, first: Tensor, out: Tensor) -> None:
-        if self._encoder is not None or self._found is not None or not first.requires_grad:
+        if self._encoder is not None or not first.requires_grad:
             return
         extended = has_extent(first, self.channels.of(first))
         if first.dim() not in (3, 4) or (first.dim() == 3 and not extended):
             return
         pooled = extended and out.dim() == first.dim() and not has_extent(out, self.channels.of(out))
         flattened = out.dim() < first.dim() and out.shape[0] == first.shape[0]
-        if pooled or flattened or (function in _GLOBAL_POOLS and first.dim() == 4):
+        if not (pooled or flattened or (function in _GLOBAL_POOLS and first.dim() == 4)):
+            return
+        self._pooled.put(out, True)
+        if self._found is None:
             self._found = self.ends(first)
-
-
-def _of_zeros(
-    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
-) -> Tensor:
-    """What an affine call makes of zeros: its constant part."""
-    with torch.no_grad():
-        args, kwargs = exchanged(args, kwargs, {id(t): torch.zeros_like(t) for t in moving})
-        return function(*args, **kwargs)  # type: ignore[no-any-return]
+        elif extended and original_of(first) is not self._found.output and not self._pooled.get(first):
+            # a gate, say, whose pooled factor is the map's own: the later map is the end; or one branch of several
+            (from_it,) = torch.autograd.grad(
+                first.sum(), self._found.output, allow_unused=True, retain_graph=True
+            )
+            self._apart = from_it is None
+            self._found = self.ends(first)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

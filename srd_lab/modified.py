@@ -9,19 +9,57 @@ modified pre-activation: its ordinary backward pass goes through the modified we
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import GATES, Decomposed, exchanged, overwrites, tensors_in
+from srd_lab.backprop import (
+    COPIES,
+    DIVISIONS,
+    GATES,
+    SHIFTS,
+    Decomposed,
+    called_with,
+    constant_part,
+    exchanged,
+    overwrites,
+    tensors_in,
+)
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take
 from srd_lab.layout import Channels
 from srd_lab.notes import TensorNotes
 from srd_lab.types import SrdLabError
 
 _NON_NEGATIVE = ("relu", "relu6", "softplus")
+T = torch.Tensor
+_ELEMENTWISE = (
+    SHIFTS
+    | DIVISIONS
+    | COPIES
+    | {
+        *(
+            torch.mul,
+            T.mul,
+            T.mul_,
+            torch.multiply,
+            T.multiply,
+            torch.neg,
+            T.neg,
+            T.neg_,
+            torch.negative,
+            T.negative,
+        ),
+    }
+)
+_ADAPTIVE_MAX_POOLS = {F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices}
+_MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "tensordot"}
+_LAYERS = ("addmm", "addbmm", "baddbmm", "addmv", "addcmul", "addcdiv", "lerp")
+_CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -71,7 +109,14 @@ class ModifiedTrace(Decomposed):
         if conv is not None:
             return self._convolved(conv, conv.weight, conv.bias)
         part = self._parts.get(t)
+        if part is None and (self._parts.stale(t) or self._unfolded.stale(t)):
+            raise self._unfollowed("reads a tensor of which a part was overwritten")
         return t if part is None else part
+
+    def _unfollowed(self, what: str) -> SrdLabError:
+        return SrdLabError(
+            f"{self.where()} {what}, which this rule cannot follow; use another method on this network"
+        )
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
@@ -83,7 +128,10 @@ class ModifiedTrace(Decomposed):
         part = self.modified(x)
         self._u = part.clone() if part is x else part
         self._axis = self._channels.of(x)
-        return self._channels.put(super().activate(call, x, inplace), self._axis)
+        out = super().activate(call, x, inplace)
+        for notes in (self._parts, self._unfolded):
+            notes.drop(out)  # in place, what was noted is over
+        return self._channels.put(out, self._axis)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         assert self._u is not None
@@ -105,6 +153,10 @@ class ModifiedTrace(Decomposed):
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
         conv, scale = self._unfolded.get(norm.x), norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
+        if (box := self._boxes.get(norm.x)) is not None:  # a normalisation of the image
+            y = run()
+            self._note(y, [end * scale + norm.shift.view_as(scale) for end in box])
+            return y
         if conv is not None:
             bias = norm.shift if conv.bias is None else conv.bias * norm.scale + norm.shift
             part = self._convolved(conv, conv.weight * norm.scale.view(-1, 1, 1, 1), bias)
@@ -118,11 +170,18 @@ class ModifiedTrace(Decomposed):
 
     def max_pool(self, pool: MaxPool) -> Any:
         out = super().max_pool(pool)
-        box = self._boxes.get(pool.x)
-        if isinstance(out, Tensor) and (box is not None or self._noted(pool.x)):
-            winners = pool.apply(pool.x.detach(), True)[1]
-            self._note(out, [take(t, winners) for t in (box or (self.modified(pool.x),))])
+        self._note_winners(out, pool.x, lambda x: pool.apply(x, True)[1])
         return out
+
+    def _note_winners(self, out: Any, x: Tensor, winners_of: Callable[[Tensor], Tensor]) -> None:
+        """What was pooled from ``x`` is what won there, in the positive part too."""
+        box = self._boxes.get(x)
+        if box is not None or self._noted(x):
+            winners = winners_of(x.detach())
+            self._note(
+                out if isinstance(out, Tensor) else out[0],
+                [take(t, winners) for t in box or (self.modified(x),)],
+            )
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any other affine operation does to the positive parts what it does to the values; a gate is one factor for
@@ -139,19 +198,64 @@ class ModifiedTrace(Decomposed):
     def _mirrored(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = super().other
         tensors = tensors_in(args, kwargs)
+        name = getattr(function, "__name__", "")
         if function in GATES:
             return run(function, args, kwargs)
-        if any(self._noted(t) for t in tensors):
-            tables = [{id(t): self.modified(t) for t in tensors}]
-        elif any(self._boxes.get(t) for t in tensors):
+        if function in _ADAPTIVE_MAX_POOLS:
+            out, size = run(function, args, kwargs), args[1] if len(args) > 1 else kwargs["output_size"]
+            winners_of = partial(F.adaptive_max_pool2d, output_size=size, return_indices=True)
+            self._note_winners(out, tensors[0], lambda x: winners_of(x)[1])
+            return out
+        noted = any(map(self._noted, tensors))
+        if noted or not any(self._boxes.get(t) for t in tensors):
+            if name == "__setitem__":
+                raise self._unfollowed("writes into a part of a tensor")
+            moving, constant = self.moving(args, kwargs), not self._gated(tensors)
+            if function in _ELEMENTWISE and constant and len(moving) == 1:
+                return self._stretched(function, args, kwargs, moving[0])
+            if name in _LAYERS or (name in _CHOICES and noted):
+                return self._refused(function, args, kwargs, "is a layer or a pool of its own")
+            if name.startswith(("sub", "rsub", "__rsub")) and len(moving) > 1:
+                return self._refused(function, args, kwargs, "takes a map off another")
+            product = name in _MATRIX_PRODUCTS and constant
+            if not product and not noted:
+                return run(function, args, kwargs)
+            of_constants = self._modify if product else self.modified
+            tables = [{id(t): (self.modified if self.moves(t) else of_constants)(t) for t in tensors}]
+        else:
             bounds = {id(t): self._boxes.get(t) or (t, t) for t in tensors}
             tables = [{key: ends[i] for key, ends in bounds.items()} for i in (0, 1)]
-        else:
-            return run(function, args, kwargs)
         mirrored = [_mirror(function, args, kwargs, table) for table in tables]
         out = run(function, args, kwargs)
         if _made_tensors(out):
             self._note(out, [run(function, *given) for given in mirrored])
+        return out
+
+    def _gated(self, tensors: list[Tensor]) -> bool:
+        """Whether a factor is no plain constant: its derivative counts when the map is differentiated."""
+        return any(t.requires_grad and not t.is_leaf and not self.moves(t) for t in tensors)
+
+    def _stretched(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> Tensor:
+        """A number times a map plus another: folded into the convolution before it, as batch norm is, or by itself."""
+        shift = constant_part(function, args, kwargs, [x])
+        scale = called_with(1, function, args, kwargs, [x]) - shift
+        conv, part = self._unfolded.get(x), self.modified(x)
+        plain = not self._noted(x) and not shift.any() and not (scale < 0).any()
+        out: Tensor = super().other(function, args, kwargs)
+        if plain:
+            return out
+        if conv is not None and out.shape == x.shape:
+            by, plus = scale[0, :, 0, 0], shift[0, :, 0, 0]
+            if all((t == v.view(1, -1, 1, 1)).all() for t, v in ((scale, by), (shift, plus))):
+                bias = plus if conv.bias is None else conv.bias * by + plus
+                self._unfolded.put(out, replace(conv, weight=conv.weight * by.view(-1, 1, 1, 1), bias=bias))
+                return out
+        if (scale < 0).any():
+            return self._guarded(out, function, "turns the sign of a map")
+        added = self._modified_bias(shift)
+        self._parts.put(out, part * scale if added is None else part * scale + added)
         return out
 
     # positive parts ------------------------------------------------------------------------------------
@@ -165,7 +269,7 @@ class ModifiedTrace(Decomposed):
             if len(parts) == 1:
                 self._parts.put(t, parts[0])
             else:
-                self._boxes.put(t, (parts[0], parts[1]))
+                self._boxes.put(t, (torch.minimum(*parts), torch.maximum(*parts)))
 
     def _modified_bias(self, bias: Tensor | None) -> Tensor | None:
         return self._modify(bias) if self._with_bias and bias is not None else None
