@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.calls import Call, Convolution, Function, function_name, in_place
+from srd_lab.calls import Call, Convolution, Function, function_name, in_place, tensors_in
 from srd_lab.checks import refuse_checkpoint
 from srd_lab.intercept import Interceptor, SmoothModel
 from srd_lab.models.classifier import Classifier
@@ -316,13 +316,6 @@ class Decomposed(Gated):
             return in_place(args[0], lambda t: guarded(function(t, *args[1:], **kwargs)))
         out = function(*args, **kwargs)
         return tuple(guarded(t) for t in out) if isinstance(out, tuple) else guarded(out)
-
-
-def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
-    """The tensors among a call's arguments, one level of lists deep."""
-    leaves = (*args, *(kwargs or {}).values())
-    flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, tuple | list) else (leaf,))]
-    return [t for t in flat if isinstance(t, Tensor)]
 
 
 def exchanged(

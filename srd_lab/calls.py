@@ -36,6 +36,13 @@ class _WriteBack(torch.autograd.Function):
         return torch.zeros_like(grads[0]) if ctx.part_of_another else None, grads[0]
 
 
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
+    """The tensors among a call's arguments, one level of lists deep."""
+    leaves = (*args, *(kwargs or {}).values())
+    flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, tuple | list) else (leaf,))]
+    return [t for t in flat if isinstance(t, Tensor)]
+
+
 def in_place(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """``x`` overwritten by ``function(x)``; whatever ``function`` saved for its derivative stays intact."""
     return _WriteBack.apply(x, function(x.clone()))  # type: ignore[no-untyped-call,no-any-return]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import COPIES, SHIFTS, Decomposed, constant_part, overwrites, tensors_in
-from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool
+from srd_lab.backprop import COPIES, SHIFTS, Decomposed, constant_part, overwrites
+from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, tensors_in
 from srd_lab.held import HELD
 from srd_lab.layout import Channels, has_extent
 from srd_lab.level import call_index, high_call

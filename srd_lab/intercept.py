@@ -47,6 +47,7 @@ from srd_lab.calls import (
     recognise,
     smooth_clip,
     smooth_relu,
+    tensors_in,
 )
 from srd_lab.checks import check_model, refuse_checkpoint
 from srd_lab.notes import is_one_with
@@ -245,19 +246,30 @@ class Watch(Interceptor):
 class Exchange(Watch):
     """Runs a model in which what its torch function number ``event`` returned is exchanged for ``by`` of it.
 
-    Model and control flow are those of the run that counted ``events``; the batch may grow on the way.
+    Model and control flow are those of the run that counted ``events``; the batch may grow on the way, unless (RuntimeError)
+    the call was in place and what it overwrote is read again.
     """
 
     def __init__(self, model: nn.Module, event: int, by: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model)
         self.event, self.by = event, by
+        self._overwritten: Tensor | None = None
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = self.events
+        operands, before = tensors_in(args, kwargs), self.events
+        if any(t is self._overwritten for t in operands):
+            raise RuntimeError("what was exchanged is read under the name that it had before the call")
         out = super().__torch_function__(func, types, args, kwargs)
-        return self.by(out) if before < self.events == self.event else out
+        if not before < self.events == self.event:
+            return out
+        made = self.by(out)
+        if any(t is out for t in operands):  # in place: whoever holds it is to see the exchange
+            if made.shape == out.shape:
+                return out.copy_(made)
+            self._overwritten = out
+        return made
 
 
 class SmoothModel(nn.Module):

@@ -28,9 +28,8 @@ from srd_lab.backprop import (
     constant_part,
     exchanged,
     overwrites,
-    tensors_in,
 )
-from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take
+from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take, tensors_in
 from srd_lab.layout import Channels
 from srd_lab.notes import TensorNotes
 from srd_lab.types import SrdLabError

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps, rules
-from srd_lab.backprop import split_normalisation, tensors_in, traced
-from srd_lab.calls import BatchNorm, Call, Convolution, Function
+from srd_lab.backprop import SHIFTS, constant_part, overwrites, split_normalisation, traced
+from srd_lab.calls import BatchNorm, Call, Convolution, Function, in_place, tensors_in
 from srd_lab.checks import check_input, class_logit
 from srd_lab.intercept import Watch
 from srd_lab.layout import Channels
+from srd_lab.notes import TensorNotes
 from srd_lab.types import Explainer
 
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
@@ -64,6 +65,22 @@ class _Biases(Watch):
         super().__init__(model)
         self.found: list[tuple[Tensor, Tensor, int]] = []
         self.channels = Channels()
+        self._of_image: TensorNotes[bool] = TensorNotes(lasting=True)
+
+    def trace(self, fed: Tensor) -> Tensor:
+        """The logits; ``fed`` may be changed in place."""
+        self._of_image.put(fed, True)
+        return self.run(fed)  # type: ignore[no-any-return]
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operands = tensors_in(args, kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
+        if any(self._of_image.get(t) for t in operands):
+            for t in tensors_in((out,)):
+                self._of_image.put(t, True)
+        return out
 
     def note(self, y: Tensor, bias: Tensor, axis: int) -> Tensor:
         """``y``, which holds ``bias``; a copy, as what follows may overwrite it."""
@@ -77,7 +94,7 @@ class _Biases(Watch):
         return self.channels.put(self._activated(call, x, inplace, axis), axis)
 
     def _activated(self, call: Call, x: Tensor, inplace: bool, axis: int) -> Tensor:
-        if call.kind in _WITHOUT_BIAS or not x.requires_grad:
+        if call.kind in _WITHOUT_BIAS or not self._of_image.get(x):
             return super().activate(call, x, inplace)
         u = x.clone()
         v = call.function(u)
@@ -98,13 +115,26 @@ class _Biases(Watch):
         return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        moving = [t for t in tensors_in(args, kwargs) if t.requires_grad and not t.is_leaf]
-        x = max(moving, key=Tensor.dim, default=None)
-        axis = 1 if x is None else self.channels.of(x)
+        moving = [t for t in tensors_in(args, kwargs) if self._of_image.get(t)]
+        if not moving:
+            return super().other(function, args, kwargs)
+        x = max(moving, key=Tensor.dim)
+        axis = self.channels.of(x)
+        if function in SHIFTS and len(moving) == 1:
+            return self._shifted(function, args, kwargs, x, axis)
         out = super().other(function, args, kwargs)
-        if x is not None:
-            self.channels.follow(function, args, kwargs, x, axis, out)
+        self.channels.follow(function, args, kwargs, x, axis, out)
         return out
+
+    def _shifted(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
+    ) -> Tensor:
+        """What is added to a map is a bias."""
+        bias = constant_part(function, args, kwargs, [x])
+        axis += bias.dim() - x.dim()
+        if overwrites(function, kwargs):
+            return in_place(x, lambda u: self.note(function(u, *args[1:], **kwargs), bias, axis))
+        return self.note(function(*args, **kwargs), bias, axis)
 
 
 def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple[list[Tensor], Tensor, bool]:
@@ -116,7 +146,7 @@ def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple
     with torch.enable_grad():
         given = normalise(leaf)
         trace = _Biases(network)
-        logits = trace.run(given.clone())
+        logits = trace.trace(given.clone())
         score = class_logit(logits, target).sum()
         held = [given, *(y for y, _, _ in trace.found)]
         slopes = torch.autograd.grad(score, held, create_graph=differentiable, allow_unused=True)
