@@ -46,11 +46,16 @@ _NOT_AFFINE = {
     *(torch.square, T.square, torch.pow, T.pow, T.pow_, T.__pow__, T.__rpow__, T.__ipow__),
     *(torch.sin, T.sin, torch.cos, T.cos, torch.erf, T.erf, torch.reciprocal, T.reciprocal, T.__rdiv__),
     *(torch.log1p, T.log1p, torch.expm1, T.expm1, torch.atan, T.atan),
+    *(torch.logaddexp, torch.logaddexp2, torch.fmax, torch.fmin, torch.remainder, torch.fmod, torch.hypot),
+    *(torch.log2, torch.log10, torch.lgamma, torch.logit, torch.sinc, torch.sinh, torch.cosh, torch.tan, torch.sgn),
+    *(torch.special.expit, torch.special.softmax, torch.special.log_softmax, torch.special.erf),
+    *(T.square_, T.sqrt_, T.rsqrt_, T.sin_, T.log_, T.exp2_, torch.exp2, T.sigmoid_, T.tan_, T.reciprocal_),
     # statistics
     *(torch.var, T.var, torch.std, T.std, torch.var_mean, torch.std_mean, torch.norm, T.norm),
     *(torch.linalg.norm, torch.linalg.vector_norm, torch.prod, T.prod, torch.logsumexp, T.logsumexp),
     *(torch.cumprod, T.cumprod, torch.cdist, F.cosine_similarity),
 }  # fmt: skip
+_ONE_OR_TWO = {torch.max, T.max, torch.min, T.min}
 DIVISIONS = {torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide}
 _PRODUCTS = DIVISIONS | {
     *(torch.mul, T.mul, T.mul_, torch.multiply, T.multiply),
@@ -236,6 +241,18 @@ class Decomposed(Gated):
     def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
         super().__init__(model, rule)
         self._still: TensorNotes[bool] = TensorNotes()  # gates, and what is made of gates and weights alone
+        self._masks: TensorNotes[bool] = TensorNotes()  # what comparisons of maps made
+        self._unseen: TensorNotes[bool] = TensorNotes()  # made with gradients off
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(t.requires_grad and self._unseen.get(t) for t in tensors_in(args, kwargs)):
+            raise SrdLabError(
+                f"{self.where()} runs an autograd function of its own, which cannot be seen through; write it with torch's "
+                "functions, or choose a method that needs gradients only"
+            )
+        return super().__torch_function__(func, types, args, kwargs)
 
     def moves(self, t: Tensor) -> bool:
         """Whether ``t`` is a map: made of the input, and not held."""
@@ -261,9 +278,14 @@ class Decomposed(Gated):
         return _ShareBias.apply(y, x.movedim(axis, 1), bias, conv, axis, self.switch)  # type: ignore[no-untyped-call,no-any-return]
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        moving = self.moving(args, kwargs)
+        moving, masked = self.moving(args, kwargs), any(map(self._masks.get, tensors_in(args, kwargs)))
         if not moving:
-            return self._keep_still(function(*args, **kwargs))
+            out = function(*args, **kwargs)
+            return self._keep_still(self._mask(out) if masked else out)
+        if not torch.is_grad_enabled():
+            return self._hide(function(*args, **kwargs))
+        if masked:
+            return self._refused(function, args, kwargs, "chooses by a comparison of maps")
         if function in GATES:
             return self._keep_still(self._refused(function, args, kwargs, _NO_GATE))
         if not self.is_affine(function, args, kwargs, moving):
@@ -272,7 +294,8 @@ class Decomposed(Gated):
             overwritten = args[0] if overwrites(function, kwargs) else None
             factors = [t for t in tensors_in(args, kwargs) if self._still.get(t) and t is not overwritten]
             args, kwargs = exchanged(args, kwargs, {id(t): self.hold(t) for t in factors})
-        return function(*args, **kwargs)
+        out = function(*args, **kwargs)
+        return self._mask(out) if isinstance(out, Tensor) and out.dtype == torch.bool else out
 
     def is_affine(
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
@@ -281,7 +304,10 @@ class Decomposed(Gated):
         if function in _PRODUCTS:
             divisor = args[1] if len(args) > 1 else kwargs.get("other")
             return len(moving) == 1 and not (function in DIVISIONS and divisor is moving[0])
-        return function not in _NOT_AFFINE and function not in GATES
+        if function in _ONE_OR_TWO:  # of one map: a choice among its own values, as a max pool is
+            return not any(isinstance(other, Tensor) for other in (*args[1:], *kwargs.values()))
+        opaque = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+        return not opaque and function not in _NOT_AFFINE and function not in GATES
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
         """``out``, of which ``constant`` came from no map, and is lost to the live pass."""
@@ -290,6 +316,18 @@ class Decomposed(Gated):
     def as_gate(self, t: Tensor, function: Function) -> Tensor:
         """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
         return self._keep_still(self._guarded(t, function, _NO_GATE))  # type: ignore[no-any-return]
+
+    def _mask(self, out: Any) -> Any:
+        """``out``, a comparison of maps or what was made of one."""
+        for t in tensors_in((out,)):
+            self._masks.put(t, True)
+        return out
+
+    def _hide(self, out: Any) -> Any:
+        """``out``, made with gradients off: if it asks for them later, an autograd function made it."""
+        for t in tensors_in((out,)):
+            self._unseen.put(t, True)
+        return out
 
     def _keep_still(self, out: Any) -> Any:
         for t in tensors_in((out,)):

@@ -231,8 +231,10 @@ class ModifiedTrace(Decomposed):
         return out
 
     def _gated(self, tensors: list[Tensor]) -> bool:
-        """Whether a factor is no plain constant: its derivative counts when the map is differentiated."""
-        return any(t.requires_grad and not t.is_leaf and not self.moves(t) for t in tensors)
+        """Whether a factor is no plain constant, but made of maps: a gate, or a comparison."""
+        return any(
+            self._masks.get(t) or (t.requires_grad and not t.is_leaf and not self.moves(t)) for t in tensors
+        )
 
     def _stretched(
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor

@@ -317,10 +317,10 @@ def test_maps_that_are_zero_do_no_harm() -> None:
 
 @pytest.mark.parametrize("side", [4, 8, 16])
 def test_maps_of_any_size_are_scored(side: int) -> None:
-    """The encoder's output is 1, 2 or 4 positions wide: less than the window of SSIM."""
+    """The encoder's output is 2 or 4 positions wide: less than the window of SSIM."""
     attack = replace(forever("srd", steps=2), explainer=make_explainer("srd", start="ones", level="low"))
     result = attack.run(model_of(), pixels(2, side=side), pixels(2, seed=2, side=side))
-    assert result.map_original.shape[1] == side // 4
+    assert result.map_original.shape[1] == max(2, side // 4)  # a pool that leaves one is no end
     assert all(torch.isfinite(score).all() for score in result.scores.values())
 
 

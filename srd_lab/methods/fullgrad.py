@@ -121,20 +121,26 @@ class _Biases(Watch):
         x = max(moving, key=Tensor.dim)
         axis = self.channels.of(x)
         if function in SHIFTS and len(moving) == 1:
-            return self._shifted(function, args, kwargs, x, axis)
+            bias = constant_part(function, args, kwargs, [x])
+            if bias.dim() == x.dim() and _is_vector(bias, axis):
+                return self._shifted(function, args, kwargs, bias, axis)
         out = super().other(function, args, kwargs)
         self.channels.follow(function, args, kwargs, x, axis, out)
         return out
 
     def _shifted(
-        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor, axis: int
     ) -> Tensor:
         """What is added to a map is a bias."""
-        bias = constant_part(function, args, kwargs, [x])
-        axis += bias.dim() - x.dim()
         if overwrites(function, kwargs):
-            return in_place(x, lambda u: self.note(function(u, *args[1:], **kwargs), bias, axis))
+            return in_place(args[0], lambda u: self.note(function(u, *args[1:], **kwargs), bias, axis))
         return self.note(function(*args, **kwargs), bias, axis)
+
+
+def _is_vector(t: Tensor, axis: int) -> bool:
+    """Whether ``t`` is one vector along ``axis``, at every position of every image."""
+    rows = t.movedim(axis, -1).flatten(0, -2)
+    return bool((rows == rows[:1]).all())
 
 
 def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple[list[Tensor], Tensor, bool]:

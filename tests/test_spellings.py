@@ -1,0 +1,359 @@
+"""One function written in two ways has one map by every method, or is refused: never two maps without a word."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
+
+from srd_lab.methods.fullgrad import FullGrad
+from srd_lab.models import Classifier
+from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.types import SrdLabError
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{key: {"level": 0} for key in ("layercam_high", "srd_high")},
+    **{key: {"level": "input"} for key in ("excitation_backprop", "contrastive_excitation")},
+    **{name: {"start": "ones"} for name in ("srd", "srd_low")},
+    "integrated_gradients": {"steps": 3},
+    "smoothgrad": {"samples": 2},
+}
+LRP = ("lrp_zplus", "lrp_gamma", "excitation_backprop")  # by modified weights
+MODIFIED = {*LRP, "contrastive_excitation"}
+DECOMPOSED = {*MODIFIED, "lrp_epsilon", "srd", "srd_high"}  # srd_low goes no way back
+CAMS = {"gradcam", "gradcam_pp", "xgradcam", "scorecam", "ablationcam", "layercam_low"}
+
+
+class Net(nn.Module):
+    """Some layers, and a way to call them."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.c, self.d = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.fc, self.bn, self.out = nn.Linear(6, 4), nn.BatchNorm2d(6), nn.Identity()
+        nn.init.normal_(self.bn.weight)
+        nn.init.normal_(self.bn.bias, 0, 0.3)
+        nn.init.constant_(self.fc.bias, 1)
+        self.way = forward
+        self.double().eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.way(self, x)
+
+
+Way = Callable[[Any, Tensor], Any]
+
+
+def head(s: Net, y: Tensor) -> Tensor:
+    return s.fc(y.mean((2, 3)))
+
+
+def plain(s: Net, x: Tensor) -> Tensor:
+    return head(s, F.relu(s.d(F.relu(s.c(x)))))
+
+
+def between(step: Callable[[Net, Tensor], Tensor]) -> Way:
+    """A step between the second convolution and its ReLU."""
+    return lambda s, x: head(s, F.relu(step(s, s.d(F.relu(s.c(x))))))
+
+
+def joined(join: Callable[[Tensor, Tensor], Tensor]) -> Way:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y = F.relu(s.c(x))
+        return head(s, F.relu(join(y, s.d(y))))
+
+    return forward
+
+
+def normed(norm: Callable[[Net, Tensor], Tensor]) -> Way:
+    return lambda s, x: head(s, F.relu(s.d(F.relu(norm(s, s.c(x))))))
+
+
+def shuffled(t: Tensor) -> Tensor:
+    n, c, h, w = t.shape
+    return t.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+ORDER = torch.arange(6).view(2, 3).t().flatten()
+
+
+def once(s: Net, x: Tensor) -> Tensor:
+    x = (x - 0.5) / 0.25
+    return plain(s, x) + head(s, F.relu(F.conv2d(x, s.c.weight.flip(0))))
+
+
+def each(s: Net, x: Tensor) -> Tensor:
+    return plain(s, (x - 0.5) / 0.25) + head(s, F.relu(F.conv2d((x - 0.5) / 0.25, s.c.weight.flip(0))))
+
+
+def in_place(s: Net, x: Tensor) -> Tensor:
+    u = s.c(x)
+    return head(s, s.d(F.relu_(u)) + u)
+
+
+def out_of_place(s: Net, x: Tensor) -> Tensor:
+    v = F.relu(s.c(x))
+    return head(s, s.d(v) + v)
+
+
+def frozen(s: Net, y: Tensor) -> Tensor:
+    norm = FrozenBatchNorm2d(6).double()
+    state = {k: v for k, v in s.bn.state_dict().items() if k in norm.state_dict()}
+    norm.load_state_dict(state)
+    return norm(y)
+
+
+# name: two ways, and the methods for which they are two functions
+EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
+    "stacked": (joined(torch.add), joined(lambda y, z: torch.stack([y, z]).sum(0)), set()),
+    "shuffled by views": (between(lambda s, t: t[:, ORDER]), between(lambda s, t: shuffled(t)), set()),
+    "shuffled at the end": (
+        lambda s, x: head(s, F.relu(s.c(x))[:, ORDER]),
+        lambda s, x: head(s, shuffled(F.relu(s.c(x)))),
+        set(),
+    ),
+    "a copy before batch norm": (normed(lambda s, y: s.bn(y)), normed(lambda s, y: s.bn(y.clone())), set()),
+    "another memory format": (
+        normed(lambda s, y: s.bn(y)),
+        normed(lambda s, y: s.bn(y.contiguous(memory_format=torch.channels_last))),
+        set(),
+    ),
+    # the shift of a batch norm is shared along what its convolution reads, a constant along what it is added to
+    "frozen batch norm": (normed(lambda s, y: s.bn(y)), normed(frozen), {"srd", "srd_high"}),
+    "a bias by hand": (
+        between(lambda s, t: t),
+        lambda s, x: head(
+            s,
+            F.relu(
+                F.conv2d(F.relu(s.c(x)), s.d.weight, None, padding=1) + s.d.bias.view(-1, 1, 1),
+            ),
+        ),
+        {"srd", "srd_high"},
+    ),
+    "a matrix product": (
+        plain,
+        lambda s, x: F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)) @ s.fc.weight.T + s.fc.bias,
+        {"contrastive_excitation"},  # wants to know the last layer
+    ),
+    "winners' indices": (
+        between(lambda s, t: F.max_pool2d(t, 2)),
+        between(lambda s, t: F.max_pool2d(t, 2, return_indices=True)[0]),
+        set(),
+    ),
+    "an adaptive pool": (
+        between(lambda s, t: F.max_pool2d(t, 2)),
+        between(lambda s, t: F.adaptive_max_pool2d(t, (t.shape[2] // 2, t.shape[3] // 2))),
+        set(),
+    ),
+    "a pool over all": (
+        lambda s, x: s.fc(F.adaptive_max_pool2d(F.relu(s.c(x)), 1).flatten(1)),
+        lambda s, x: s.fc(F.max_pool2d(F.relu(s.c(x)), x.shape[2:]).flatten(1)),
+        set(),
+    ),
+    "read under its old name": (out_of_place, in_place, set()),
+    "a negative image": (
+        lambda s, x: plain(s, 1 - x),
+        lambda s, x: plain(s, torch.rsub(x, 1)),
+        set(),
+    ),
+}
+
+
+def maps(way: Way, name: str, x: Tensor) -> Tensor:
+    return make_explainer(name, **OPTIONS.get(name, {})).explain(Net(way), x, 1)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(2, 3, 8, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("spelling", EQUAL)
+def test_two_ways_to_write_a_function_have_one_map(spelling: str, name: str, x: Tensor) -> None:
+    one, other, apart = EQUAL[spelling]
+    torch.testing.assert_close(Net(one)(x), Net(other)(x))
+    if name in apart:
+        pytest.skip("a function of its own to this method")
+    expected = maps(one, name, x)
+    assert expected.any() or name in CAMS
+    torch.testing.assert_close(maps(other, name, x), expected, rtol=1e-7, atol=1e-10)
+
+
+def test_a_second_normalisation_brings_relevance_back_to_the_image(x: Tensor) -> None:
+    """With one, relevance refers to what it puts out; conserved are both."""
+    for name in ("srd", "lrp_epsilon"):
+        found = [
+            make_explainer(name, **OPTIONS.get(name, {})).explain(Net(way), x, 1) for way in (once, each)
+        ]
+        torch.testing.assert_close(*(m.sum((1, 2)) for m in found))
+        assert found[0].any()
+
+
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * (x > 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return grads[0] * (ctx.saved_tensors[0] > 0)
+
+
+def sliced(y: Tensor, z: Tensor) -> Tensor:
+    z[:, :3] += y[:, :3]
+    z[:, 3:] += y[:, 3:]
+    return z
+
+
+def buffered(y: Tensor, z: Tensor) -> Tensor:
+    whole = torch.empty_like(y)
+    whole[:] = z
+    return whole + y
+
+
+def apart(s: Net, x: Tensor) -> Tensor:
+    a, b = F.relu(s.c(x)[:, :3]), F.relu(F.conv2d(x, s.c.weight[3:], padding=1))
+    return s.fc(torch.cat([a.mean((2, 3)), b.mean((2, 3))], 1))
+
+
+# name: a way, who refuses it, and what is said
+REFUSED: dict[str, tuple[Way, set[str], str]] = {
+    "largest of two": (between(lambda s, t: torch.max(t, 0 * t)), DECOMPOSED, "torch.max in"),
+    "masked": (between(lambda s, t: t.masked_fill(t < 0, 0)), DECOMPOSED, "chooses by a comparison of maps"),
+    "where": (between(lambda s, t: torch.where(t > 0, t, 0)), DECOMPOSED, "chooses by a comparison of maps"),
+    "times": (between(lambda s, t: t * (t > 0).double()), DECOMPOSED, "chooses by a comparison of maps"),
+    "an operator": (between(lambda s, t: torch.ops.aten.relu(t)), DECOMPOSED, "aten.relu in"),
+    "logaddexp": (between(lambda s, t: torch.logaddexp(t, 0 * t)), DECOMPOSED, "torch.logaddexp in"),
+    "a function of one's own": (
+        between(lambda s, t: Own.apply(t)),
+        DECOMPOSED,
+        "an autograd function of its own",
+    ),
+    "slices": (joined(sliced), MODIFIED, "writes into a part of a tensor"),
+    "a buffer": (joined(buffered), MODIFIED, "writes into a part of a tensor"),
+    "a difference": (joined(lambda y, z: z - y), MODIFIED, "takes a map off another"),
+    "a turned sign": (
+        lambda s, x: -F.linear(F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)), -s.fc.weight, -s.fc.bias),
+        MODIFIED,
+        "turns the sign of a map|ends in a linear layer",
+    ),
+    "addmm": (
+        lambda s, x: torch.addmm(s.fc.bias, F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)), s.fc.weight.T),
+        MODIFIED,
+        "torch.addmm in|ends in a linear layer",
+    ),
+    "branches": (apart, {*CAMS, "srd", "srd_low"}, "several maps are pooled, each by itself"),
+    "a tuple": (
+        lambda s, x: (plain(s, x), None),
+        set(EXPLAINERS) - {"srd", "srd_high", "srd_low", "lrp_epsilon"},
+        "must be logits",
+    ),
+    "recomputation": (
+        lambda s, x: head(s, F.relu(checkpoint(s.d, F.relu(s.c(x)), use_reentrant=False))),
+        {"srd", "srd_low", "lrp_zplus", "lrp_epsilon"},
+        "'d' is checkpointed",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "name"), [(way, name) for way in REFUSED for name in sorted(REFUSED[way][1])]
+)
+def test_what_cannot_be_followed_is_refused(way: str, name: str, x: Tensor) -> None:
+    forward, _, why = REFUSED[way]
+    with pytest.raises(SrdLabError, match=why):
+        maps(forward, name, x)
+
+
+@pytest.mark.parametrize("name", ["gradcam", "layercam_low", "ablationcam"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda s, y: y + F.conv2d(y.mean((2, 3), keepdim=True), s.d.weight[:, :, :1, :1]),
+        lambda s, y: y * torch.sigmoid(F.conv2d(y.mean((2, 3), keepdim=True), s.d.weight[:, :, :1, :1])),
+    ],
+    ids=["context", "gate"],
+)
+def test_the_encoder_ends_behind_a_gate(step: Callable[[Net, Tensor], Tensor], name: str, x: Tensor) -> None:
+    net = Net(lambda s, x: head(s, s.out(step(s, F.relu(s.c(x))))))
+    expected = make_explainer(name, encoder="out").explain(net, x, 1)
+    assert expected.any()
+    torch.testing.assert_close(make_explainer(name).explain(net, x, 1), expected)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_activations_of_parameters_are_no_biases(asks: bool, x: Tensor) -> None:
+    net = Net(lambda s, x: head(s, F.relu(s.d(F.relu(s.c(x)))) * torch.tanh(s.out.g)))
+    net.out.g = nn.Parameter(torch.linspace(0.1, 1, 6).double().view(1, 6, 1, 1), requires_grad=asks)
+    torch.testing.assert_close(FullGrad().terms(net, x, 1).sum(1), net(x)[:, 1])
+
+
+def test_biases_by_hand_are_biases_in_place_too(x: Tensor) -> None:
+    def shifted(s: Net, y: Tensor) -> Tensor:
+        y += 0.3
+        y.sub_(torch.ones(6, 1, 1).double())
+        return y
+
+    net = Net(between(shifted))
+    torch.testing.assert_close(FullGrad().terms(net, x, 1).sum(1), net(x)[:, 1])
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_the_whole_classifier_are_refused(register: str, x: Tensor) -> None:
+    model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
+    getattr(model, register)(lambda *_: None)
+    with pytest.raises(SrdLabError, match=r"put them on model\.network"):
+        make_explainer("gradient").explain(model, x, 1)
+
+
+def test_any_other_model_is_run_as_a_whole(x: Tensor) -> None:
+    class Mirrored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalise, self.network = nn.Identity(), Net(plain)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(self.normalise(x.flip(-1))) / 4
+
+    model, leaf = Mirrored(), x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(make_explainer("gradient").explain(model, x, 1), expected.abs().sum(1))
+
+
+def test_threads_leave_the_switches_of_attention_as_they_were(x: Tensor) -> None:
+    """The first thread that comes in goes first, while the second is still there."""
+    inside, leave = threading.Barrier(2), threading.Event()
+    cuda = torch.backends.cuda
+
+    def waits(s: Net, x: Tensor) -> Tensor:
+        if threading.current_thread().name in ("first", "second"):
+            inside.wait(10)
+        if threading.current_thread().name == "second":
+            leave.wait(10)
+        return plain(s, x)
+
+    net = Net(waits)
+    first, second = (
+        threading.Thread(name=name, target=make_explainer("gradient").explain, args=(net, x, 1))
+        for name in ("first", "second")
+    )
+    first.start()
+    second.start()
+    first.join()
+    assert not cuda.flash_sdp_enabled()  # the second is still at it
+    leave.set()
+    second.join()
+    assert cuda.flash_sdp_enabled()
+    assert cuda.mem_efficient_sdp_enabled()
+    assert cuda.cudnn_sdp_enabled()
+    assert cuda.math_sdp_enabled()
