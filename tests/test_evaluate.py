@@ -234,7 +234,7 @@ def test_what_is_not_scored_is_said_without_masks_too(tmp_path: Path) -> None:
     command = ("evaluate", *given, "--images", "all", "--methods", "srd,gradient", "--no-track")
     text = succeed(*command, "--metrics", "fidelity,pointing_game")
     assert "No masks: localisation is not scored." in text
-    assert "Not scored, of 6 images: Fidelity 1 (all methods); Pointing game 6 (all methods)." in text
+    assert "Not scored, of 6 images: Fidelity: 1 (all methods); Pointing game: 6 (all methods)." in text
     text = succeed(*command, "--metrics", "pointing_game", "--out", str(tmp_path / "out"))
     assert cells(text, "srd") == ["srd", "–"]
     assert not (tmp_path / "out" / "ranks.png").exists()

@@ -180,12 +180,15 @@ class Evaluation:
             notes = [f"Masks: {self.masks}{f', of {self.masked} images' if self.masked < count else ''}."]
         if "fidelity" in self.metrics:
             notes.append(f"Fidelity sets pixels to the baseline {self.settings['baseline']}.")
-        if unscored := [
-            f"{METRICS[k].title} {of}"
-            for k in self.metrics
-            if (of := _unscored({m: scores[m][k] for m in scores}))
-        ]:
-            notes.append(f"Not scored, of {count} images: {'; '.join(unscored)}.")
+        lacking: dict[str, list[str]] = {}
+        for metric in self.metrics:
+            lacking.setdefault(_unscored({m: scores[m][metric] for m in scores}), []).append(
+                METRICS[metric].title
+            )
+        lacking.pop("", None)
+        if lacking:
+            said = "; ".join(f"{', '.join(titles)}: {of}" for of, titles in lacking.items())
+            notes.append(f"Not scored, of {count} images: {said}.")
         if self.settings["reference"] not in scores and len(scores) > 1:
             notes.append(f"No comparisons: {self.settings['reference']} is not among the methods.")
         notes += [
@@ -201,10 +204,10 @@ def _seeded(scorer: Any, seed: int) -> Any:
 
 
 def _unscored(own: dict[str, np.ndarray]) -> str:
-    """How many images each method's scores lack: ``3 (all methods)``, ``2 (LRP z+)``; empty where none."""
+    """How many images each method's scores lack: ``3 (all methods)``, ``2 (lrp_zplus)``; empty where none."""
     lacking: dict[int, list[str]] = {}
     for method, values in own.items():
-        lacking.setdefault(int((~np.isfinite(values)).sum()), []).append(METHODS[method].title)
+        lacking.setdefault(int((~np.isfinite(values)).sum()), []).append(method)
     lacking.pop(0, None)
     return ", ".join(
         f"{n} ({'all methods' if len(names) == len(own) > 1 else ', '.join(names)})"
