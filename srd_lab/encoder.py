@@ -23,15 +23,8 @@ T = torch.Tensor
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 _SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
 _NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
-_SLICING = {
-    "__getitem__",
-    "unsqueeze",
-    "select",
-    "narrow",
-    "chunk",
-    "split",
-    "unbind",
-}  # of colours, to normalise each
+# of colours, to normalise each
+_SLICING = {"__getitem__", "unsqueeze", "select", "narrow", "chunk", "split", "unbind"}
 
 
 @dataclass(frozen=True)
@@ -72,14 +65,13 @@ class SRDTrace(Decomposed):
         self._made_by: TensorNotes[Call] = TensorNotes()
         self._convolved: TensorNotes[Convolution] = TensorNotes()
         self._found: End | None = None
-        self._pooled: TensorNotes[bool] = TensorNotes()
+        self._pooled: TensorNotes[bool] = TensorNotes()  # what was pooled from maps
         self._apart = False  # whether maps of several branches are pooled, each by itself
         self._input: Tensor | None = None  # what the network proper is fed with, once normalised
         self._at_input = True
-        self._ahead: TensorNotes[bool] = TensorNotes(
-            lasting=True
-        )  # the image, and what normalising makes of it
-        self._read: list[Tensor] = []  # of these, what the network proper has read
+        # the image, and what normalising makes of it; of these, what the network proper has read
+        self._ahead: TensorNotes[bool] = TensorNotes(lasting=True)
+        self._read: list[Tensor] = []
         self._shape: torch.Size | None = None
         if accounting:
             self.switch.lost = {}
@@ -91,8 +83,9 @@ class SRDTrace(Decomposed):
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
         self._ahead.put(fed, True)
         output = self.run(fed)
-        one = self._input is not None and all(original_of(t) is self._input for t in self._read)
-        return output, self._input if one and self._input is not None else leaf
+        if self._input is None or any(original_of(t) is not self._input for t in self._read):
+            return output, leaf
+        return output, self._input
 
     def end(self) -> End:
         """Where the encoder ended in the last trace."""

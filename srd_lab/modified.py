@@ -36,25 +36,8 @@ from srd_lab.types import SrdLabError
 
 _NON_NEGATIVE = ("relu", "relu6", "softplus")
 T = torch.Tensor
-_ELEMENTWISE = (
-    SHIFTS
-    | DIVISIONS
-    | COPIES
-    | {
-        *(
-            torch.mul,
-            T.mul,
-            T.mul_,
-            torch.multiply,
-            T.multiply,
-            torch.neg,
-            T.neg,
-            T.neg_,
-            torch.negative,
-            T.negative,
-        ),
-    }
-)
+_TIMES = {torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, torch.neg, T.neg, T.neg_, torch.negative}
+_ELEMENTWISE = SHIFTS | DIVISIONS | COPIES | _TIMES
 _ADAPTIVE_MAX_POOLS = {F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices}
 _MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "tensordot"}
 _LAYERS = ("addmm", "addbmm", "baddbmm", "addmv", "addcmul", "addcdiv", "lerp")
@@ -84,6 +67,9 @@ class ModifiedTrace(Decomposed):
         self._parts: TensorNotes[Tensor] = TensorNotes()
         # a batch norm may follow: fold first, then take the sign
         self._unfolded: TensorNotes[Convolution] = TensorNotes()
+        self._linear: TensorNotes[tuple[Tensor, Tensor, Tensor | None]] = (
+            TensorNotes()
+        )  # input (modified), weights
         # bounds of tensors that are made of the image alone
         self._boxes: TensorNotes[tuple[Tensor, Tensor]] = TensorNotes()
         self._u: Tensor | None = None  # modified pre-activation of the running call
@@ -97,7 +83,7 @@ class ModifiedTrace(Decomposed):
 
     def release(self) -> None:
         """Let go of every tensor, so that the graph dies with whoever still needs it."""
-        for notes in (self._parts, self._unfolded, self._boxes):
+        for notes in (self._parts, self._unfolded, self._linear, self._boxes):
             notes.clear()
         self._channels.clear()
         self._u = self.head = None
@@ -146,6 +132,7 @@ class ModifiedTrace(Decomposed):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = super().linear(x, weight, bias)
         x = self.modified(x)
+        self._linear.put(y, (x, weight, bias))
         self._parts.put(y, F.linear(x, self._modify(weight), self._modified_bias(bias)))
         self.head = (y, x, weight)
         return self._channels.put(y, y.dim() - 1)
@@ -156,9 +143,14 @@ class ModifiedTrace(Decomposed):
             y = run()
             self._note(y, [end * scale + norm.shift.view_as(scale) for end in box])
             return y
+        linear = self._linear.get(norm.x) if norm.x.dim() == 2 else None
         if conv is not None:
-            bias = norm.shift if conv.bias is None else conv.bias * norm.scale + norm.shift
+            bias = _folded(conv.bias, norm)
             part = self._convolved(conv, conv.weight * norm.scale.view(-1, 1, 1, 1), bias)
+        elif linear is not None:
+            x, weight, own = linear
+            weight = self._modify(weight * norm.scale[:, None])
+            part = F.linear(x, weight, self._modified_bias(_folded(own, norm)))
         else:
             shift = self._modified_bias(norm.shift)
             shift = None if shift is None else shift.view_as(scale)
@@ -210,7 +202,8 @@ class ModifiedTrace(Decomposed):
             if name == "__setitem__":
                 raise self._unfollowed("writes into a part of a tensor")
             moving, constant = self.moving(args, kwargs), not self._gated(tensors)
-            if function in _ELEMENTWISE and constant and len(moving) == 1:
+            affine = function in _ELEMENTWISE and self.is_affine(function, args, kwargs, moving)
+            if affine and constant and len(moving) == 1:
                 return self._stretched(function, args, kwargs, moving[0])
             if name in _LAYERS or (name in _CHOICES and noted):
                 return self._refused(function, args, kwargs, "is a layer or a pool of its own")
@@ -285,6 +278,10 @@ class ModifiedTrace(Decomposed):
             return run(self.modified(x), self._modify(weight), bias)
         low, high = run(box[0], weight.clamp_min(0), None), run(box[1], weight.clamp_max(0), None)
         return run(x, weight, None) - low - high
+
+
+def _folded(bias: Tensor | None, norm: BatchNorm) -> Tensor:
+    return norm.shift if bias is None else bias * norm.scale + norm.shift
 
 
 def _mirror(

@@ -111,6 +111,19 @@ def frozen(s: Net, y: Tensor) -> Tensor:
     return norm(y)
 
 
+def pooled_and_normed(fused: bool) -> Way:
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y, weight, bias = F.relu(s.c(x)).mean((2, 3)), s.d.weight[:, :, 1, 1], s.d.bias
+        scale = s.bn.weight / (s.bn.running_var + s.bn.eps).sqrt()
+        shift = s.bn.bias - s.bn.running_mean * scale
+        if fused:
+            return s.fc(F.relu(F.linear(y, weight * scale[:, None], bias * scale + shift)))
+        norm = (s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias)
+        return s.fc(F.relu(F.batch_norm(F.linear(y, weight, bias), *norm)))
+
+    return forward
+
+
 # name: two ways, and the methods for which they are two functions
 EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
     "stacked": (joined(torch.add), joined(lambda y, z: torch.stack([y, z]).sum(0)), set()),
@@ -142,6 +155,11 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         plain,
         lambda s, x: F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)) @ s.fc.weight.T + s.fc.bias,
         {"contrastive_excitation"},  # wants to know the last layer
+    ),
+    "a linear layer and its batch norm": (
+        pooled_and_normed(fused=False),
+        pooled_and_normed(fused=True),
+        {"srd", "srd_high"},
     ),
     "winners' indices": (
         between(lambda s, t: F.max_pool2d(t, 2)),
@@ -239,6 +257,7 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
         DECOMPOSED,
         "an autograd function of its own",
     ),
+    "one over a map": (between(lambda s, t: 1 / (t + 9)), DECOMPOSED, "is neither affine nor an activation"),
     "slices": (joined(sliced), MODIFIED, "writes into a part of a tensor"),
     "a buffer": (joined(buffered), MODIFIED, "writes into a part of a tensor"),
     "a difference": (joined(lambda y, z: z - y), MODIFIED, "takes a map off another"),
