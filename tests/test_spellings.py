@@ -233,6 +233,11 @@ def sliced(y: Tensor, z: Tensor) -> Tensor:
     return z
 
 
+def viewed(y: Tensor, z: Tensor) -> Tensor:
+    z[:, :3].add_(y[:, :3])
+    return z
+
+
 def buffered(y: Tensor, z: Tensor) -> Tensor:
     whole = torch.empty_like(y)
     whole[:] = z
@@ -259,6 +264,7 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
     ),
     "one over a map": (between(lambda s, t: 1 / (t + 9)), DECOMPOSED, "is neither affine nor an activation"),
     "slices": (joined(sliced), MODIFIED, "writes into a part of a tensor"),
+    "a view": (joined(viewed), MODIFIED, "reads a tensor of which a part was overwritten"),
     "a buffer": (joined(buffered), MODIFIED, "writes into a part of a tensor"),
     "a difference": (joined(lambda y, z: z - y), MODIFIED, "takes a map off another"),
     "a turned sign": (
