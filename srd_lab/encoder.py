@@ -288,7 +288,7 @@ class SRDTrace(Decomposed):
         if first.dim() not in (3, 4) or (first.dim() == 3 and not extended):
             return
         pooled = extended and out.dim() == first.dim() and not has_extent(out, self.channels.of(out))
-        flattened = out.dim() < first.dim() and out.shape[0] == first.shape[0]
+        flattened = 0 < out.dim() < first.dim() and out.shape[0] == first.shape[0]
         if not (pooled or flattened or (function in _GLOBAL_POOLS and first.dim() == 4)):
             return
         self._pooled.put(out, True)

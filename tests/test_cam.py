@@ -645,3 +645,30 @@ def test_smooth_networks_are_explained_by_all_but_the_rules_for_positive_values(
     map_ = method.explain(network, x, 1)
     assert map_.isfinite().all()
     assert map_.abs().max() > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 3, None])
+def test_a_model_that_goes_through_the_batch_is_ablated_from_the_start(at_once: int | None) -> None:
+    """One image meets many copies of a layer, image by image."""
+
+    class Loops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            self.a, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+            self.double().eval().requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.a(x))
+            return self.fc(torch.stack([part.mean((1, 2)) + x[i].mean() for i, part in enumerate(y)]))
+
+    model, x = Loops(), pixels(2, 3, 8, 6)
+    layer = F.relu(model.a(x))
+    score = model(x)[:, 1]
+    for i, map_ in enumerate(AblationCAM(level="relu", images_at_once=at_once).explain(model, x, 1)):
+        weights = []
+        for k in range(4):
+            cut = layer[i].clone()
+            cut[k] = 0
+            weights.append((score[i] - model.fc(cut.mean((1, 2)) + x[i].mean())[1]) / score[i])
+        close(map_, torch.relu((torch.stack(weights)[:, None, None] * layer[i]).sum(0)))

@@ -124,10 +124,8 @@ class AblationCAM(_PassCAM):
             rows = channels.repeat(2) if len(channels) == 1 else channels  # two, to see that the batch grew
             try:
                 logits = run(rows, image.clone())
-            except (
-                RuntimeError,
-                IndexError,
-            ) as error:  # one image met many, in a concatenation, say: many from the start
+            # one image met many, in a concatenation, say: many from the start
+            except (RuntimeError, IndexError) as error:
                 if is_out_of_memory(error):
                     raise
                 parts = [run(some, image.repeat(len(some), 1, 1, 1)) for some in rows.split(whole_at_once)]
