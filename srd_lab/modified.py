@@ -65,11 +65,9 @@ class ModifiedTrace(Decomposed):
         self._modify, self._with_bias = modify, with_bias
         self._ends = box
         self._parts: TensorNotes[Tensor] = TensorNotes()
-        # a batch norm may follow: fold first, then take the sign
+        # a batch norm may follow: fold first, then take the sign; of linear layers the input (modified) and weights
         self._unfolded: TensorNotes[Convolution] = TensorNotes()
-        self._linear: TensorNotes[tuple[Tensor, Tensor, Tensor | None]] = (
-            TensorNotes()
-        )  # input (modified), weights
+        self._linear: TensorNotes[tuple[Tensor, Tensor, Tensor | None]] = TensorNotes()
         # bounds of tensors that are made of the image alone
         self._boxes: TensorNotes[tuple[Tensor, Tensor]] = TensorNotes()
         self._u: Tensor | None = None  # modified pre-activation of the running call
