@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import COPIES, SHIFTS, Decomposed, constant_part, overwrites
+from srd_lab.affine import COPIES, SHIFTS, constant_part, is_affine, overwrites
+from srd_lab.backprop import Decomposed
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, tensors_in
 from srd_lab.held import HELD
 from srd_lab.layout import Channels, has_extent
@@ -198,7 +199,7 @@ class SRDTrace(Decomposed):
             out = self._shift(function, args, kwargs, x, axis)
         else:
             out = super().other(function, args, kwargs)
-            if self.switch.lost is not None and self.is_affine(function, args, kwargs, moving):
+            if self.switch.lost is not None and is_affine(function, args, kwargs, moving):
                 out = self._account(function, args, kwargs, moving, out)
         self.channels.follow(function, args, kwargs, x, axis, out)
         self._follow_input(function, moving, out)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srd_lab.backprop import exchanged
+from srd_lab.affine import exchanged
 from srd_lab.calls import Function
 from srd_lab.notes import TensorNotes
 

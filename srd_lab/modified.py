@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.backprop import (
+from srd_lab.affine import (
     COPIES,
     DIVISIONS,
     GATES,
     SHIFTS,
-    Decomposed,
     called_with,
     constant_part,
     exchanged,
+    is_affine,
     overwrites,
 )
+from srd_lab.backprop import Decomposed
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, MaxPool, take, tensors_in
 from srd_lab.layout import Channels
 from srd_lab.notes import TensorNotes
@@ -200,7 +201,7 @@ class ModifiedTrace(Decomposed):
             if name == "__setitem__":
                 raise self._unfollowed("writes into a part of a tensor")
             moving, constant = self.moving(args, kwargs), not self._gated(tensors)
-            affine = function in _ELEMENTWISE and self.is_affine(function, args, kwargs, moving)
+            affine = function in _ELEMENTWISE and is_affine(function, args, kwargs, moving)
             if affine and constant and len(moving) == 1:
                 return self._stretched(function, args, kwargs, moving[0])
             if name in _LAYERS or (name in _CHOICES and noted):

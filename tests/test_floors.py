@@ -20,6 +20,7 @@ FLOORS = {
     "srd_lab.checks": 0.6,
     "srd_lab.calls": 0.6,
     "srd_lab.notes": 0.6,
+    "srd_lab.affine": 0.7,
     "srd_lab.intercept": 1,
     "srd_lab.maps": 1,
     "srd_lab.models": 1,

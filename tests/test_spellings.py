@@ -257,6 +257,12 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
     "times": (between(lambda s, t: t * (t > 0).double()), DECOMPOSED, "chooses by a comparison of maps"),
     "an operator": (between(lambda s, t: torch.ops.aten.relu(t)), DECOMPOSED, "aten.relu in"),
     "logaddexp": (between(lambda s, t: torch.logaddexp(t, 0 * t)), DECOMPOSED, "torch.logaddexp in"),
+    "a method": (
+        between(lambda s, t: (t.abs() + 1).log2()),
+        DECOMPOSED,
+        "is neither affine nor an activation",
+    ),
+    "in place": (between(lambda s, t: (t + 9).log2_()), DECOMPOSED, "is neither affine nor an activation"),
     "a function of one's own": (
         between(lambda s, t: Own.apply(t)),
         DECOMPOSED,

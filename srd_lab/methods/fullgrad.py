@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps, rules
-from srd_lab.backprop import SHIFTS, constant_part, overwrites, split_normalisation, traced
+from srd_lab.affine import SHIFTS, constant_part, overwrites
+from srd_lab.backprop import split_normalisation, traced
 from srd_lab.calls import BatchNorm, Call, Convolution, Function, in_place, tensors_in
 from srd_lab.checks import check_input, class_logit
 from srd_lab.intercept import Watch
