@@ -234,22 +234,28 @@ class ModifiedTrace(Decomposed):
         """A number times a map plus another: folded into the convolution before it, as batch norm is, or by itself."""
         shift = constant_part(function, args, kwargs, [x])
         scale = called_with(1, function, args, kwargs, [x]) - shift
-        conv, part = self._unfolded.get(x), self.modified(x)
-        plain = not self._noted(x) and not shift.any() and not (scale < 0).any()
+        folded, plain = self._folding(x, scale, shift), not self._noted(x) and not shift.any()
+        part = x if folded else self.modified(x)  # now, as the call may be in place
         out: Tensor = super().other(function, args, kwargs)
-        if plain:
-            return out
-        if conv is not None and out.shape == x.shape:
-            by, plus = scale[0, :, 0, 0], shift[0, :, 0, 0]
-            if all((t == v.view(1, -1, 1, 1)).all() for t, v in ((scale, by), (shift, plus))):
-                bias = plus if conv.bias is None else conv.bias * by + plus
-                self._unfolded.put(out, replace(conv, weight=conv.weight * by.view(-1, 1, 1, 1), bias=bias))
-                return out
-        if (scale < 0).any():
+        if folded:
+            self._unfolded.put(out, folded)
+        elif (scale < 0).any():
             return self._guarded(out, function, "turns the sign of a map")
-        added = self._modified_bias(shift)
-        self._parts.put(out, part * scale if added is None else part * scale + added)
+        elif not plain:
+            added = self._modified_bias(shift)
+            self._parts.put(out, part * scale if added is None else part * scale + added)
         return out
+
+    def _folding(self, x: Tensor, scale: Tensor, shift: Tensor) -> Convolution | None:
+        """The convolution that made ``x``, with ``x * scale + shift`` folded in; None if these are not one per channel."""
+        conv = self._unfolded.get(x)
+        if conv is None or scale.shape != x.shape:
+            return None
+        by, plus = scale[0, :, 0, 0], shift[0, :, 0, 0]
+        if not all((t == v.view(1, -1, 1, 1)).all() for t, v in ((scale, by), (shift, plus))):
+            return None
+        bias = plus if conv.bias is None else conv.bias * by + plus
+        return replace(conv, weight=conv.weight * by.view(-1, 1, 1, 1), bias=bias)
 
     # positive parts ------------------------------------------------------------------------------------
     def _noted(self, t: Tensor) -> bool:
