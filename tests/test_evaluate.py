@@ -409,6 +409,14 @@ def test_explain_writes_the_maps_of_the_methods(pictures: list[Path], tmp_path: 
     ]
 
 
+def test_explain_computes_in_full_precision(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    succeed("explain", str(pictures[0]), "--out", str(tmp_path / "out"), "--device", "cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_explain_takes_a_class_by_name_or_number(pictures: list[Path], tmp_path: Path) -> None:
     found = []
     for target in ("ring", str(load_data("scenes").classes.index("ring"))):

@@ -94,6 +94,10 @@ def each(s: Net, x: Tensor) -> Tensor:
     return plain(s, (x - 0.5) / 0.25) + head(s, F.relu(F.conv2d((x - 0.5) / 0.25, s.c.weight.flip(0))))
 
 
+def two_stems(s: Net, one: Tensor, other: Tensor) -> Tensor:
+    return head(s, F.relu(s.d(F.relu(s.c(one) + F.conv2d(other, s.c.weight.flip(0), padding=1)))))
+
+
 def in_place(s: Net, x: Tensor) -> Tensor:
     u = s.c(x)
     return head(s, s.d(F.relu_(u)) + u)
@@ -208,12 +212,19 @@ def test_two_ways_to_write_a_function_have_one_map(spelling: str, name: str, x: 
 
 def test_a_second_normalisation_brings_relevance_back_to_the_image(x: Tensor) -> None:
     """With one, relevance refers to what it puts out; conserved are both."""
-    for name in ("srd", "lrp_epsilon"):
-        found = [
-            make_explainer(name, **OPTIONS.get(name, {})).explain(Net(way), x, 1) for way in (once, each)
-        ]
-        torch.testing.assert_close(*(m.sum((1, 2)) for m in found))
-        assert found[0].any()
+
+    def norm(x: Tensor) -> Tensor:
+        return (x - 0.5) / 0.25
+
+    stems = (
+        lambda s, x: two_stems(s, *[norm(x)] * 2),
+        lambda s, x: two_stems(s, norm(x), norm(x)),
+    )
+    for one, other in ((once, each), stems):
+        for name in ("srd", "lrp_epsilon"):
+            totals = [maps(way, name, x).sum((1, 2)) for way in (one, other)]
+            assert totals[0].all()
+            torch.testing.assert_close(*totals)
 
 
 class Own(torch.autograd.Function):
@@ -337,6 +348,16 @@ def test_biases_by_hand_are_biases_in_place_too(x: Tensor) -> None:
 
     net = Net(between(shifted))
     torch.testing.assert_close(FullGrad().terms(net, x, 1).sum(1), net(x)[:, 1])
+
+
+def test_what_differs_from_place_to_place_is_no_bias(x: Tensor) -> None:
+    """The position biases of windows, say, of which an image has several."""
+
+    def windows(s: Net, y: Tensor) -> Tensor:
+        parts = y.reshape(-1, 6, 4, y.shape[3])
+        return (parts + torch.arange(4.0).double().view(4, 1)).reshape(y.shape)
+
+    assert FullGrad().explain(Net(between(windows)), x, 1).shape == (2, 8, 10)
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

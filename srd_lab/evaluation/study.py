@@ -88,8 +88,7 @@ class Evaluation:
         def work(some: Sequence[Item], advance: Advance) -> Arrays:
             left = max(0, PICTURES - pictures)
             arrays = self.experiment.run(self.model, some, self.device, advance)
-            kept = {key: values[:left] if values.ndim > 1 else values for key, values in arrays.items()}
-            return kept | {"pictured": arrays["index"][:left]}
+            return {key: values[:left] if values.ndim > 1 else values for key, values in arrays.items()}
 
         found = []
         for arrays in in_batches(
@@ -145,14 +144,14 @@ class Evaluation:
         scores = self.scores(table)
         if place := ranks(scores):
             run.save_figure("ranks.png", render.rank_chart(_titled(place), self.title))
-        names, label_of = self.dataset.classes, dict(zip(table["index"], table["label"], strict=True))
+        names = self.dataset.classes
         rows = [
             render.SheetRow(
-                names[int(label_of[index])],
-                table["images"][i],
+                names[int(table["label"][i])],
+                image,
                 {METHODS[m].title: table[f"{m}/map"][i] for m in self.experiment.methods},
             )
-            for i, index in enumerate(table["pictured"][:PICTURES])
+            for i, image in enumerate(table["images"][:PICTURES])  # more where memory ran out in between
         ]
         run.save_figure("pictures.png", render.method_sheet(rows, self.title))
 
