@@ -20,6 +20,7 @@ from attacks.manipulation import (
 )
 from srd_lab.backprop import normalisation_scale
 from srd_lab.data import Loaded, load_batches
+from srd_lab.methods.smoothed import parse_explainer
 from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.runtime import Batcher, generator
 from srd_lab.types import Dataset, Explainer, Sample, SrdLabError
@@ -84,13 +85,20 @@ def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Ba
 
 def attack_explainer(method: str, start: str) -> Explainer:
     """The explainer as the attack sees it: SRD from ``start`` (the paper: ones), any other with absolute values
-    summed over channels (Dombrowski et al. 2019), as far as it has the choice."""
-    default: Any = EXPLAINERS[method]
-    known = {field.name for field in fields(default)}
-    if getattr(default, "level", "") == "low":
-        return make_explainer(method)  # at the encoder output, a start of ones would be the map
-    options = {"start": start} if "start" in known else {"channels": "abs_sum"} if "channels" in known else {}
-    return make_explainer(method, **options)
+    summed over channels (Dombrowski et al. 2019), as far as it has the choice. ``method`` may be wrapped, as in
+    ``smoothed(srd,0.1,64)``."""
+
+    def make(name: str) -> Explainer:
+        default: Any = EXPLAINERS.get(name)
+        known = {field.name for field in fields(default)} if default else set()
+        if getattr(default, "level", "") == "low":
+            return make_explainer(name)  # at the encoder output, a start of ones would be the map
+        options = (
+            {"start": start} if "start" in known else {"channels": "abs_sum"} if "channels" in known else {}
+        )
+        return make_explainer(name, **options)
+
+    return parse_explainer(method, make)
 
 
 def attack_batch(

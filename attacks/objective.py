@@ -1,20 +1,170 @@
-"""What the attack minimises, and how far it may go."""
+"""What an attack minimises: one small object per aim, each a loss per image of the map and the output.
+
+An objective is called with a :class:`View` and gives (N,) numbers that fall as the attacker comes nearer to the aim.
+The first five are the members of the standard evaluation; each adds :class:`KeepClass`, which is 0 as long as the
+predicted class holds with a margin. :class:`Eq10` is the published attack, with its own output term.
+
+- :class:`Dissimilarity`: Pearson correlation with the original map.
+- :class:`Combined`: SSIM + PCC + share of the mass on the original's top 10 %, all at once.
+- :class:`TopK`: that share alone (Ghorbani et al. 2019).
+- :class:`MassCentre`: minus the distance of the centres of mass (Ghorbani et al. 2019); its slope at the image itself is
+  zero, so it needs a random start.
+- :class:`Target`: minus the correlation with a goal map.
+- :class:`Eq10`: Eq. 10 of the SRD paper (Dombrowski et al. 2019).
+
+Example: an objective of one's own
+----------------------------------
+>>> @dataclass(frozen=True)
+... class TopHalf:
+...     '''Minus the share of the map that lies in the upper half of the image.'''
+...     def __call__(self, view: View) -> Tensor:
+...         shown = view.shown
+...         return -shown[:, : shown.shape[1] // 2].sum((1, 2)) / shown.sum((1, 2))
+>>> Attack(explainer, KeepClass(TopHalf())).run(model, x)
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from attacks.scores import SHARE, as_read, ssim_for, top_pixels
 from srd_lab import maps
+from srd_lab.metrics.similarity import PCC
 from srd_lab.types import SrdLabError
 
 OUTPUT_TERMS = ("probabilities", "logits")
 
 
 @dataclass(frozen=True)
-class Objective:
+class Reference:
+    """What does not change during an attack on N images.
+
+    map : raw maps (N, h, w) of the images on the original network; logits : (N, K) there; size : (H, W) of the images.
+    goal : raw goal maps (N, h, w), or None.
+    """
+
+    map: Tensor
+    logits: Tensor
+    size: tuple[int, int]
+    goal: Tensor | None = None
+    _shown: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def of(self, some: Tensor) -> Reference:
+        """The images with these indices."""
+        goal = None if self.goal is None else self.goal[some]
+        part = Reference(self.map[some], self.logits[some], self.size, goal)
+        part._shown.update(
+            {name: self.read(name)[some] for name in ("map", "goal") if name != "goal" or goal is not None}
+        )
+        return part
+
+    def read(self, name: str) -> Tensor:
+        """``map`` or ``goal`` as it is read (:func:`attacks.scores.as_read`), computed once."""
+        if name not in self._shown:
+            raw = self.map if name == "map" else self.goal
+            if raw is None:
+                raise SrdLabError(
+                    "this objective aims at a goal map; give the attack goal maps or goal images"
+                )
+            self._shown[name] = as_read(raw, self.size)
+        return self._shown[name]
+
+
+@dataclass(frozen=True)
+class View:
+    """What an objective sees: raw maps (N, h, w) and logits (N, K) of the images as they are now, on the surrogate, and the
+    reference."""
+
+    map: Tensor
+    logits: Tensor
+    reference: Reference
+
+    @property
+    def shown(self) -> Tensor:
+        """The maps as they are read, (N, H, W)."""
+        return as_read(self.map, self.reference.size)
+
+
+class Objective(Protocol):
+    """A frozen dataclass whose fields are its parameters."""
+
+    def __call__(self, view: View) -> Tensor:
+        """Loss (N,) of every image by itself; lower is nearer to the attacker's aim."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dissimilarity:
+    """Pearson correlation of the map with the original one."""
+
+    def __call__(self, view: View) -> Tensor:
+        return PCC().score(view.shown, view.reference.read("map"))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Share of the map's mass that stays on the ``share`` largest pixels of the original map."""
+
+    share: float = SHARE
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise SrdLabError(f"the share of pixels must lie in (0, 1), got {self.share}")
+
+    def __call__(self, view: View) -> Tensor:
+        return _mass_on(view.shown, top_pixels(view.reference.read("map"), self.share))
+
+
+@dataclass(frozen=True)
+class Combined:
+    """SSIM + PCC + the share of mass on the original's top 10 %."""
+
+    def __call__(self, view: View) -> Tensor:
+        shown, before = view.shown, view.reference.read("map")
+        likeness = ssim_for(view.reference.size).score(shown, before) + PCC().score(shown, before)
+        return likeness + _mass_on(shown, top_pixels(before))
+
+
+@dataclass(frozen=True)
+class MassCentre:
+    """Minus the distance of the centres of mass, in parts of the image's diagonal."""
+
+    def __call__(self, view: View) -> Tensor:
+        change = _centre(view.shown) - _centre(view.reference.read("map"))
+        return -(change.square().sum(1) + 1e-12).sqrt()
+
+
+@dataclass(frozen=True)
+class Target:
+    """Minus the Pearson correlation with the goal map."""
+
+    def __call__(self, view: View) -> Tensor:
+        return -PCC().score(view.shown, view.reference.read("goal"))
+
+
+@dataclass(frozen=True)
+class KeepClass:
+    """``objective`` plus a hinge that holds the predicted class: 0 while its margin over the next class is at least
+    ``margin`` times what it was, and growing from there with slope ``weight``."""
+
+    objective: Objective
+    margin: float = 0.1
+    weight: float = 10.0
+
+    def __call__(self, view: View) -> Tensor:
+        predicted = view.reference.logits.argmax(1)
+        before = margins(view.reference.logits, predicted).clamp_min(1e-3)
+        return self.objective(view) + self.weight * torch.relu(
+            self.margin - margins(view.logits, predicted) / before
+        )
+
+
+@dataclass(frozen=True)
+class Eq10:
     """Eq. 10: ``map_weight * MSE(map, goal map) + output_weight * MSE(output, original output)`` per image.
 
     Both are means, over maps that are |.| -> divided by their sum (for which Dombrowski et al. chose the weights).
@@ -32,10 +182,13 @@ class Objective:
                 f"output term {self.output_term!r} is not known; expected one of {', '.join(OUTPUT_TERMS)}"
             )
 
-    def __call__(self, raw_map: Tensor, goal: Tensor, logits: Tensor, logits0: Tensor) -> Tensor:
-        """Loss (N,) of raw maps (N, H, W) against ``goal`` maps that sum to one, and of logits (N, K)."""
-        map_error = (maps.sum_to_one(raw_map) - goal).square().mean((1, 2))
-        return self.map_weight * map_error + self.output_weight * self._output_error(logits, logits0)
+    def __call__(self, view: View) -> Tensor:
+        """Loss (N,); the goal map is the reference's."""
+        if view.reference.goal is None:
+            raise SrdLabError("Eq. 10 aims at a goal map; give the attack goal maps or goal images")
+        return self.map_weight * goal_error(view.map, view.reference.goal) + self.output_weight * (
+            self._output_error(view.logits, view.reference.logits)
+        )
 
     def _output_error(self, logits: Tensor, logits0: Tensor) -> Tensor:
         if self.output_term == "probabilities":
@@ -43,23 +196,28 @@ class Objective:
         return (logits - logits0).square().mean(1)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The perturbation budget: ``bound`` is the largest change of a pixel, in units of 0..255."""
+def goal_error(raw: Tensor, goal: Tensor) -> Tensor:
+    """Mean squared difference (N,) of two raw maps (N, h, w), each |.| divided by its sum: the map term of Eq. 10."""
+    return (maps.sum_to_one(raw) - maps.sum_to_one(goal)).square().mean((1, 2))
 
-    bound: float = 8.0
 
-    def __post_init__(self) -> None:
-        if not self.bound > 0:
-            raise SrdLabError(f"the bound must be > 0 (in units of 0..255), got {self.bound}")
+def margins(logits: Tensor, predicted: Tensor) -> Tensor:
+    """The logit of ``predicted`` (N,) less the largest of all others, (N,); infinite where there is one class only."""
+    own = logits.gather(1, predicted[:, None])[:, 0]
+    others = logits.scatter(1, predicted[:, None], -torch.inf)
+    return own - others.amax(1)
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The nearest image to ``x_adv`` within the bound of ``x`` and within [0, 1].
 
-        Exact: in the tensors' own arithmetic ``|result - x|`` never exceeds ``bound / 255``.
-        """
-        limit = torch.as_tensor(self.bound / 255, dtype=x.dtype, device=x.device)
-        low, high = x - limit, x + limit
-        low = torch.where(x - low > limit, torch.nextafter(low, x), low)
-        high = torch.where(high - x > limit, torch.nextafter(high, x), high)
-        return x_adv.clamp(low, high).clamp(0, 1)
+def _mass_on(shown: Tensor, pixels: Tensor) -> Tensor:
+    total = shown.sum((1, 2))
+    return (shown * pixels).sum((1, 2)) / total.masked_fill(total == 0, 1)
+
+
+def _centre(shown: Tensor) -> Tensor:
+    """Centre of mass (N, 2), in parts of the diagonal; a zero map has its centre at 0."""
+    height, width = shown.shape[1:]
+    rows, columns = (torch.arange(n, dtype=shown.dtype, device=shown.device) for n in (height, width))
+    total = shown.sum((1, 2))
+    total = total.masked_fill(total == 0, 1)
+    found = torch.stack([(shown.sum(2) * rows).sum(1), (shown.sum(1) * columns).sum(1)], 1)
+    return found / total[:, None] / (height**2 + width**2) ** 0.5

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from apop import record, replay
 from apop.experiment import Experiment
-from attacks import Objective
 from attacks.experiment import attack_explainer
-from srd_lab import maps
+from attacks.objective import Eq10, Reference, View
 from srd_lab.command import text_table
 from srd_lab.data import load_batches, load_data
 from srd_lab.intercept import SmoothModel
@@ -66,14 +65,15 @@ def plain_gradient(model: nn.Module, x: Tensor) -> Work:
 
 def attack_iteration(method: str, model: nn.Module, x: Tensor) -> Work:
     """One step's gradient of the attack's loss on the surrogate."""
-    explainer, surrogate, objective = attack_explainer(method, "ones"), SmoothModel(model, 30.0), Objective()
+    explainer, surrogate, objective = attack_explainer(method, "ones"), SmoothModel(model, 30.0), Eq10()
     target = model(x).argmax(1)
-    goal, logits0 = maps.sum_to_one(explainer.explain(model, x.flip(3), target)), model(x).detach()
+    goal, logits0 = explainer.explain(model, x.flip(3), target), model(x).detach()
+    reference = Reference(goal, logits0, (x.shape[2], x.shape[3]), goal)
 
     def work() -> Tensor:
         leaf = x.clone().requires_grad_()
         raw, logits = explainer.explain_with_logits(surrogate, leaf, target)
-        return torch.autograd.grad(objective(raw, goal, logits, logits0).sum(), leaf)[0]
+        return torch.autograd.grad(objective(View(raw, logits, reference)).sum(), leaf)[0]
 
     return work
 

@@ -7,7 +7,7 @@ import os
 import click
 
 from apop.cli import apop
-from attacks.cli import attack
+from attacks.cli import attack, leaderboard, robustness, verify
 from srd_lab.command import command_errors, text_table
 from srd_lab.evaluation.cli import evaluate, explain
 from srd_lab.reproduce.cli import reproduce
@@ -23,7 +23,8 @@ def main(debug: bool) -> None:
     """Find out whether a saliency explanation can be trusted.
 
     \b
-      srd-lab attack --method srd --pairs 100    manipulate explanations, score what is left of them
+      srd-lab attack --method srd --pairs 100    attack explanations, score what is left of them
+      srd-lab robustness                         the standard evaluation: ranking, gates, flags, entries
       srd-lab apop --model vgg16                 predict from activation patterns alone
       srd-lab evaluate --images 200              score and rank every method by every metric
       srd-lab explain photo.jpg                  maps of your own pictures
@@ -86,7 +87,8 @@ def ui(port: int, host: str, tracking_uri: str | None) -> None:
     launch_ui(tracking_uri, port, host)
 
 
-main.add_command(attack)
+for command in (attack, robustness, verify, leaderboard):
+    main.add_command(command)
 main.add_command(apop)
 main.add_command(evaluate)
 main.add_command(explain)

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from srd_lab.catalogue import BASELINES
+from srd_lab.catalogue import BASELINES, METHODS
 from srd_lab.types import SrdLabError
 
 # how, not what: free to differ on resume
@@ -65,6 +65,21 @@ class Names(click.ParamType):
         if wrong := [name for name in names if name not in self.allowed]:
             self.fail(f"{wrong[0]!r} is not one of {', '.join(self.allowed)}", param, ctx)
         return tuple(dict.fromkeys(names))
+
+
+class MethodName(click.ParamType):
+    """The name of an explanation method, a wrapper around one such as ``smoothed(srd,0.1,64)``, or one of ``more``."""
+
+    name = "name"
+
+    def __init__(self, more: Sequence[str] = ()) -> None:
+        self.more = more
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip()
+        if "(" not in text and text not in (*METHODS, *self.more):
+            self.fail(f"{text!r} is not one of {', '.join((*self.more, *METHODS))}", param, ctx)
+        return text
 
 
 def _named_file(text: str) -> tuple[str, Path]:

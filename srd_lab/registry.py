@@ -14,6 +14,7 @@ from srd_lab.methods.controls import Random, Sobel
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.gradient import Deconvnet, Gradient, GradInput, GuidedBackprop
 from srd_lab.methods.lrp import ExcitationBackprop, LRPEpsilon, LRPGamma, LRPZPlus
+from srd_lab.methods.smoothed import parse_explainer
 from srd_lab.methods.srd import SRD
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.explained import Metric
@@ -69,7 +70,11 @@ METRICS: dict[str, Metric] = {
 
 
 def make_explainer(method: str, **options: Any) -> Explainer:
-    """The explainer of that name; options are its fields."""
+    """The explainer of that name, or of a wrapper such as ``smoothed(srd,0.1,64)``; options are a plain method's fields."""
+    if "(" in method:
+        if options:
+            raise SrdLabError(f"{method} takes its options in the brackets; leave out {', '.join(options)}")
+        return parse_explainer(method, make_explainer)
     if method not in EXPLAINERS:
         raise SrdLabError(f"unknown method {method!r}; expected one of {', '.join(EXPLAINERS)}")
     default: Any = EXPLAINERS[method]

@@ -189,6 +189,10 @@ class Run(ABC):
         """Store a text as file ``path`` (relative, forward slashes), replacing what was there."""
         self._files.write(_checked(path), text.encode())
 
+    def save_bytes(self, path: str, content: bytes) -> None:
+        """Store ``content`` as file ``path`` (relative, forward slashes), replacing what was there."""
+        self._files.write(_checked(path), content)
+
     def save_arrays(self, path: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Store arrays as the compressed npz file ``path``, replacing what was there."""
         if objects := [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from attacks import study
+from attacks import manipulation_study as study
 from attacks.experiment import draw_pairs
 from srd_lab import environment
 from srd_lab.cli import main
@@ -26,7 +26,7 @@ from srd_lab.models import WEIGHTS, load_model
 from srd_lab.runtime import Batcher
 from srd_lab.tracking import Run
 
-TINY = ("attack", "--pairs", "4", "--steps", "3", "--batch-size", "2", "--device", "cpu")
+TINY = ("attack", "--attack", "eq10", "--pairs", "4", "--steps", "3", "--batch-size", "2", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +281,8 @@ def test_where_memory_runs_out_an_attack_ends_with_the_same_pairs(
     """The explainer holds two images at most; the bar of a terminal stands the steps that are taken twice."""
     command = [
         "attack",
+        "--attack",
+        "eq10",
         "--pairs",
         "5",
         "--steps",
@@ -451,7 +453,10 @@ def test_weights_and_numbers_that_make_no_sense_are_one_line(
     ("command", "table"),
     [
         (("apop", "--images", "3", "--inputs", "zeros", "--no-binarize"), "vgg16/images.csv"),
-        (("attack", "--pairs", "1", "--steps", "1", "--method", "gradient"), "gradient/pairs.csv"),
+        (
+            ("attack", "--attack", "eq10", "--pairs", "1", "--steps", "1", "--method", "gradient"),
+            "gradient/pairs.csv",
+        ),
     ],
     ids=["apop", "attack"],
 )
@@ -473,7 +478,7 @@ def test_a_folder_with_another_runs_files_gives_none_of_its_numbers(
     "command",
     [
         ("apop", "--images", "3", "--inputs", "zeros", "--no-binarize"),
-        ("attack", "--pairs", "1", "--steps", "1", "--method", "gradient"),
+        ("attack", "--attack", "eq10", "--pairs", "1", "--steps", "1", "--method", "gradient"),
         ("reproduce", "fig7", "--model", "vgg16", "--images", "2"),
     ],
     ids=["apop", "attack", "fig7"],
@@ -521,9 +526,7 @@ def test_fixed_settings_and_options_of_the_explainer_are_stored_and_must_not_cha
     params = children(store, run)["gradient"].data.params  # type: ignore[attr-defined]
     assert params == {"method": "gradient", "channels": "abs_sum"}
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "attacks.objective.Budget.__init__", lambda self, bound=4.0: vars(self).update(bound=bound)
-        )
+        patched.setattr("srd_lab.reproduce.manipulation.LEGACY_LINF", 4.0)
         result = call("reproduce", "fig4", "--resume", run, *where)
     assert f"run {run} was made with bound = 8.0, not 4.0" in result.output
     # How many at once is free.
@@ -609,7 +612,20 @@ def test_what_is_said_of_few_pairs_and_of_those_that_ended_early(
 @pytest.mark.usefixtures("unseen")
 def test_one_pair_has_no_interval() -> None:
     result = call(
-        *("attack", "--pairs", "1", "--steps", "1", "--method", "gradient", "--device", "cpu", "--no-track")
+        *(
+            "attack",
+            "--attack",
+            "eq10",
+            "--pairs",
+            "1",
+            "--steps",
+            "1",
+            "--method",
+            "gradient",
+            "--device",
+            "cpu",
+            "--no-track",
+        )
     )
     assert result.exit_code == 0, result.output
     (line,) = (line for line in result.output.splitlines() if line.startswith("gradient "))

@@ -22,9 +22,10 @@ from srd_lab.cli import main
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.explaining import Classes
 from srd_lab.evaluation.study import PICTURES
-from srd_lab.evaluation.tables import comparisons, holm, ranks, score_table, signed_rank
+from srd_lab.evaluation.tables import comparisons, ranks, score_table, signed_rank
 from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Fidelity
+from srd_lab.metrics.summary import holm
 from srd_lab.models.cifar import cifar_network
 from srd_lab.registry import EXPLAINERS
 from srd_lab.registry import METRICS as SCORES

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import rankdata, wilcoxon
 
 from srd_lab.catalogue import METRICS
-from srd_lab.metrics.summary import summarise
+from srd_lab.metrics.summary import holm, summarise
 
 Scores = Mapping[
     str, Mapping[str, np.ndarray]
@@ -79,16 +79,6 @@ def signed_rank(difference: np.ndarray) -> float:
         return float(wilcoxon(difference, method="exact").pvalue)
     # Pratt's zeros take part in the ranking, so that many ties do not count as certainty.
     return float(wilcoxon(difference, zero_method="pratt", method="approx").pvalue)
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction of p values (N,); NaN stays and is not counted."""
-    tested = np.flatnonzero(np.isfinite(p))
-    order = tested[np.argsort(p[tested], kind="stable")]
-    corrected = np.full(len(p), np.nan)
-    steps = p[order] * (len(order) - np.arange(len(order)))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
-    return corrected
 
 
 def _verdict(metric: str, difference: np.ndarray, p: float) -> str:

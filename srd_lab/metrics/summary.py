@@ -61,3 +61,13 @@ def summarise(scores: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Sum
         part[:] = values[chance.integers(n, size=(len(part), n))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Summary(float(values.mean()), float(np.median(values)), float(low), float(high), n)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction of p values (N,); NaN stays and is not counted."""
+    tested = np.flatnonzero(np.isfinite(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    corrected = np.full(len(p), np.nan)
+    steps = p[order] * (len(order) - np.arange(len(order)))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return corrected

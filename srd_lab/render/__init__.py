@@ -4,6 +4,7 @@ Every figure function returns a ``matplotlib.figure.Figure`` that stands alone (
 display needed); ``figure.savefig(path)`` or ``Run.save_figure`` writes it.
 """
 
+from srd_lab.render.certificate import certificate_plot
 from srd_lab.render.pictures import (
     PictureRow,
     SheetRow,
@@ -25,6 +26,7 @@ from srd_lab.render.plots import (
     perturbation,
     rank_chart,
 )
+from srd_lab.render.robustness import budget_curves, member_heat
 
 __all__ = [
     "PictureRow",
@@ -33,9 +35,12 @@ __all__ = [
     "binarisation_curve",
     "binarisation_panels",
     "box_plots",
+    "budget_curves",
+    "certificate_plot",
     "heat",
     "manipulation_figure",
     "map_sheet",
+    "member_heat",
     "method_sheet",
     "overlay",
     "perturbation",

@@ -27,7 +27,8 @@ _SCORED = 4  # the column of a picture grid under which the scores stand: the ma
 class PictureRow:
     """One attacked image in a ``picture_grid``.
 
-    original, adversarial, target : (3, H, W) pixels in [0, 1]; target is the image whose map was aimed at.
+    original, adversarial, target : (3, H, W) pixels in [0, 1]; target is the image whose map was aimed at,
+        None where there was no such aim.
     map_original, map_adversarial, map_target : (H, W) raw maps, signed or not.
     scores : text below the maps, such as "to original: SSIM 0.31, PCC 0.42".
     """
@@ -37,7 +38,7 @@ class PictureRow:
     adversarial: Picture
     map_original: Picture
     map_adversarial: Picture
-    map_target: Picture
+    map_target: Picture | None = None
     target: Picture | None = None
     scores: str = ""
 
@@ -121,10 +122,12 @@ def _columns(rows: Sequence[PictureRow]) -> dict[str, list[np.ndarray]]:
         f"difference × {factor}\n(grey = none)": [pixels(0.5 + factor * change) for change in changes],
         "map of\noriginal": [heat(strength(row.map_original)) for row in rows],
         "map of\nadversarial": [heat(strength(row.map_adversarial)) for row in rows],
-        "target map": [heat(strength(row.map_target)) for row in rows],
     }
+    blank = np.ones_like(columns["original"][0])
+    if any(row.map_target is not None for row in rows):
+        shown = [blank if row.map_target is None else heat(strength(row.map_target)) for row in rows]
+        columns["target map"] = shown
     if any(row.target is not None for row in rows):
-        blank = np.ones_like(columns["original"][0])
         columns["target image"] = [blank if row.target is None else pixels(row.target) for row in rows]
     return columns
 

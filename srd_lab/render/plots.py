@@ -243,7 +243,8 @@ def manipulation_figure(
             for axes, raw in zip(
                 grid[:, j], (row.map_original, row.map_adversarial, row.map_target), strict=True
             ):
-                axes.imshow(heat(strength(raw)), interpolation="nearest")
+                if raw is not None:
+                    axes.imshow(heat(strength(raw)), interpolation="nearest")
             grid[0, j].set_title(method.replace("_", " "), fontsize=7, wrap=True)
             grid[1, j].set_xlabel(row.scores.splitlines()[0].replace(", ", "\n"), fontsize=6)
         panels = below.subplots(1, 2)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from attacks.budget import LEGACY_LINF
 from attacks.experiment import Arrays, at_equal_perturbation
-from attacks.objective import Budget, Objective
-from attacks.study import Robustness, seconds
+from attacks.manipulation_study import ManipulationStudy, seconds
+from attacks.objective import Eq10
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
@@ -19,12 +20,12 @@ UNANSWERED = (
 )
 
 
-class Figure4(Robustness):
+class Figure4(ManipulationStudy):
     """The paper's comparison, and what it leaves out: equal perturbation, controls, both starts of SRD."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        fixed = {"starts": ("ones", "contrastive"), "lr": 1e-3, "stop_mse": 1e-3, "bound": Budget().bound}
-        smooth = {"output_term": Objective().output_term, "beta_start": 10.0, "beta_end": 100.0}
+        fixed = {"starts": ("ones", "contrastive"), "lr": 1e-3, "stop_mse": 1e-3, "bound": LEGACY_LINF}
+        smooth = {"output_term": Eq10().output_term, "beta_start": 10.0, "beta_end": 100.0}
         settings.update(fixed, **smooth)
         super().__init__(settings)
 

@@ -1,12 +1,13 @@
-"""The robustness study: every method attacked on the same pairs, batch by batch, scored, stored and shown."""
+"""The published attack (Eq. 10): every method attacked on the same pairs, batch by batch, scored, stored and shown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from attacks.budget import Budget
 from attacks.experiment import (
     at_equal_perturbation,
     attack_batch,
@@ -17,17 +18,18 @@ from attacks.experiment import (
     rows,
 )
 from attacks.manipulation import SCORES, Manipulation
-from attacks.objective import Budget, Objective
+from attacks.objective import Eq10
 from srd_lab import render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.command import csv_text, data_for, network_for, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
+from srd_lab.methods.smoothed import plain_name
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.options import options_of
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
-from srd_lab.types import SrdLabError
+from srd_lab.types import Explainer, SrdLabError
 
 PICTURES = 6
 LEGEND = """
@@ -47,16 +49,17 @@ EQUAL_KINDS = [(score, over) for over in ("mse", "linf") for score in ("ssim", "
 
 
 def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """What is attacked, name -> (method, SRD's start); SRD once for each start."""
+    """What is attacked, name -> (method, SRD's start); SRD, wrapped or not, once for each start."""
     found = {}
     for method in dict.fromkeys(methods):
-        for start in dict.fromkeys(starts) if method == "srd" else starts[:1]:
-            found[f"srd_{start}" if method == "srd" and len(starts) > 1 else method] = (method, start)
+        has_starts = plain_name(method) == "srd" and len(starts) > 1
+        for start in dict.fromkeys(starts) if has_starts else starts[:1]:
+            found[f"{method}_{start}" if has_starts else method] = (method, start)
     return found
 
 
-class Robustness:
-    """One run of ``srd-lab attack``, from settings to tables and figures."""
+class ManipulationStudy:
+    """One run of the published attack, from settings to tables and figures."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -71,7 +74,7 @@ class Robustness:
             *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
         )
         side = self.dataset[self.pairs[0].original].image.shape[-1]
-        self.batcher = Batcher(settings["batch_size"] or _batch_size(side, self.device.type))
+        self.batcher = Batcher(settings["batch_size"] or pairs_at_once(side, self.device.type))
         self.shown: dict[str, list[render.PictureRow]] = {}  # the first pairs of every method
         source = settings["data"].partition(":")[0]
         self.title = f"{name} on {source}, {len(self.pairs)} pairs"
@@ -110,17 +113,7 @@ class Robustness:
 
     def manipulation(self, method: str, start: str) -> Manipulation:
         """The attack on one method as the settings have it."""
-        s = self.settings
-        return Manipulation(
-            attack_explainer(method, start),
-            steps=s["steps"],
-            lr=s["lr"],
-            objective=Objective(output_term=s["output_term"]),
-            budget=Budget(s["bound"]),
-            stop_mse=s["stop_mse"],
-            beta_start=s["beta_start"],
-            beta_end=s["beta_end"],
-        )
+        return manipulation_of(attack_explainer(method, start), self.settings)
 
     # what is stored ------------------------------------------------------------------------------------
     def _log(self, name: str, child: Run, table: Arrays) -> None:
@@ -176,6 +169,20 @@ class Robustness:
         return text + "".join(f"\n{note}\n" for note in notes if note) + LEGEND
 
 
+def manipulation_of(explainer: Explainer, s: Mapping[str, Any]) -> Manipulation:
+    """The published attack on ``explainer`` as the settings have it."""
+    return Manipulation(
+        explainer,
+        steps=s["steps"],
+        lr=s["lr"],
+        objective=Eq10(output_term=s["output_term"]),
+        budget=Budget(s["bound"]),
+        stop_mse=s["stop_mse"],
+        beta_start=s["beta_start"],
+        beta_end=s["beta_end"],
+    )
+
+
 def seconds(tables: dict[str, Arrays]) -> float:
     """How long all batches took, those of earlier sessions too."""
     return float(sum(table["seconds"] for table in tables.values()))
@@ -200,7 +207,7 @@ def _left_out(tables: dict[str, Arrays]) -> list[str]:
     return lines
 
 
-def _batch_size(side: int, device: str) -> int:
+def pairs_at_once(side: int, device: str) -> int:
     """Pairs at once: about 24 of 64 x 64 or 2 of 224 x 224 on a CPU, 32 times as many on an accelerator."""
     return max(1, 2 * 224 * 224 * (1 if device == "cpu" else 32) // side**2)
 

@@ -1,0 +1,127 @@
+"""Flags: reasons to doubt a robustness figure. A method with a flag is reported as unreliable, never as robust.
+
+Each flag is a name and a sentence with what was measured. Most look at what :class:`attacks.ensemble.Found` noted of every
+image; the others come from short extra experiments (:func:`unlimited`, the planted test, the curve over the budget).
+
+Example
+-------
+>>> raised(table, probe)      # {"not_converged": "the last fifth of the iterations still gained 0.021 ..."}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attacks.attack import Attack
+from attacks.budget import Budget
+from attacks.ensemble import WHITE_BOX, Probe
+from attacks.scores import SCORES
+from attacks.surrogate import Surrogate
+from srd_lab.types import Explainer
+
+Arrays = Mapping[str, np.ndarray]
+
+BEATS = 0.002  # a member beats another by more than this ...
+SHARE = 0.05  # ... on more than this share of the images
+GAINS = 0.01
+HALF = 0.5
+ALIKE = 0.9
+BROKEN = 0.3  # to which mean PCC an unlimited budget must bring a map
+
+
+def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The flags of one method: name -> what was measured.
+
+    table : arrays over the images: ``member/NAME/SCORE``, ``control/NAME/SCORE``, ``used``, ``stuck``, ``diverged``,
+        ``gain``, ``constant``, ``violation``, ``kept``.
+    extra : flags of the experiments that are not in the table.
+    """
+    found: dict[str, str] = {}
+    white = [name for name in WHITE_BOX if f"member/{name}/pcc" in table]
+    if probe.random:
+        found["random"] = (
+            "the map of one image differs from call to call; gradients were averaged, one draw was judged"
+        )
+    if probe.best is None:
+        found["no_gradient"] = f"attacked by the black box alone: {probe.why}"
+    elif probe.likeness < ALIKE:
+        found["surrogate_differs"] = (
+            f"the map on the surrogate ({probe.best}) is not the network's (PCC {probe.likeness:.3f})"
+        )
+    if white:
+        found |= _of_white_box(table, white)
+    if (constant := float(table["constant"].mean())) > 0:
+        found["degenerate"] = f"the map is constant for {constant:.0%} of the images"
+    if (largest := float(table["violation"].max())) > 1 + 1e-4 or not table["kept"].all():
+        found["violated"] = (
+            f"an adversarial image leaves the budget (by a factor of {largest:.4g}) or the predicted class"
+        )
+    return found | dict(extra or {})
+
+
+def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:
+    found = {}
+    own = {score: np.min([table[f"member/{m}/{score}"] for m in white], axis=0) for score in SCORES}
+    if (stuck := float((table["stuck"] >= HALF).mean())) > 0:
+        found["zero_gradient"] = f"no gradient in at least half of the steps of {stuck:.0%} of the images"
+    if (unused := float((table["used"] < HALF).mean())) > 0:
+        found["unused_budget"] = f"{unused:.0%} of the images ended below half of the budget"
+    if (diverged := float(table["diverged"].mean())) > 0:
+        found["diverged"] = f"the gradient was not finite for {diverged:.0%} of the images"
+    if (gain := float(np.nanmean(table["gain"]))) > GAINS:
+        found["not_converged"] = f"the last fifth of the iterations still gained {gain:.3f} on average"
+    for name, label in (("black_box", "the black box"), ("transfer", "transfer"), ("noise", "noise")):
+        if beaten := _beats(table, name, own):
+            found["masked"] = f"{label} beats the gradient attacks by more than {BEATS} on {beaten}"
+    if beaten := _beats(table, "one_step", own):
+        found["one_step"] = f"one step beats many by more than {BEATS} on {beaten}"
+    return found
+
+
+def _beats(table: Arrays, name: str, own: Mapping[str, np.ndarray]) -> str:
+    """On which share of the images, by which score, the member ``name`` goes lower than ``own``; empty where on few."""
+    kind = "control" if f"control/{name}/pcc" in table else "member"
+    if f"{kind}/{name}/pcc" not in table:
+        return ""
+    shares = {s: float((table[f"{kind}/{name}/{s}"] < own[s] - BEATS).mean()) for s in SCORES}
+    worst = max(shares, key=lambda s: shares[s])
+    return f"{shares[worst]:.0%} of the images ({worst})" if shares[worst] > SHARE else ""
+
+
+def unlimited(
+    explainer: Explainer,
+    model: nn.Module,
+    x: Tensor,
+    surrogate: Surrogate,
+    target: Tensor | None = None,
+    steps: int = 40,
+) -> dict[str, str]:
+    """The flag of a method whose maps an attack without any bound but the pixel range does not break."""
+    attack = Attack(explainer, budget=Budget(linf=255.0), surrogate=surrogate, steps=steps)
+    left = float(attack.run(model, x, target).worst["pcc"].mean())
+    if left <= BROKEN:
+        return {}
+    return {
+        "unlimited": f"an unlimited budget leaves a mean PCC of {left:.3f}, above {BROKEN}: the attack fails here"
+    }
+
+
+def not_monotone(curve: Mapping[float, np.ndarray]) -> dict[str, str]:
+    """The flag of a method that a larger budget moves less: budget -> lowest PCC (N,) found by a run of its own."""
+    sizes = sorted(curve)
+    for small, large in pairwise(sizes):
+        rise = float((curve[large] - curve[small]).mean())
+        if rise > GAINS:
+            return {"not_monotone": f"the budget {large:g} leaves {rise:.3f} more of the map than {small:g}"}
+    return {}
+
+
+def constant(raw: Tensor) -> Tensor:
+    """Whether a map (N, h, w) is the same everywhere, (N,)."""
+    flat = raw.flatten(1)
+    return torch.isclose(flat.amax(1), flat.amin(1), rtol=1e-6, atol=0)

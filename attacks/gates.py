@@ -1,0 +1,105 @@
+"""Gates: a map that ignores the network is perfectly robust, so a method is ranked only if it explains something.
+
+- **class**: the maps of the predicted class and of the runner-up differ: their mean PCC is below the threshold that benign
+  changes of the image stay above (:mod:`attacks.thresholds`). A class-agnostic map answers another question.
+- **weights**: so do the maps of the network and of the same network with its weights initialised anew (Adebayo et al. 2018).
+- **faithful**: insertion minus deletion (Petsiuk et al. 2018) is higher than that of ``random`` and of ``sobel`` on the same
+  images, with the 95 % interval of the paired difference above 0.
+
+Edges (``sobel``) are robust and must fail; so must random maps.
+
+Example
+-------
+>>> gates = check_gates(explainer, model, x, keys=names)
+>>> gates.passed, gates.why
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attacks.scores import similarity
+from attacks.thresholds import TAU
+from srd_lab.checks import check_target
+from srd_lab.methods.controls import Random, Sobel
+from srd_lab.metrics.explained import Explained, Images
+from srd_lab.metrics.faithfulness import Deletion, Insertion
+from srd_lab.metrics.robustness import randomised
+from srd_lab.metrics.summary import summarise
+from srd_lab.types import Explainer
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the gates measured; passed : gate -> verdict.
+
+    other_class, other_weights : mean PCC of the map to that of the runner-up class, and of the network without its weights.
+    faithfulness : mean of insertion minus deletion; over_random, over_sobel : low ends of the 95 % intervals of the paired
+        difference to these controls.
+    """
+
+    other_class: float
+    other_weights: float
+    faithfulness: float
+    over_random: float
+    over_sobel: float
+
+    @property
+    def passed(self) -> dict[str, bool]:
+        return {
+            "class": bool(self.other_class < TAU["pcc"]),
+            "weights": bool(self.other_weights < TAU["pcc"]),
+            "faithful": bool(self.over_random > 0 and self.over_sobel > 0),
+        }
+
+    @property
+    def ranked(self) -> bool:
+        return all(self.passed.values())
+
+    @property
+    def why(self) -> str:
+        """Why the method is not ranked; empty where it is."""
+        said = {
+            "class": f"maps of two classes are alike (PCC {self.other_class:.3f}, not below {TAU['pcc']:.3f})",
+            "weights": f"the map stays without the weights (PCC {self.other_weights:.3f}, not below {TAU['pcc']:.3f})",
+            "faithful": "not more faithful than the controls (insertion - deletion: at least "
+            f"{self.over_random:+.3f} over random, {self.over_sobel:+.3f} over sobel)",
+        }
+        return "; ".join(said[gate] for gate, held in self.passed.items() if not held)
+
+
+def check_gates(
+    explainer: Explainer, model: nn.Module, x: Tensor, keys: Sequence[int | str], seed: int = 0
+) -> Gates:
+    """The gates on images x (N, C, H, W) in [0, 1] for their predicted classes; at least two images."""
+    size = (x.shape[2], x.shape[3])
+    raw, logits = explainer.explain_with_logits(model, x)
+    runner_up = logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf).argmax(1)
+    other = explainer.explain(model, x, runner_up)
+    (blank,) = randomised(model, 1, seed)
+    target = check_target(None, logits)
+    gone = explainer.explain(blank, x, target)
+    of_model: dict = {}
+    images = Images(model, x, target, list(keys), None, of_model)
+    own, random, sobel = (_faithfulness(method, images) for method in (explainer, Random(seed), Sobel()))
+    return Gates(
+        other_class=_mean_pcc(other, raw, size),
+        other_weights=_mean_pcc(gone, raw, size),
+        faithfulness=float(np.nanmean(own)) if np.isfinite(own).any() else float("nan"),
+        over_random=summarise(own - random, seed).low,
+        over_sobel=summarise(own - sobel, seed).low,
+    )
+
+
+def _mean_pcc(a: Tensor, b: Tensor, size: tuple[int, int]) -> float:
+    return float(similarity(a, b, size)["pcc"].mean())
+
+
+def _faithfulness(explainer: Explainer, images: Images) -> np.ndarray:
+    explained = Explained.by(explainer, images)
+    return (Insertion().of(explained) - Deletion().of(explained)).cpu().numpy()

@@ -1,0 +1,134 @@
+"""One table of several entries: Markdown and HTML.
+
+Only entries that measured the same thing stand in one table: the same network and weights, the same images, the same budget
+and mode. Ranked by the worst PCC are those that pass the gates and carry no flag that makes the figure unreliable; the
+others stand below, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from attacks.entry import read_entry
+from attacks.robustness_report import UNRANKING
+from srd_lab.metrics.summary import interval_text
+from srd_lab.types import SrdLabError
+
+HEADER = (
+    "rank",
+    "method",
+    "PCC",
+    "SSIM",
+    "top-10 %",
+    "local top-10 %",
+    "RER (PCC)",
+    "noise PCC",
+    "flags",
+    "not ranked because",
+)
+SAME = {
+    "network": lambda e: (e["model"], e["weights_sha256"]),
+    "images": lambda e: e["images"]["originals_sha256"],
+    "budget": lambda e: e["attack"]["budget"],
+    "mode": lambda e: e["attack"]["mode"],
+}
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """A table: title, header and rows of text."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @property
+    def markdown(self) -> str:
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        rule = "|" + "---|" * len(self.header)
+        return "\n".join([f"# {self.title}", "", line(self.header), rule, *map(line, self.rows)]) + "\n"
+
+    @property
+    def html(self) -> str:
+        def row(tag: str, cells: Sequence[str]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "\n".join(row("td", cells) for cells in self.rows)
+        style = (
+            "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
+            "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:left}"
+        )
+        title = escape(self.title)
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f"<style>{style}</style></head>\n<body><h1>{title}</h1>\n<table><thead>{row('th', self.header)}</thead>\n"
+            f"<tbody>{body}</tbody></table></body></html>\n"
+        )
+
+
+def leaderboard(files: Sequence[Path]) -> Leaderboard:
+    """The table of these entries; SrdLabError where they did not measure the same thing."""
+    if not files:
+        raise SrdLabError("a leaderboard needs at least one entry; give the entry.json of a run")
+    entries = {file: read_entry(file) for file in files}
+    first_file, first = next(iter(entries.items()))
+    for what, key in SAME.items():
+        for file, entry in entries.items():
+            if key(entry) != key(first):
+                raise SrdLabError(
+                    f"{file} is of another {what} than {first_file}, so they cannot be compared; "
+                    f"make a table for each {what}"
+                )
+    order = sorted(entries.values(), key=lambda e: (bool(reason(e)), -e["scores"]["worst_pcc"]))
+    rows, rank = [], 0
+    for entry in order:
+        why = reason(entry)
+        rank += not why
+        rows.append(_row("-" if why else str(rank), entry, why))
+    count = first["images"]["count"]
+    return Leaderboard(
+        f"Robustness of explanations: {first['model']} on {first['data']}, {count} images", HEADER, rows
+    )
+
+
+def reason(entry: dict[str, Any]) -> str:
+    """Why an entry is not ranked; empty where it is."""
+    gates = entry.get("gates")
+    failed = (
+        ["the gates were not measured"]
+        if gates is None
+        else [g for g, ok in gates["passed"].items() if not ok]
+    )
+    said = [f"gate {name}" if gates else name for name in failed]
+    return ", ".join([*said, *(f"flag {name}" for name in entry["flags"] if name in UNRANKING)])
+
+
+def _row(rank: str, entry: dict[str, Any], why: str) -> list[str]:
+    s = entry["scores"]
+    name = entry["method"] + (f" ({entry['start']})" if entry["method"] == "srd" else "")
+
+    def interval(score: str) -> str:
+        ends = (s.get(f"worst_{score}_{end}", float("nan")) for end in ("low", "high"))
+        return interval_text(s[f"worst_{score}"], *ends)
+
+    cells = [
+        rank,
+        name,
+        interval("pcc"),
+        interval("ssim"),
+        f"{s['worst_top_k']:.3f}",
+        f"{s['worst_local_top_k']:.3f}",
+    ]
+    return [
+        *cells,
+        f"{s['rer_pcc']:.0%}",
+        f"{s['noise_pcc']:.3f}",
+        ", ".join(entry["flags"]) or "-",
+        why or "-",
+    ]

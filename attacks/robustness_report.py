@@ -1,0 +1,234 @@
+"""What the robustness study prints and stores: tables, comparisons, curves, a heat map and a sheet of the worst images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attacks.ensemble import LETTERS
+from attacks.scores import SCORES
+from attacks.statistics import Difference, against, area, breaking_budget, explanation_rate
+from attacks.thresholds import TAU
+from srd_lab import render
+from srd_lab.command import csv_text, publish, text_table
+from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.tracking import Run
+
+if TYPE_CHECKING:
+    from attacks.robustness_study import Subject
+
+PICTURES = 6
+LEGEND = """
+Worst case per image over the attacks {members}, on images of 8 bits that keep the predicted class; mean [95 % interval].
+pcc, ssim, top-10 %: to the original's map (1 = unmoved); local: a neighbouring pixel counts too; rer: the share of images
+whose worst pcc stays >= {tau:.2f}; noise: pcc after noise of the same norm; by: the attack that found most of the lowest
+pcc; used: of the budget, by the gradient attack and image that used least.{eq10}"""
+EQ10 = """
+eq10: the published attack (Eq. 10) on the same images, beside and not counted; it aims at another map and may stall."""
+
+
+class Report:
+    """Tables and figures of one run of the study.
+
+    members : the attacks that count, in order.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], title: str, members: Sequence[str], classes: Sequence[str]
+    ) -> None:
+        self.settings, self.title, self.members, self.classes = settings, title, members, classes
+        self.seed = int(settings["seed"])
+        self.eq10 = "eq10" in settings["attacks"]
+
+    # one method ----------------------------------------------------------------------------------------
+    def score(self, subject: Subject) -> dict[str, float]:
+        """The figures of one method, as they are logged."""
+        table = subject.table
+        found: dict[str, float] = {}
+        for name in SCORES:
+            s, rate = (
+                summarise(table[f"worst/{name}"], self.seed),
+                explanation_rate(table[f"worst/{name}"], name),
+            )
+            spread = float(table[f"repeats/{name}"].mean(0).std()) if subject.experiment.seeds > 1 else 0.0
+            found |= {
+                f"worst_{name}": s.mean,
+                f"worst_{name}_low": s.low,
+                f"worst_{name}_high": s.high,
+                f"rer_{name}": float(rate.mean()),
+                f"noise_{name}": float(table[f"control/noise/{name}"].mean()),
+                f"seed_spread_{name}": spread,
+            }
+        if "eq10/pcc" in table:
+            found |= {f"eq10_{n}": float(table[f"eq10/{n}"].mean()) for n in (*SCORES, "kept", "mse", "used")}
+        found |= {
+            f"more_{n.removeprefix('more/')}": float(v.mean())
+            for n, v in table.items()
+            if n.startswith("more/")
+        }
+        found |= {"budget_used_least": float(table["used"].min()), "flags": float(len(subject.flags))}
+        if subject.curve:
+            found |= {
+                "curve_area_pcc": area(subject.curve),
+                "breaking_budget": breaking_budget(subject.curve),
+            }
+        return found | {"seconds": float(table["seconds"])}
+
+    def one(self, subject: Subject) -> None:
+        """Store what is of one method."""
+        child, table = subject.child, subject.table
+        child.log_metrics(self.score(subject))
+        child.save_text("images.csv", csv_text(_rows(table)))
+        child.save_text("flags.txt", "".join(f"{name}: {said}\n" for name, said in subject.flags.items()))
+        child.save_figure("worst.png", render.picture_grid(self._pictures(subject)))
+
+    def _pictures(self, subject: Subject) -> list[render.PictureRow]:
+        table = subject.table
+        order = np.argsort(table["worst/pcc"], kind="stable")[:PICTURES]
+        numbers = table["pair"][order]
+        parts = {n: subject.final(numbers, n) for n in ("images", "image/pcc", "map0", "map1")}
+        return [
+            render.PictureRow(
+                label=f"{self.classes[int(table['label'][i])]}, by {table['by/pcc'][i]}",
+                original=parts["images"][k] / 255,
+                adversarial=parts["image/pcc"][k] / 255,
+                map_original=parts["map0"][k],
+                map_adversarial=parts["map1"][k],
+                scores=f"PCC {table['worst/pcc'][i]:.2f}\nSSIM {table['worst/ssim'][i]:.2f}",
+            )
+            for k, i in enumerate(order)
+        ]
+
+    # all methods ---------------------------------------------------------------------------------------
+    def all(self, run: Run, subjects: Sequence[Subject], skipped: str) -> None:
+        """Print and store what compares the methods."""
+        worst = {s.name: s.table["worst/pcc"] for s in subjects}
+        differences = [
+            *against({s.name: s.table["worst/pcc"] for s in subjects}, "pcc", self.seed),
+            *against({s.name: s.table["worst/ssim"] for s in subjects}, "ssim", self.seed),
+        ]
+        if differences:
+            run.save_text("comparisons.csv", csv_text([vars(d) for d in differences]))
+        heat = {
+            s.name: {LETTERS[m]: float(s.table[f"member/{m}/pcc"].mean()) for m in _ran(s)} for s in subjects
+        }
+        run.save_figure("members.png", render.member_heat(heat, self.title))
+        if any(s.curve for s in subjects):
+            curves = {s.name: s.curve for s in subjects if len(s.curve) > 1}
+            run.save_figure("robustness.png", render.budget_curves(curves, self.settings["norm"], self.title))
+        scores = {
+            m: {"pcc": w, "ssim": s.table["worst/ssim"]}
+            for (m, w), s in zip(worst.items(), subjects, strict=True)
+        }
+        noise = {s.name: {k: s.table[f"control/noise/{k}"] for k in ("pcc", "ssim")} for s in subjects}
+        run.save_figure("scores.png", render.box_plots(scores, noise, self.title))
+        run.log_metrics(
+            {f"{s.name}/worst_{k}": float(s.table[f"worst/{k}"].mean()) for s in subjects for k in SCORES}
+        )
+        publish(
+            run, self.text(subjects, differences, skipped), sum(float(s.table["seconds"]) for s in subjects)
+        )
+
+    def text(self, subjects: Sequence[Subject], differences: Sequence[Difference], skipped: str) -> str:
+        """The report."""
+        parts = [f"{self.title}; worst case over the {self.settings['mode']} ensemble, mean [95 % interval]"]
+        parts.append(text_table(*self._table(_ranked(subjects))))
+        members = ", ".join(f"{m} ({LETTERS[m]})" for m in self.members)
+        parts[-1] += "\n" + LEGEND.format(members=members, tau=TAU["pcc"], eq10=EQ10 if self.eq10 else "")
+        if differences:
+            parts.append(self._compared(differences))
+        flagged = [f"  {s.name}: {name}: {said}" for s in subjects for name, said in s.flags.items()]
+        if flagged:
+            parts.append("Flags (a figure with a flag is unreliable):\n" + "\n".join(flagged))
+        gated = [f"  {s.name}: {s.gates.why}" for s in subjects if s.gates and not s.gates.ranked]
+        if gated:
+            parts.append("Not ranked (gates):\n" + "\n".join(gated))
+        notes = [few_note(len(subjects[0].table["pair"]), "images"), skipped]
+        return "\n\n".join([*parts, *filter(None, notes)])
+
+    def _table(self, subjects: Sequence[Subject]) -> tuple[list[str], list[list[str]]]:
+        gates = any(s.gates for s in subjects)
+        header = [
+            *(["rank"] if gates else []),
+            "method",
+            "pcc",
+            "ssim",
+            "top-10 %",
+            "local",
+            "rer",
+            "noise",
+            "by",
+            "used",
+        ]
+        header += ["eq10 pcc", "eq10 ssim"] if self.eq10 else []
+        lines, rank = [], 0
+        for subject in subjects:
+            rank += _is_ranked(subject)
+            place = [str(rank) if _is_ranked(subject) else "-"] if gates else []
+            lines.append([*place, subject.name, *self._cells(subject.table), str(len(subject.flags) or "-")])
+        return [*header, "flags"], lines
+
+    def _cells(self, table: Mapping[str, np.ndarray]) -> list[str]:
+        names, counts = np.unique(table["by/pcc"], return_counts=True)
+        used = table["used"][np.isfinite(table["used"])]
+        cells = [str(summarise(table[f"worst/{name}"], self.seed)) for name in ("pcc", "ssim")]
+        cells += [f"{table[f'worst/{name}'].mean():.3f}" for name in ("top_k", "local_top_k")]
+        cells += [
+            f"{explanation_rate(table['worst/pcc'], 'pcc').mean():.0%}",
+            f"{table['control/noise/pcc'].mean():.3f}",
+        ]
+        cells += [LETTERS.get(str(names[counts.argmax()]), "-"), f"{used.min():.2f}" if len(used) else "-"]
+        if self.eq10:
+            cells += [
+                f"{table[f'eq10/{k}'].mean():.3f}" if f"eq10/{k}" in table else "-" for k in ("pcc", "ssim")
+            ]
+        return cells
+
+    def _compared(self, differences: Sequence[Difference]) -> str:
+        rows = [
+            [
+                d.method,
+                d.score,
+                f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
+                f"{d.p_corrected:.3g}",
+                d.verdict,
+            ]
+            for d in differences
+        ]
+        title = f"Against {differences[0].reference} on the same images (paired bootstrap, Holm's correction):\n\n"
+        return title + text_table(["method", "score", "difference", "p", "verdict"], rows)
+
+
+def _is_ranked(subject: Subject) -> bool:
+    return bool(subject.gates and subject.gates.ranked and not subject.flags.keys() & UNRANKING)
+
+
+UNRANKING = {
+    "violated",
+    "degenerate",
+    "masked",
+    "no_gradient",
+    "unlimited",
+    "unused_budget",
+    "zero_gradient",
+    "planted",
+}
+
+
+def _ranked(subjects: Sequence[Subject]) -> list[Subject]:
+    """Ranked ones first, by their worst PCC; without gates in the order in which they were asked for."""
+    if not any(s.gates for s in subjects):
+        return list(subjects)
+    return sorted(subjects, key=lambda s: (not _is_ranked(s), -float(s.table["worst/pcc"].mean())))
+
+
+def _ran(subject: Subject) -> list[str]:
+    return [m for m in LETTERS if f"member/{m}/pcc" in subject.table]
+
+
+def _rows(table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """One row per image."""
+    names = [n for n, v in table.items() if v.ndim == 1 and n not in ("files", "seconds")]
+    return [{n: table[n][i].item() for n in names} for i in range(len(table["pair"]))]

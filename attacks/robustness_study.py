@@ -1,0 +1,257 @@
+"""The study behind ``srd-lab attack`` and ``srd-lab robustness``: every method under the same ensemble on the same images,
+batch by batch, then the other methods' images, gates, the curve over the budget, flags, entries and tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks import flags
+from attacks.budget import DEFAULTS, Budget, to_8_bits
+from attacks.ensemble import MEMBERS, Ensemble, Probe, probe
+from attacks.entry import write_entry
+from attacks.experiment import attack_explainer, draw_pairs
+from attacks.gates import Gates, check_gates
+from attacks.manipulation_study import manipulation_of, pairs_at_once, variants
+from attacks.robustness_experiment import Experiment, images_of, transfer
+from attacks.robustness_report import Report
+from attacks.scores import SCORES
+from attacks.surrogate import Surrogate
+from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.catalogue import ATTACKABLE, FIGURE_4
+from srd_lab.command import data_for, network_for, weights_sums
+from srd_lab.data import skipped_report
+from srd_lab.options import options_of
+from srd_lab.runtime import Batcher, pick_device
+from srd_lab.tracking import Run
+from srd_lab.types import Explainer, SrdLabError
+
+PROBED = 4  # images that decide which surrogate is differentiated
+GATED = 32  # images that the gates look at, at most
+CURVED = 16  # images of the curve over the budget, at most
+FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself
+ALL = {"all": FIGURE_4, "attackable": ATTACKABLE}
+
+
+@dataclass
+class Subject:
+    """One method under evaluation, and what came out so far."""
+
+    name: str
+    explainer: Explainer
+    child: Run
+    experiment: Experiment
+    table: Arrays
+    curve: dict[float, np.ndarray]
+    gates: Gates | None
+    flags: dict[str, str]
+
+    def stored(self, numbers: np.ndarray, name: str, folder: str = "batches") -> np.ndarray:
+        """An array of the pairs with these numbers, in their order, as this method's batches hold it."""
+        found: dict[int, np.ndarray] = {}
+        for path in self.child.list(folder):
+            first, last = (int(part) for part in path.rpartition("/")[2].removesuffix(".npz").split("-"))
+            if ((numbers >= first) & (numbers <= last)).any():
+                arrays = self.child.load_arrays(path)
+                found |= dict(zip(arrays["pair"].tolist(), arrays[name], strict=True))
+        return np.stack([found[int(number)] for number in numbers])
+
+    def final(self, numbers: np.ndarray, name: str) -> np.ndarray:
+        """The same, after the other methods' images were tried."""
+        return self.stored(numbers, name, "transferred" if self.child.list("transferred") else "batches")
+
+
+class RobustnessStudy:
+    """One run, from settings to tables, figures and entries."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        asked = [m for name in settings["methods"] for m in ALL.get(name, (name,))]
+        self.variants = variants(asked, settings["starts"])
+        self.ensemble = Ensemble(
+            tuple(name for name in _members(settings["attacks"]) if name not in ("eq10", "transfer")),
+            settings["mode"],
+            Budget.named(settings["norm"], settings["budget"]),
+            settings["seed"],
+        )
+        self.members = tuple(name for name in _members(settings["attacks"]) if name != "eq10")
+        self.device = pick_device(settings["device"])
+        name = settings["model"]
+        self.dataset = data_for(settings, name)
+        self.model = network_for(settings, name, [name], self.device, self.dataset)
+        settings["weights_sha256"] = weights_sums(settings, [name])
+        self.pairs, self.skipped = draw_pairs(
+            *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
+        )
+        side = self.dataset[self.pairs[0].original].image.shape[-1]
+        self.batcher = Batcher(settings["batch_size"] or pairs_at_once(side, self.device.type))
+        self.title = f"{name} on {settings['data'].partition(':')[0]}, {len(self.pairs)} images, {self.ensemble.budget}"
+
+    def run(self, run: Run) -> None:
+        """Attack every method and report."""
+        subjects = [self._attacked(run, name, *variant) for name, variant in self.variants.items()]
+        if "transfer" in self.members and len(subjects) > 1:
+            for subject in subjects:
+                self._transferred(subject, [other for other in subjects if other is not subject])
+        for subject in subjects:
+            self._examined(subject)
+        report = Report(self.settings, self.title, self.members, self.dataset.classes)
+        for subject in subjects:
+            report.one(subject)
+            if self.settings["entries"]:
+                write_entry(self, subject, report.score(subject))
+        report.all(run, subjects, skipped_report(self.skipped) if self.skipped else "")
+
+    # attacks -------------------------------------------------------------------------------------------
+    def _attacked(self, run: Run, name: str, method: str, start: str) -> Subject:
+        explainer = attack_explainer(method, start)
+        child = run.child(name, {"method": method, **options_of(explainer)})
+        found = self._probe(child, explainer)
+        beside = "eq10" in self.settings["attacks"] and found.best is not None
+        eq10 = manipulation_of(explainer, self.settings) if beside else None
+        experiment = Experiment(explainer, self._members_for(found), eq10, found, self.settings["seeds"])
+
+        def attack(some: Sequence[Item], advance: Advance) -> Arrays:
+            return experiment.run(self.model, some, self.device, advance)
+
+        pairs = [(pair.original, pair.goal) for pair in self.pairs]
+        parts = [
+            _light(arrays)
+            for arrays in in_batches(
+                child,
+                self.dataset,
+                pairs,
+                self.settings,
+                attack,
+                self.batcher,
+                label=name,
+                steps=experiment.steps(),
+            )
+        ]
+        table = joined(parts)
+        if lost := skipped_in(table):
+            raise SrdLabError(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
+        return Subject(name, explainer, child, experiment, table, {}, None, {})
+
+    def _members_for(self, found: Probe) -> Ensemble:
+        """The ensemble; a method without a gradient goes to the black box, whatever was asked for."""
+        if found.best or "black_box" in self.ensemble.members:
+            return self.ensemble
+        return replace(self.ensemble, members=(*self.ensemble.members, "black_box"))
+
+    def _probe(self, child: Run, explainer: Explainer) -> Probe:
+        if "probe.json" in child.list():
+            stored = json.loads(child.load_text("probe.json"))
+            best = stored.pop("best")
+            return Probe(None if best is None else Surrogate.named(best), **stored)
+        found = probe(
+            *(explainer, self.model, self._images(PROBED), self.ensemble.budget),
+            seed=self.settings["seed"],
+            batcher=self.batcher,
+        )
+        content = asdict(found) | {"best": None if found.best is None else str(found.best)}
+        child.save_text("probe.json", json.dumps(content, indent=1) + "\n")
+        return found
+
+    def _images(self, count: int) -> Tensor:
+        some = [self.dataset[pair.original].image for pair in self.pairs[:count]]
+        return to_8_bits(torch.stack(some)).to(self.device)
+
+    def _transferred(self, subject: Subject, others: Sequence[Subject]) -> None:
+        """Add the member that asks what the other methods' adversarial images do to this one."""
+        parts = []
+        for path in subject.child.list("batches"):
+            done = path.replace("batches", "transferred", 1)
+            if done in subject.child.list("transferred"):
+                parts.append(_light(subject.child.load_arrays(done)))
+                continue
+            own = subject.child.load_arrays(path)
+            x, target = images_of(own["images"], self.device), torch.from_numpy(own["target"]).to(self.device)
+            images = [
+                images_of(other.stored(own["pair"], f"image/{score}"), self.device)
+                for other in others
+                for score in SCORES[:2]
+            ]
+            arrays = transfer(subject.experiment, self.model, x, target, images, own)
+            subject.child.save_arrays(done, arrays)
+            parts.append(_light(arrays))
+        subject.table = joined(parts)
+
+    # gates, curve, flags -------------------------------------------------------------------------------
+    def _examined(self, subject: Subject) -> None:
+        if self.settings["gates"]:
+            subject.gates = self._gates(subject)
+        if self.settings["curve"]:
+            subject.curve = self._curve(subject)
+        extra = self._extra(subject) if self.settings["gates"] and subject.experiment.probe.best else {}
+        found = subject.experiment.probe
+        monotone = flags.not_monotone(subject.curve) if subject.curve else {}
+        subject.flags = flags.raised(subject.table, found, extra | monotone)
+
+    def _gates(self, subject: Subject) -> Gates:
+        if "gates.json" in subject.child.list():
+            return Gates(**json.loads(subject.child.load_text("gates.json")))
+        x = self._images(GATED)
+        names = [self.dataset.name(pair.original) for pair in self.pairs[: len(x)]]
+        found = check_gates(subject.explainer, self.model, x, names, self.settings["seed"])
+        subject.child.save_text("gates.json", json.dumps(asdict(found), indent=1) + "\n")
+        return found
+
+    def _extra(self, subject: Subject) -> dict[str, str]:
+        if "extra.json" in subject.child.list():
+            return dict(json.loads(subject.child.load_text("extra.json")))
+        best = subject.experiment.probe.best
+        assert best is not None
+        found = flags.unlimited(subject.explainer, self.model, self._images(PROBED), best)
+        subject.child.save_text("extra.json", json.dumps(found, indent=1) + "\n")
+        return found
+
+    def _curve(self, subject: Subject) -> dict[float, np.ndarray]:
+        """Budget (in its own units) -> lowest PCC of the first images, every budget attacked by itself."""
+        size = float(self.settings["budget"] or _default_size(self.settings["norm"]))
+        if "curve.npz" in subject.child.list():
+            stored = subject.child.load_arrays("curve.npz")
+            return dict(zip(stored["size"].tolist(), stored["pcc"], strict=True))
+        x = self._images(CURVED)
+        keys = [self.dataset.name(pair.original) for pair in self.pairs[: len(x)]]
+        found = {size: subject.table["worst/pcc"][: len(x)]}
+        best = subject.experiment.probe.best
+        for factor in FACTORS if best else ():
+            if self.settings["norm"] != "legacy" and size * factor > 255:
+                continue
+            budget = Budget.named(self.settings["norm"], size * factor)
+            ensemble = replace(self.ensemble, budget=budget, members=("combined",))
+            parts = self.batcher.run(
+                lambda some, e=ensemble: e.run(  # type: ignore[misc]
+                    *(self.model, subject.explainer, x[list(some)]),
+                    surrogate=best,
+                    keys=[keys[i] for i in some],
+                ).worst["pcc"],
+                range(len(x)),
+            )
+            found[size * factor] = torch.cat(parts).cpu().numpy()
+        found = dict(sorted(found.items()))
+        subject.child.save_arrays(
+            "curve.npz", {"size": np.array(list(found)), "pcc": np.stack(list(found.values()))}
+        )
+        return found
+
+
+def _members(attacks: Sequence[str]) -> tuple[str, ...]:
+    """The members that are meant: ``standard`` is all of them."""
+    return tuple(dict.fromkeys(m for name in attacks for m in (MEMBERS if name == "standard" else (name,))))
+
+
+def _default_size(norm: str) -> float:
+    return DEFAULTS.get(norm, 1.0)
+
+
+def _light(arrays: Arrays) -> Arrays:
+    """Scores; images and maps of every batch would pile up."""
+    return {key: values for key, values in arrays.items() if values.ndim <= 2}

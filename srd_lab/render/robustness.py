@@ -1,0 +1,74 @@
+"""Figures of the robustness study: what every attack reached, and the worst case over the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, style, title_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_UNITS = {
+    "l2": "budget: root mean square of the change (0..255)",
+    "linf": "budget: largest change of a pixel (0..255)",
+    "legacy": "budget: share of MSE 1e-3 (normalised) and 8/255",
+}
+
+
+def member_heat(reached: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+    """A row per method, a column per attack, a cell for the mean PCC that it left; dark = broken.
+
+    reached : method -> attack -> mean PCC; a method may lack one.
+    """
+    attacks = list(dict.fromkeys(name for own in reached.values() for name in own))
+    grid = np.array([[own.get(name, np.nan) for name in attacks] for own in reached.values()])
+    with style():
+        figure = blank((2.4 + 0.55 * len(attacks), 1.5 + 0.28 * len(reached)))
+        axes = figure.subplots()
+        axes.imshow(grid, cmap="YlGnBu_r", vmin=-0.5, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                colour = "white" if value < 0.4 else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_yticks(range(len(reached)), list(reached))
+        axes.set_xticks(range(len(attacks)), attacks)
+        axes.set_xlabel("attack; mean PCC that it leaves of the map")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        title_of(figure, title)
+    return figure
+
+
+def budget_curves(curves: Mapping[str, Mapping[float, np.ndarray]], norm: str, title: str = "") -> Figure:
+    """Worst PCC over the budget, a line per method: the mean over images, and a band of its standard error.
+
+    curves : method -> budget -> worst PCC (N,); what a smaller budget reaches counts for a larger one too.
+    """
+    with style():
+        figure = blank((5.6, 4.2))
+        axes = figure.subplots()
+        for i, (method, curve) in enumerate(curves.items()):
+            sizes = sorted(curve)
+            lowest = np.minimum.accumulate(np.stack([curve[size] for size in sizes]), axis=0)
+            mean = lowest.mean(1)
+            error = (
+                lowest.std(1, ddof=1) / lowest.shape[1] ** 0.5 if lowest.shape[1] > 1 else np.zeros_like(mean)
+            )
+            colour = COLOURS[i % len(COLOURS)]
+            axes.fill_between(sizes, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(sizes, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4, label=method)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({size for curve in curves.values() for size in curve})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlabel(_UNITS[norm])
+        axes.set_ylabel("worst PCC (1 = unmoved)")
+        axes.axhline(0, color=GREY, linewidth=0.6)
+        axes.set_ylim(top=1.02)
+        title_of(figure, title)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
