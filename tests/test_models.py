@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srd_lab.data import batch, load_data
+from srd_lab.methods.cam import GradCAM
+from srd_lab.methods.lrp import LRPZPlus
+from srd_lab.methods.srd import SRD
 from srd_lab.models import (
     FAMILIES,
     SCENES_NETWORKS,
@@ -37,7 +42,7 @@ from srd_lab.models import (
 )
 from srd_lab.models.cifar import CIFAR_NETWORKS, CIFAR_STATISTICS, Block, CifarResNet
 from srd_lab.models.classifier import Colour, last_parameter
-from srd_lab.models.imagenet import torchvision_names
+from srd_lab.models.imagenet import Head, torchvision_names, vgg_head
 from srd_lab.types import SrdLabError
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
@@ -637,3 +642,170 @@ def test_what_lies_in_the_cache_is_not_trusted_either(hub: Path, tmp_path: Path)
 def test_networks_without_v1_weights_say_so() -> None:
     with pytest.raises(SrdLabError, match=r"IMAGENET1K_V1.*--weights FILE"):
         load_model("vit_h_14", "imagenet", device="cpu")
+
+
+# --- VGGs with another head ---------------------------------------------------------------------
+
+NARROW = [4, "M", 8, "M", 8, "M", 16, "M", 512, "M"]  # VGG's layout, in a hundredth of the time
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """torchvision's vgg16 with few channels before the last map; the state of its convolutions, not negative at the
+    end: a map that is 0 everywhere would prove little."""
+    monkeypatch.setitem(torchvision.models.vgg.cfgs, "D", NARROW)
+    torch.manual_seed(0)
+    features = torchvision.models.vgg.make_layers(NARROW)
+    state = {f"features.{key}": value.detach() for key, value in features.state_dict().items()}
+    return {key: value + 0.02 if key.endswith("weight") else value.abs() for key, value in state.items()}
+
+
+def _head(widths: list[int]) -> dict[str, Tensor]:
+    """A classifier with these widths, inputs first; torchvision's numbering."""
+    torch.manual_seed(1)
+    return {
+        f"classifier.{3 * k}.{key}": value.detach()
+        for k, (inputs, outputs) in enumerate(pairwise(widths))
+        for key, value in nn.Linear(inputs, outputs).state_dict().items()
+    }
+
+
+def _head_logits(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The same network literally: convolutions, averages, matrices."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    z = (x - mean) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for place in range(0, 15, 3):
+        weight, bias = state[f"features.{place}.weight"], state[f"features.{place}.bias"]
+        z = nn.functional.max_pool2d(nn.functional.conv2d(z, weight, bias, padding=1).clamp(min=0), 2)
+    sides = {512: 1, 25088: 7}[state["classifier.0.weight"].shape[1]]
+    rows = [z[:, :, 7 // sides * i : 7 // sides * (i + 1)] for i in range(sides)]
+    cells = [
+        [row[..., 7 // sides * j : 7 // sides * (j + 1)].mean((2, 3)) for j in range(sides)] for row in rows
+    ]
+    z = torch.stack([torch.stack(row, 2) for row in cells], 2).flatten(1)
+    places = sorted(int(key.split(".")[1]) for key in state if re.match(r"classifier\..*weight", key))
+    for place in places:
+        z = z @ state[f"classifier.{place}.weight"].T + state[f"classifier.{place}.bias"]
+        z = z if place == places[-1] else z.clamp(min=0)
+    return z
+
+
+@pytest.mark.parametrize(
+    ("inputs", "hidden"),
+    [
+        (512, []),
+        (512, [6]),
+        (512, [6, 5, 4]),
+        (512, [4096, 4096]),
+        (25088, []),
+        (25088, [6]),
+        (25088, [6, 5]),
+    ],
+)
+def test_the_head_of_a_vgg_is_seen_in_the_shapes(
+    inputs: int, hidden: list[int], narrow: dict[str, Tensor], tmp_path: Path
+) -> None:
+    state = {**narrow, **_head([inputs, *hidden, 1000])}
+    model = load_model("vgg16", "imagenet", _save_npz(tmp_path / "w.npz", state), "cpu")
+    x = torch.rand(2, 3, 224, 224)
+    torch.testing.assert_close(model(x), _head_logits(state, x), rtol=1e-4, atol=1e-5)
+    assert model.classes == 1000
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert [layer.out_features for layer in linear] == [*hidden, 1000]
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg16", "vgg19_bn"])
+def test_torchvisions_own_files_make_torchvisions_network(name: str) -> None:
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name)
+        own = FAMILIES["imagenet"].network(name, theirs.state_dict())
+        seven = torchvision.models.get_model(name, num_classes=7)
+        tuned = FAMILIES["imagefolder"].network(name, seven.state_dict())
+    assert repr(own) == repr(theirs)
+    assert repr(tuned) == repr(seven)
+
+
+def test_only_a_vgg_has_such_a_head(narrow: dict[str, Tensor]) -> None:
+    state = {**narrow, **_head([512, 1000])}
+    assert vgg_head("vgg16", state) == Head(1, (), 1000)
+    assert vgg_head("squeezenet1_1", state) is None
+    assert vgg_head("vgg16", _head([512, 1000])) is None  # all else that fits badly is answered as before
+
+
+def test_a_head_has_as_many_classes_as_its_data(narrow: dict[str, Tensor], tmp_path: Path) -> None:
+    file = _save_npz(tmp_path / "w.npz", {**narrow, **_head([512, 6, 7])})
+    assert load_model("vgg16", "imagefolder:DIR", file, "cpu").classes == 7
+    with pytest.raises(SrdLabError, match=r"classifier\.3\.bias \(7,\) where \(1000,\) is expected"):
+        load_model("vgg16", "imagenet", file, "cpu")
+
+
+def _without(state: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith(start)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: _without(s, "classifier."),
+            r"weights of vgg16 have no classifier; .*scripts/train_head\.py",
+        ),
+        (lambda s: _without(s, "features.6."), r"does not fit: 2 missing \(features\.6\.weight, "),
+        (lambda s: _without(s, "classifier.3.bias"), r"does not fit: 1 missing \(classifier\.3\.bias\)"),
+        (lambda s: {**s, "more.weight": torch.ones(1)}, r"does not fit: 1 unexpected \(more\.weight\)"),
+        (
+            lambda s: {**_without(s, "classifier.0"), **_head([100, 6])},
+            r"\(0: \(6, 100\), 3: .* 512 or 25088 inputs",
+        ),
+        (
+            lambda s: {**s, "classifier.3.weight": torch.ones(1000, 5)},
+            r"classifier\.3\.weight \(1000, 5\) where",
+        ),
+        (
+            lambda s: {**s, "classifier.3.weight": torch.ones(6)},
+            r"no known shape \(0: \(6, 512\), 3: \(6,\)\)",
+        ),
+        (lambda s: {**s, "classifier.3.weight": torch.ones(0, 6)}, r"no known shape .*3: \(0, 6\)"),
+        (
+            lambda s: {**s, "classifier.5.weight": torch.ones(6, 6)},
+            r"5: \(6, 6\)\); expected linear layers 0, 3, 6",
+        ),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused_in_a_line(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    message: str,
+    narrow: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    file = _save_npz(tmp_path / "w.npz", change({**narrow, **_head([512, 6, 1000])}))
+    with pytest.raises(SrdLabError, match=message) as caught:
+        load_model("vgg16", "imagenet", file, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("widths", [[512, 1000], [512, 6, 1000], [25088, 6, 1000]])
+def test_methods_follow_a_vgg_with_another_head(
+    widths: list[int], narrow: dict[str, Tensor], tmp_path: Path
+) -> None:
+    state = {**narrow, **_head(widths)}
+    state[f"classifier.{3 * (len(widths) - 2)}.bias"] += 1  # a positive logit
+    model = load_model("vgg16", "imagenet", _save_npz(tmp_path / "w.npz", state), "cpu").double()
+    x = torch.rand(2, 3, 224, 224, dtype=torch.float64)
+    conserved = SRD(start="ones").conserved(model, x)
+    torch.testing.assert_close(conserved, torch.ones_like(conserved), rtol=1e-3, atol=0)
+    contrastive = SRD(start="contrastive").conserved(model, x)
+    torch.testing.assert_close(contrastive, torch.ones_like(conserved), rtol=1e-2, atol=0)
+    map_, logits = LRPZPlus().explain_with_logits(model, x)
+    torch.testing.assert_close(map_.sum((1, 2)), logits.amax(1), rtol=1e-3, atol=0)
+    # Grad-CAM literally, on the map that the head is given.
+    features = model.network.get_submodule("features")(model.normalise(x)).requires_grad_()
+    score = model.network.get_submodule("classifier")(
+        model.network.get_submodule("avgpool")(features).flatten(1)
+    ).amax(1)
+    slope = torch.autograd.grad(score.sum(), features)[0].mean((2, 3), keepdim=True)
+    expected = (slope * features).sum(1).clamp(min=0)
+    got = GradCAM().explain(model, x)
+    assert got.shape == (2, 7, 7)
+    assert float(expected.detach().sum()) > 0
+    torch.testing.assert_close(got, expected.detach())

@@ -1,10 +1,15 @@
-"""torchvision's classifiers: its networks, the recipe they were trained by, and the files on its server."""
+"""torchvision's classifiers: its networks, the recipe they were trained by, and the files on its server.
+
+A VGG may also have a head of its own in place of torchvision's classifier, as ``scripts/train_head.py`` makes one:
+averages of the last map, hidden layers, classes. The file's shapes say which.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
@@ -35,7 +40,8 @@ class ImageNet:
         return _cached_file(name)
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
-        return torchvision_network(name)
+        head = vgg_head(name, state)
+        return vgg_network(name, replace(head, classes=1000)) if head else torchvision_network(name)
 
 
 class FineTuned(ImageNet):
@@ -45,6 +51,8 @@ class FineTuned(ImageNet):
         return None
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        if head := vgg_head(name, state):
+            return vgg_network(name, head)
         network = torchvision_network(name)
         last, value = last_parameter(network)
         classes = len(state[last]) if last in state and state[last].dim() else 0
@@ -64,6 +72,72 @@ def torchvision_network(name: str, classes: int = 1000) -> nn.Module:
         # torchvision's weights of these two want (x - 0.5) / 0.5, which transform_input makes of ImageNet's.
         options = {"init_weights": False, "aux_logits": False, "transform_input": True}
     return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+
+
+VGG_CHANNELS = 512  # of the last map, in all of torchvision's VGGs
+VGG_POOLS = {VGG_CHANNELS * side**2: side for side in (1, 7)}  # inputs of a head -> side of the pooled map
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes classes of a VGG's last map.
+
+    pool : the map is averaged to ``pool`` x ``pool``, 1 or 7: 512 inputs, or the 25,088 of torchvision's classifier.
+    hidden : widths of the hidden layers, each with a ReLU and dropout behind it.
+    classes : rows of the last layer.
+    """
+
+    pool: int
+    hidden: tuple[int, ...]
+    classes: int = 1000
+
+    def classifier(self) -> nn.Sequential:
+        """The untrained layers, numbered as torchvision numbers its own: linear ones are 0, 3, 6, ..."""
+        layers: list[nn.Module] = []
+        inputs = VGG_CHANNELS * self.pool**2
+        for width in self.hidden:
+            layers += [nn.Linear(inputs, width), nn.ReLU(inplace=True), nn.Dropout()]
+            inputs = width
+        return nn.Sequential(*layers, nn.Linear(inputs, self.classes))
+
+
+def vgg_head(name: str, state: Mapping[str, Tensor]) -> Head | None:
+    """The head in a VGG's ``state``; None for other networks, and where ``state`` is not of a VGG at all.
+
+    Raises SrdLabError where a VGG's convolutions come without a classifier, or with one of no known shape.
+    """
+    if not name.startswith("vgg") or "features.0.weight" not in state:
+        return None
+    found = [re.fullmatch(r"classifier\.(\d+)\.weight", key) for key in state]
+    places = sorted(int(match[1]) for match in found if match)
+    if not places:
+        raise SrdLabError(
+            f"these weights of {name} have no classifier; give a whole file, or train a head: scripts/train_head.py"
+        )
+    shapes = [tuple(state[f"classifier.{place}.weight"].shape) for place in places]
+    regular = places == list(range(0, 3 * len(places), 3))
+    if not regular or any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][1] not in VGG_POOLS:
+        layers = ", ".join(f"{place}: {shape}" for place, shape in zip(places, shapes, strict=True))
+        raise SrdLabError(
+            f"these weights of {name} have a classifier of no known shape ({layers}); expected linear layers "
+            f"0, 3, 6, ..., the first one with {' or '.join(map(str, VGG_POOLS))} inputs"
+        )
+    *hidden, classes = (shape[0] for shape in shapes)
+    return Head(VGG_POOLS[shapes[0][1]], tuple(hidden), classes)
+
+
+def vgg_network(name: str, head: Head) -> nn.Module:
+    """torchvision's VGG ``name``, untrained, with ``head``; torchvision's own where that has the same shape."""
+    if (head.pool, head.hidden) == (7, (4096, 4096)):
+        return torchvision_network(name, head.classes)
+    with torch.device("meta"):  # torchvision's classifier would be half a gigabyte for nothing
+        network: Any = torchvision_network(name)
+    network.avgpool = nn.AdaptiveAvgPool2d(head.pool)
+    network.classifier = head.classifier()
+    for module in network.features.to_empty(device="cpu"):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return network
 
 
 def _recipe(name: str) -> Any:
