@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from attacks.budget import Budget, mean_square
 from attacks.objective import Combined, KeepClass, Objective, Reference, View, goal_error
 from attacks.optimiser import PGD, Optimiser, unit
-from attacks.scores import SCORES, as_read, similarity, ssim_for
+from attacks.scores import SCORES, as_read, ssim_for
 from attacks.surrogate import Surrogate
 from srd_lab.backprop import normalisation_scale
 from srd_lab.checks import check_input, check_target
@@ -138,6 +138,7 @@ class _Run:
         map0, logits0 = how.explainer.explain_with_logits(model, x, target)
         self.target = check_target(target, logits0)
         self.reference = Reference(map0, logits0, (x.shape[2], x.shape[3]), goal)
+        _ = self.reference.top  # known once for all steps
         self.adversarial = _started(how, x, self.scale, range(len(x)) if keys is None else keys)
         self.best = Best(x, (*SCORES, *(() if goal is None else ("goal_error",))))
         self.moves = how.optimiser.begin(x, how.budget, self.scale, how.steps)
@@ -211,10 +212,10 @@ class _Run:
         """Scores along the way, and the best iterates so far."""
         reference = self.reference.of(some)
         kept = logits.argmax(1) == reference.logits.argmax(1)
-        found = similarity(raw, reference.map, reference.size)
+        found = reference.scores(raw)
         if reference.goal is not None:
             found["goal_error"] = goal_error(raw, reference.goal)
-            shown, goal = as_read(raw, reference.size), reference.read("goal")
+            shown, goal = as_read(raw, reference.size), reference.shown_goal
             found["ssim_target"] = ssim_for(reference.size).score(shown, goal)
             found["pcc_target"] = PCC().score(shown, goal)
         self.best.offer(some, x, found, kept)

@@ -26,7 +26,7 @@ from attacks.attack import Best, OnStep, check_pixels
 from attacks.budget import Budget
 from attacks.objective import Reference
 from attacks.optimiser import unit
-from attacks.scores import SCORES, similarity
+from attacks.scores import SCORES
 from srd_lab.backprop import normalisation_scale
 from srd_lab.checks import check_target
 from srd_lab.runtime import generator
@@ -112,7 +112,7 @@ class _Search:
     def _ask(self, x: Tensor) -> Tensor:
         """The loss (N,) of these images, infinite where the class is lost; every answer is remembered."""
         raw, logits = self.how.explainer.explain_with_logits(self.model, x, self.target)
-        found = similarity(raw.detach(), self.reference.map, self.reference.size)
+        found = self.reference.scores(raw.detach())
         kept = logits.argmax(1) == self.reference.logits.argmax(1)
         self.best.offer(torch.arange(len(x), device=x.device), x, found, kept)
         loss = torch.stack([found[name] for name in LOWERED]).mean(0).to(x)

@@ -3,6 +3,7 @@ method?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +47,34 @@ class Size(click.ParamType):
         return size
 
 
-def budget_options(command: Any) -> Any:
-    """``--mode``, ``--norm`` and ``--budget``."""
-    options = (
-        click.option(
-            "--mode",
-            type=click.Choice(["quick", "full"]),
-            default="quick",
-            show_default=True,
-            help="quick: 40 iterations, 500 queries; full: 100, restarts, every surrogate, 5,000 queries.",
-        ),
-        click.option(
-            "--norm",
-            type=click.Choice(["legacy", "l2", "linf"]),
-            default="legacy",
-            show_default=True,
-            help="What the budget bounds; legacy is MSE 1e-3 (normalised) and 8/255, as the published attack has it.",
-        ),
-        click.option(
-            "--budget",
-            type=Size(),
-            help="Its size: RMS (l2) or largest change (linf) in units of 0..255, a factor for legacy. [default: 2, 8, 1]",
-        ),
-        click.option(
-            "--seeds",
-            default=1,
-            show_default=True,
-            type=click.IntRange(1),
-            help="Repeats with other random starts; scores are means over them.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
+BUDGET_OPTIONS = (
+    click.option(
+        "--mode",
+        type=click.Choice(["quick", "full"]),
+        default="quick",
+        show_default=True,
+        help="quick: 40 iterations, 500 queries; full: 100, restarts, every surrogate, 5,000 queries.",
+    ),
+    click.option(
+        "--norm",
+        type=click.Choice(["legacy", "l2", "linf"]),
+        default="legacy",
+        show_default=True,
+        help="What the budget bounds; legacy is MSE 1e-3 (normalised) and 8/255, as the published attack has it.",
+    ),
+    click.option(
+        "--budget",
+        type=Size(),
+        help="Its size: RMS (l2) or largest change (linf) in units of 0..255, a factor for legacy. [default: 2, 8, 1]",
+    ),
+    click.option(
+        "--seeds",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Repeats with other random starts; scores are means over them.",
+    ),
+)
 
 EQ10_OPTIONS = (
     steps_option,
@@ -139,11 +134,74 @@ EQ10_DEFAULTS = {
 }
 
 
-def eq10_options(command: Any) -> Any:
-    """What the published attack takes."""
-    for option in reversed(EQ10_OPTIONS):
-        command = option(command)
-    return command
+def with_options(options: Sequence[Any]) -> Callable[[Any], Any]:
+    """A decorator that gives a command these options, in this order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+MANIPULATION_OPTIONS = (
+    click.option(
+        "--manipulate-model",
+        type=click.Choice(["location", "top-k", "centre-of-mass", "active"]),
+        help="Fine-tune a copy of the network until the method's maps say this (Heo et al. 2019); read others on it.",
+    ),
+    click.option(
+        "--frame", type=click.IntRange(1), help="location: width of the frame, in pixels. [default: 1/8]"
+    ),
+    click.option(
+        "--top-share",
+        default=0.1,
+        show_default=True,
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="top-k: share of the pixels that the maps shall leave.",
+    ),
+    click.option(
+        "--swap",
+        nargs=2,
+        default=(0, 1),
+        show_default=True,
+        type=click.IntRange(0),
+        help="active: the two classes.",
+    ),
+    click.option(
+        "--map-weight",
+        default=3.0,
+        show_default=True,
+        type=click.FloatRange(0, min_open=True),
+        help="--manipulate-model: weight of the maps against the accuracy.",
+    ),
+    click.option(
+        "--keep",
+        type=click.Choice(["labels", "outputs"]),
+        default="labels",
+        show_default=True,
+        help="--manipulate-model: what shall hold meanwhile.",
+    ),
+    click.option(
+        "--train-images",
+        default=800,
+        show_default=True,
+        type=click.IntRange(1),
+        help="... images to train on.",
+    ),
+    click.option("--train-batch", default=16, show_default=True, type=click.IntRange(1), help="... at once."),
+    click.option(
+        "--train-steps", default=150, show_default=True, type=click.IntRange(1), help="... Adam steps."
+    ),
+    click.option(
+        "--train-lr",
+        default=1e-3,
+        show_default=True,
+        type=click.FloatRange(0, min_open=True),
+        help="... their size.",
+    ),
+)
 
 
 @click.command()
@@ -169,8 +227,8 @@ def eq10_options(command: Any) -> Any:
 )
 @pairs_option
 @model_option
-@budget_options
-@eq10_options
+@with_options(BUDGET_OPTIONS)
+@with_options(EQ10_OPTIONS)
 @batch_size_option
 @click.option(
     "--start",
@@ -181,6 +239,7 @@ def eq10_options(command: Any) -> Any:
     show_default=True,
     help="Where SRD starts; the paper attacks 'ones', which is class-agnostic. Repeatable.",
 )
+@with_options(MANIPULATION_OPTIONS)
 @common_options
 @click.pass_context
 @command_errors
@@ -188,13 +247,22 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     """Attack the explanations of random images and score what is left of them.
 
     The worst case per image over several attacks, on images of 8 bits within the budget whose predicted class holds; beside
-    it, not counted, random noise of the same norm and the published attack (Eq. 10).
+    it, not counted, random noise of the same norm and the published attack (Eq. 10). With --manipulate-model the network
+    is changed instead of the images.
     """
 
     def study(settings: dict[str, Any]) -> Any:
         from attacks.manipulation_study import ManipulationStudy
+        from attacks.model_study import OTHERS, ModelStudy
         from attacks.robustness_study import RobustnessStudy
 
+        if settings["manipulate_model"]:
+            training = {
+                "steps": settings["train_steps"],
+                "lr": settings["train_lr"],
+                "images": settings["pairs"],
+            }
+            return ModelStudy({**settings, **training, "others": OTHERS})
         if tuple(settings["attacks"]) == ("eq10",):
             return ManipulationStudy(settings)
         return RobustnessStudy({**settings, "gates": False, "curve": False, "entries": False})
@@ -216,7 +284,7 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
 )
 @pairs_option
 @model_option
-@budget_options
+@with_options(BUDGET_OPTIONS)
 @click.option(
     "--curve/--no-curve", default=True, show_default=True, help="Also a quarter, half and twice the budget."
 )

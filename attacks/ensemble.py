@@ -282,7 +282,7 @@ class _Judge:
         raw, logits = self.explainer.explain_with_logits(self.model, images, self.target)
         kept = logits.argmax(1) == self.reference.logits.argmax(1)
         everyone = torch.arange(len(images), device=images.device)
-        best.offer(everyone, images, similarity(raw, self.reference.map, self.reference.size), kept)
+        best.offer(everyone, images, self.reference.scores(raw), kept)
 
     def found(
         self, names: tuple[str, ...], used: Tensor, stuck: Tensor, diverged: Tensor, gain: Tensor

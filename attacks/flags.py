@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from attacks.attack import Attack
+from attacks.backdoor import SOFT, Backdoor, check
 from attacks.budget import Budget
-from attacks.ensemble import WHITE_BOX, Probe
+from attacks.ensemble import WHITE_BOX, Ensemble, Probe
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
-from srd_lab.types import Explainer
+from srd_lab.types import Explainer, SrdLabError
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -31,6 +32,7 @@ SHARE = 0.05  # ... on more than this share of the images
 GAINS = 0.01
 HALF = 0.5
 ALIKE = 0.9
+MISSES = 0.1  # of the PCC that a planted change is known to reach
 BROKEN = 0.3  # to which mean PCC an unlimited budget must bring a map
 
 
@@ -108,6 +110,38 @@ def unlimited(
         return {}
     return {
         "unlimited": f"an unlimited budget leaves a mean PCC of {left:.3f}, above {BROKEN}: the attack fails here"
+    }
+
+
+def planted_missed(
+    explainer: Explainer,
+    model: nn.Module,
+    x: Tensor,
+    clean: Tensor,
+    surrogate: Surrogate,
+    budget: Budget,
+    seed: int = 0,
+) -> dict[str, str]:
+    """The flag of an attack that overlooks what is known to be there: a copy of the network in which a known trigger within
+    the budget moves the maps (:mod:`attacks.backdoor`) must be broken as far, by images x (N, C, H, W) on average.
+
+    clean : more images, on which the backdoor stays shut.
+    """
+    try:
+        planted = Backdoor(explainer, budget, softness=SOFT, seed=seed).plant(model, x, clean=clean)
+    except SrdLabError as error:
+        return {"not_planted": f"the planted test could not be made: {error}"}
+    known = check(planted, explainer, x)
+    members = ("dissimilarity", "combined")
+    found = Ensemble(members, "quick", budget, seed).run(planted.model, explainer, x, surrogate=surrogate)
+    if not known.kept.any():
+        return {"not_planted": "the planted test could not be made: the trigger keeps no class"}
+    missed = float((found.worst["pcc"] - known.pcc.to(found.worst["pcc"]))[known.kept].mean())
+    if missed <= MISSES:
+        return {}
+    return {
+        "planted": f"a planted change leaves a mean PCC of {float(known.pcc[known.kept].mean()):.3f}, the attack "
+        f"{missed:.3f} more"
     }
 
 

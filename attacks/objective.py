@@ -25,13 +25,14 @@ Example: an objective of one's own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from attacks.scores import SHARE, as_read, ssim_for, top_pixels
+from attacks.scores import SHARE, as_read, scores_of, ssim_for, top_pixels
 from srd_lab import maps
 from srd_lab.metrics.similarity import PCC
 from srd_lab.types import SrdLabError
@@ -51,27 +52,42 @@ class Reference:
     logits: Tensor
     size: tuple[int, int]
     goal: Tensor | None = None
-    _shown: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    _known: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def of(self, some: Tensor) -> Reference:
         """The images with these indices."""
-        goal = None if self.goal is None else self.goal[some]
-        part = Reference(self.map[some], self.logits[some], self.size, goal)
-        part._shown.update(
-            {name: self.read(name)[some] for name in ("map", "goal") if name != "goal" or goal is not None}
+        part = Reference(
+            self.map[some], self.logits[some], self.size, None if self.goal is None else self.goal[some]
         )
+        part._known.update({name: known[some] for name, known in self._known.items()})
         return part
 
-    def read(self, name: str) -> Tensor:
-        """``map`` or ``goal`` as it is read (:func:`attacks.scores.as_read`), computed once."""
-        if name not in self._shown:
-            raw = self.map if name == "map" else self.goal
-            if raw is None:
-                raise SrdLabError(
-                    "this objective aims at a goal map; give the attack goal maps or goal images"
-                )
-            self._shown[name] = as_read(raw, self.size)
-        return self._shown[name]
+    @property
+    def shown(self) -> Tensor:
+        """The original maps as they are read (:func:`attacks.scores.as_read`), (N, H, W)."""
+        return self._once("shown", lambda: as_read(self.map, self.size))
+
+    @property
+    def top(self) -> Tensor:
+        """Their largest 10 % of pixels, as a mask (N, H, W)."""
+        return self._once("top", lambda: top_pixels(self.shown))
+
+    @property
+    def shown_goal(self) -> Tensor:
+        """The goal maps as they are read."""
+        goal = self.goal
+        if goal is None:
+            raise SrdLabError("this objective aims at a goal map; give the attack goal maps or goal images")
+        return self._once("goal", lambda: as_read(goal, self.size))
+
+    def scores(self, raw: Tensor) -> dict[str, Tensor]:
+        """The four scores (N,) of raw maps (N, h, w)."""
+        return scores_of(as_read(raw, self.size), self.shown, self.top)
+
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ class Dissimilarity:
     """Pearson correlation of the map with the original one."""
 
     def __call__(self, view: View) -> Tensor:
-        return PCC().score(view.shown, view.reference.read("map"))
+        return PCC().score(view.shown, view.reference.shown)
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,7 @@ class TopK:
             raise SrdLabError(f"the share of pixels must lie in (0, 1), got {self.share}")
 
     def __call__(self, view: View) -> Tensor:
-        return _mass_on(view.shown, top_pixels(view.reference.read("map"), self.share))
+        return _mass_on(view.shown, top_pixels(view.reference.shown, self.share))
 
 
 @dataclass(frozen=True)
@@ -124,9 +140,9 @@ class Combined:
     """SSIM + PCC + the share of mass on the original's top 10 %."""
 
     def __call__(self, view: View) -> Tensor:
-        shown, before = view.shown, view.reference.read("map")
+        shown, before = view.shown, view.reference.shown
         likeness = ssim_for(view.reference.size).score(shown, before) + PCC().score(shown, before)
-        return likeness + _mass_on(shown, top_pixels(before))
+        return likeness + _mass_on(shown, view.reference.top)
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,7 @@ class MassCentre:
     """Minus the distance of the centres of mass, in parts of the image's diagonal."""
 
     def __call__(self, view: View) -> Tensor:
-        change = _centre(view.shown) - _centre(view.reference.read("map"))
+        change = _centre(view.shown) - _centre(view.reference.shown)
         return -(change.square().sum(1) + 1e-12).sqrt()
 
 
@@ -143,7 +159,7 @@ class Target:
     """Minus the Pearson correlation with the goal map."""
 
     def __call__(self, view: View) -> Tensor:
-        return -PCC().score(view.shown, view.reference.read("goal"))
+        return -PCC().score(view.shown, view.reference.shown_goal)
 
 
 @dataclass(frozen=True)

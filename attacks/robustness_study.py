@@ -208,7 +208,12 @@ class RobustnessStudy:
             return dict(json.loads(subject.child.load_text("extra.json")))
         best = subject.experiment.probe.best
         assert best is not None
-        found = flags.unlimited(subject.explainer, self.model, self._images(PROBED), best)
+        x = self._images(GATED)
+        found = flags.unlimited(subject.explainer, self.model, x[:PROBED], best)
+        found |= flags.planted_missed(
+            *(subject.explainer, self.model, x[:PROBED], x[PROBED:], best, self.ensemble.budget),
+            seed=self.settings["seed"],
+        )
         subject.child.save_text("extra.json", json.dumps(found, indent=1) + "\n")
         return found
 

@@ -46,9 +46,10 @@ def similarity(raw: Tensor, original: Tensor, size: tuple[int, int]) -> dict[str
     return scores_of(as_read(raw, size), as_read(original, size))
 
 
-def scores_of(shown: Tensor, reference: Tensor) -> dict[str, Tensor]:
-    """The four scores (N,) of two batches of maps (N, H, W) as they are read."""
-    before, after = top_pixels(reference), top_pixels(shown)
+def scores_of(shown: Tensor, reference: Tensor, before: Tensor | None = None) -> dict[str, Tensor]:
+    """The four scores (N,) of two batches of maps (N, H, W) as they are read; ``before``: the reference's top pixels, if
+    known."""
+    before, after = top_pixels(reference) if before is None else before, top_pixels(shown)
     found = {
         "pcc": PCC().score(shown, reference),
         "ssim": ssim_for(shown.shape[1:]).score(shown, reference),
@@ -76,9 +77,10 @@ def top_pixels(shown: Tensor, share: float = SHARE) -> Tensor:
     """The ``share`` largest pixels of maps (N, H, W), as a mask; at least one. Among equals the first ones."""
     flat = shown.detach().flatten(1)
     count = max(1, round(share * flat.shape[1]))
-    order = flat.argsort(dim=1, descending=True, stable=True)[:, :count]
-    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True)
-    return mask.view(shown.shape)
+    least = flat.topk(count, dim=1).values[:, -1:]
+    above, level = flat > least, flat == least
+    room = count - above.sum(1, keepdim=True)
+    return (above | (level & (level.cumsum(1) <= room))).view(shown.shape)
 
 
 def ssim_for(size: tuple[int, ...]) -> SSIM:

@@ -123,7 +123,7 @@ pairs_option = click.option(
     help="Random pairs of images to attack.",
 )
 steps_option = click.option(
-    "--steps", default=100, show_default=True, type=click.IntRange(1), help="Adam steps at most."
+    "--steps", default=100, show_default=True, type=click.IntRange(1), help="eq10: Adam steps at most."
 )
 baseline_option = click.option(
     "--baseline",
