@@ -106,6 +106,7 @@ class Attack:
         *,
         goal: Tensor | None = None,
         keys: Sequence[int | str] | None = None,
+        init: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Outcome:
         """Attack images x (N, C, H, W) in [0, 1].
@@ -113,12 +114,13 @@ class Attack:
         target : (N,) the class that is explained, None = predicted; it stays the same during the attack.
         goal : raw goal maps (N, h, w) for the objectives that aim at one.
         keys : what seeds the random start of every image; default 0..N-1.
+        init : images (N, C, H, W) to start from, projected into the budget; None = the random start.
         on_step : called with the steps done, N * ``steps`` in all, those of images that ended early too.
 
         Raises SrdLabError for images that are no pixels and for a method whose map has no gradient in the image.
         """
         check_pixels(model, x)
-        return _Run(self, model, x.detach(), target, goal, keys).run(on_step or (lambda steps: None))
+        return _Run(self, model, x.detach(), target, goal, keys, init).run(on_step or (lambda steps: None))
 
 
 class _Run:
@@ -132,6 +134,7 @@ class _Run:
         target: Tensor | int | None,
         goal: Tensor | None,
         keys: Sequence[int | str] | None,
+        init: Tensor | None,
     ) -> None:
         self.how, self.model, self.x = how, model, x
         self.scale = normalisation_scale(model, x)
@@ -139,7 +142,10 @@ class _Run:
         self.target = check_target(target, logits0)
         self.reference = Reference(map0, logits0, (x.shape[2], x.shape[3]), goal)
         _ = self.reference.top  # known once for all steps
-        self.adversarial = _started(how, x, self.scale, range(len(x)) if keys is None else keys)
+        if init is None:
+            self.adversarial = _started(how, x, self.scale, range(len(x)) if keys is None else keys)
+        else:
+            self.adversarial = how.budget.project(init.detach(), x, self.scale)
         self.best = Best(x, (*SCORES, *(() if goal is None else ("goal_error",))))
         self.moves = how.optimiser.begin(x, how.budget, self.scale, how.steps)
         self.steps = torch.zeros(len(x), dtype=torch.long, device=x.device)

@@ -5,6 +5,7 @@ The first five are the members of the standard evaluation; each adds :class:`Kee
 predicted class holds with a margin. :class:`Eq10` is the published attack, with its own output term.
 
 - :class:`Dissimilarity`: Pearson correlation with the original map.
+- :class:`Structure`: SSIM with it.
 - :class:`Combined`: SSIM + PCC + share of the mass on the original's top 10 %, all at once.
 - :class:`TopK`: that share alone (Ghorbani et al. 2019).
 - :class:`MassCentre`: minus the distance of the centres of mass (Ghorbani et al. 2019); its slope at the image itself is
@@ -119,6 +120,14 @@ class Dissimilarity:
 
     def __call__(self, view: View) -> Tensor:
         return PCC().score(view.shown, view.reference.shown)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Structural similarity (SSIM) of the map with the original one."""
+
+    def __call__(self, view: View) -> Tensor:
+        return ssim_for(view.reference.size).score(view.shown, view.reference.shown)
 
 
 @dataclass(frozen=True)

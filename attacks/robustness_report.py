@@ -118,6 +118,8 @@ class Report:
         if any(s.curve for s in subjects):
             curves = {s.name: s.curve for s in subjects if len(s.curve) > 1}
             run.save_figure("robustness.png", render.budget_curves(curves, self.settings["norm"], self.title))
+        if any(s.sides for s in subjects):
+            self._certificates(run, subjects)
         scores = {
             m: {"pcc": w, "ssim": s.table["worst/ssim"]}
             for (m, w), s in zip(worst.items(), subjects, strict=True)
@@ -130,6 +132,15 @@ class Report:
         publish(
             run, self.text(subjects, differences, skipped), sum(float(s.table["seconds"]) for s in subjects)
         )
+
+    def _certificates(self, run: Run, subjects: Sequence[Subject]) -> None:
+        """One figure with both sides: what an attack leaves, and what is certified."""
+        sides = {s.name: s.sides for s in subjects if s.sides}
+        attacked = {name: (found.sizes, found.attacked.mean(0)) for name, found in sides.items()}
+        certified = {name: (found.radii, found.certified.mean(0)) for name, found in sides.items()}
+        values = int(np.prod(subjects[0].stored(np.array([0]), "images").shape[1:]))
+        title = f"{self.title.rpartition(',')[0]}, maps smoothed with sigma {self.settings['sigma']:g}"
+        run.save_figure("certificate.png", render.certificate_plot(attacked, certified, values, title=title))
 
     def text(self, subjects: Sequence[Subject], differences: Sequence[Difference], skipped: str) -> str:
         """The report."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attacks import flags
 from attacks.budget import DEFAULTS, Budget, to_8_bits
+from attacks.certified import Sides, both_sides
 from attacks.ensemble import MEMBERS, Ensemble, Probe, probe
 from attacks.entry import write_entry
 from attacks.experiment import attack_explainer, draw_pairs
@@ -51,6 +52,7 @@ class Subject:
     curve: dict[float, np.ndarray]
     gates: Gates | None
     flags: dict[str, str]
+    sides: Sides | None = None
 
     def stored(self, numbers: np.ndarray, name: str, folder: str = "batches") -> np.ndarray:
         """An array of the pairs with these numbers, in their order, as this method's batches hold it."""
@@ -189,6 +191,8 @@ class RobustnessStudy:
             subject.gates = self._gates(subject)
         if self.settings["curve"]:
             subject.curve = self._curve(subject)
+        if self.settings["certify"]:
+            subject.sides = self._sides(subject)
         extra = self._extra(subject) if self.settings["gates"] and subject.experiment.probe.best else {}
         found = subject.experiment.probe
         monotone = flags.not_monotone(subject.curve) if subject.curve else {}
@@ -215,6 +219,20 @@ class RobustnessStudy:
             seed=self.settings["seed"],
         )
         subject.child.save_text("extra.json", json.dumps(found, indent=1) + "\n")
+        return found
+
+    def _sides(self, subject: Subject) -> Sides:
+        """Attack and certificate of the smoothed map, on the first images."""
+        if "certificate.npz" in subject.child.list():
+            return Sides(**subject.child.load_arrays("certificate.npz"))
+        options = {
+            "surrogate": subject.experiment.probe.best,
+            "sigma": self.settings["sigma"],
+            "draws": self.settings["certify"],
+            "seed": self.settings["seed"],
+        }
+        found = both_sides(subject.explainer, self.model, self._images(PROBED), **options)
+        subject.child.save_arrays("certificate.npz", vars(found))
         return found
 
     def _curve(self, subject: Subject) -> dict[float, np.ndarray]:
