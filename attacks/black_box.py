@@ -116,7 +116,7 @@ class _Search:
         kept = logits.argmax(1) == self.reference.logits.argmax(1)
         self.best.offer(torch.arange(len(x), device=x.device), x, found, kept)
         loss = torch.stack([found[name] for name in LOWERED]).mean(0).to(x)
-        return loss.masked_fill(~kept, torch.inf)
+        return loss.masked_fill(~kept | loss.isnan(), torch.inf)
 
     def _keep(self, x: Tensor) -> None:
         loss = self._ask(x)

@@ -30,7 +30,7 @@ from srd_lab.types import SrdLabError
 NORMS = ("legacy", "l2", "linf")
 LEGACY_MSE, LEGACY_LINF = 1e-3, 8.0
 DEFAULTS = {"l2": 2.0, "linf": 8.0}  # units of 0..255
-_NEWTON = 30
+_NEWTON = 1000  # it ends by itself, after one step for each pixel size at the most
 _MARGIN = 1e-6  # relative; single precision must not carry the norm over the bound
 
 
@@ -59,8 +59,8 @@ class Budget:
                 raise SrdLabError(f"the budget's {name} must lie in (0, 255] (units of 0..255), got {value}")
         for name in ("mse", "stop_mse"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SrdLabError(f"the budget needs {name} > 0 (normalised units), got {value}")
+            if value is not None and not 0 < value < torch.inf:
+                raise SrdLabError(f"the budget needs {name} > 0 and finite (normalised units), got {value}")
         if self.rms is not None and self.mse is not None:
             raise SrdLabError("a budget has rms or mse, not both; leave one out")
         if self.linf is None and self.rms is None and self.mse is None:
@@ -141,10 +141,13 @@ class Budget:
         return ((x_adv - x) * self.weights(x, scale)).square().mean((1, 2, 3)).sqrt()
 
     def used(self, x_adv: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Share (N,) of the budget that the change uses: of the RMS, or without such a bound mean |change| over linf."""
+        """Share (N,) of the budget that the change uses: of the RMS, or without such a bound mean |change| over linf, of the
+        pixels that the valid range did not keep where they are."""
         if self.has_l2:
             return self.rms_of(x_adv, x, scale) / self.largest_rms
-        return 255 * (x_adv - x).abs().mean((1, 2, 3)) / float(self.linf or 1)
+        change, kept = (x_adv - x).abs(), (x_adv == x) & ((x == 0) | (x == 1))
+        count = (~kept).sum((1, 2, 3)).clamp_min(1)
+        return 255 * change.sum((1, 2, 3)) / count / float(self.linf or 1)
 
     def spent(self, x_adv: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         """Whether (N,) the stop of the published attack has been reached."""

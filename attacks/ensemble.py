@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from attacks.attack import Attack, Best, Outcome
+from attacks.attack import Attack, Best, NoGradient, Outcome
 from attacks.black_box import BlackBox
 from attacks.budget import Budget, to_8_bits
 from attacks.manipulation import noise_at_equal_mse
@@ -183,9 +183,18 @@ class Ensemble:
                 name, explainer, surrogate or Surrogate(), judge, goal, draws
             ):
                 seeds = [f"{key}/{name}/{attack.seed}" for key in keys]
-                outcome = attack.run(model, x, judge.target, goal=aim, keys=seeds, init=start, on_step=tick)
+                try:
+                    outcome = attack.run(
+                        model, x, judge.target, goal=aim, keys=seeds, init=start, on_step=tick
+                    )
+                except NoGradient:
+                    if attack.surrogate == surrogate:
+                        raise
+                    tick(len(x) * attack.steps)
+                    continue  # one of the other surrogates that full mode tries
                 judge.add(name, outcome.images)
-                outcomes.append(outcome)
+                if attack.surrogate == surrogate:
+                    outcomes.append(outcome)
         if "black_box" in self.members:
             search = BlackBox(explainer, self.budget, self.how.queries, seed=self.seed)
             judge.add("black_box", search.run(model, x, judge.target, keys=keys, on_step=tick).images)
@@ -366,7 +375,8 @@ def _diagnosis(
     if not outcomes:
         nothing = x.new_full((len(x),), torch.nan)
         return nothing, nothing, torch.zeros(len(x), dtype=torch.bool, device=x.device), nothing
-    used = torch.stack([budget.used(o.adversarial, x, o.scale) for o in outcomes]).amin(0)
+    ends = [(budget.quantise(outcome.adversarial, x, outcome.scale), outcome.scale) for outcome in outcomes]
+    used = torch.stack([budget.used(images, x, scale) for images, scale in ends]).amin(0)
     stuck = torch.stack([o.stuck for o in outcomes]).amax(0)
     diverged = torch.stack([o.diverged for o in outcomes]).any(0)
     last = torch.stack(
@@ -411,7 +421,7 @@ def _reached(attack: Attack, model: nn.Module, x: Tensor, classes: Tensor, batch
         return attack.run(model, x[list(some)], classes[list(some)], keys=keys)
 
     outcomes = batcher.run(work, range(len(x)))
-    if all(bool((outcome.stuck >= 1).all()) for outcome in outcomes):
+    if all(bool((outcome.stuck > 1 - 1e-4).all()) for outcome in outcomes):
         return None
     worst = {score: torch.cat([outcome.worst[score] for outcome in outcomes]) for score in SCORES[:3]}
     return float(torch.stack(list(worst.values())).mean())
@@ -436,7 +446,10 @@ def probe(
     scores: dict[str, float] = {}
     why = "its gradient is zero on every surrogate"
     for name in SURROGATES:
-        attack = Attack(explainer, budget=budget, surrogate=Surrogate.named(name), steps=steps, seed=seed)
+        # without the hinge: its slope is none of the map
+        attack = Attack(
+            explainer, Combined(), budget=budget, surrogate=Surrogate.named(name), steps=steps, seed=seed
+        )
         try:
             reached = _reached(attack, model, x, classes, batcher or Batcher(len(x)))
         except SrdLabError as error:

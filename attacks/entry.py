@@ -28,9 +28,11 @@ from attacks.ensemble import LETTERS
 from attacks.experiment import attack_explainer
 from attacks.robustness_experiment import images_of
 from attacks.scores import SCORES, similarity
+from attacks.statistics import explanation_rate
 from attacks.thresholds import TAU
 from srd_lab.backprop import normalisation_scale
 from srd_lab.environment import device_name, environment
+from srd_lab.metrics.summary import summarise
 from srd_lab.models import load_model, weights_file
 from srd_lab.options import options_of
 from srd_lab.runtime import Batcher, full_precision, pick_device
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 IMAGES = "adversarial.npz"
+USED = 0.75  # of the budget, by some image: else a larger one is claimed than was used
 AGREES = 2e-3  # scores of float32 maps on other hardware
 NEEDED = (
     "version",
@@ -59,6 +62,9 @@ NEEDED = (
 def write_entry(study: RobustnessStudy, subject: Subject, figures: Mapping[str, float]) -> None:
     """Store the entry of one method: ``entry.json`` and the images."""
     table, numbers = subject.table, subject.table["pair"]
+    figures = dict(figures) | _figures(
+        {name: table[f"repeats/{name}"][:, 0] for name in SCORES}, study.settings["seed"]
+    )
     arrays = {
         "original": subject.final(numbers, "images"),
         "target": table["target"],
@@ -132,6 +138,16 @@ def read_entry(file: Path) -> dict[str, Any]:
     return entry
 
 
+def _figures(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, float]:
+    """What the images alone tell: of the first repeat."""
+    found: dict[str, float] = {}
+    for name, values in scores.items():
+        s = summarise(values, seed)
+        found |= {f"worst_{name}": s.mean, f"worst_{name}_low": s.low, f"worst_{name}_high": s.high}
+        found[f"rer_{name}"] = float(explanation_rate(values, name).mean())
+    return found
+
+
 def verify(file: Path, weights: Path | None = None, device: str | None = None) -> list[str]:
     """What does not agree, each in one line; empty where everything does.
 
@@ -139,6 +155,15 @@ def verify(file: Path, weights: Path | None = None, device: str | None = None) -
     """
     full_precision()
     entry = read_entry(file)
+    try:
+        return _verified(file, entry, weights, device)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise SrdLabError(
+            f"{file} is no whole entry ({type(error).__name__}: {error}); expected the entry.json of a run"
+        ) from None
+
+
+def _verified(file: Path, entry: dict[str, Any], weights: Path | None, device: str | None) -> list[str]:
     arrays, problems = _images(file, entry)
     if problems:
         return problems
@@ -177,6 +202,8 @@ def _images(file: Path, entry: Mapping[str, Any]) -> tuple[dict[str, np.ndarray]
         return {}, [f"{place.name} is not the file that the entry was made with (its SHA-256 differs)"]
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         arrays = dict(stored)
+    if wrong := [n for n in ("original", *SCORES) if arrays[n].dtype != np.uint8]:
+        return {}, [f"the images {wrong[0]} are not of 8 bits"]
     if _digest(arrays["original"]) != entry["images"]["originals_sha256"]:
         return {}, ["the original images are not those of the entry"]
     return arrays, []
@@ -221,11 +248,16 @@ def _disagreements(
             said.append(
                 f"{name}: {(~(apart <= AGREES)).sum()} scores differ, by up to {np.nanmax(apart):.4f}"
             )
-        mean = float(arrays[f"score/{name}"].mean())
-        if entry["attack"]["seeds"] == 1 and abs(mean - entry["scores"][f"worst_{name}"]) > 1e-6:
+    told = _figures({name: arrays[f"score/{name}"] for name in SCORES}, entry["attack"]["seed"])
+    for name, value in told.items():
+        if np.isfinite(value) and not abs(value - entry["scores"][name]) <= 1e-6:
             said.append(
-                f"{name}: the mean is {mean:.4f}, the entry says {entry['scores'][f'worst_{name}']:.4f}"
+                f"{name.removeprefix('worst_')}: the images say {value:.4f}, the entry {entry['scores'][name]:.4f}"
             )
+    if (count := len(arrays["original"])) != entry["images"]["count"]:
+        said.append(f"there are {count} images, the entry says {entry['images']['count']}")
+    if (used := max(float(found[f"bound/{name}"].max()) for name in SCORES)) < USED:
+        said.append(f"no image uses more than {used:.2f} of the budget that the entry claims")
     return said
 
 

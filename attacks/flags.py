@@ -51,14 +51,14 @@ def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) 
         )
     if probe.best is None:
         found["no_gradient"] = f"attacked by the black box alone: {probe.why}"
-    elif probe.likeness < ALIKE:
+    elif not probe.likeness >= ALIKE:
         found["surrogate_differs"] = (
             f"the map on the surrogate ({probe.best}) is not the network's (PCC {probe.likeness:.3f})"
         )
     if white:
         found |= _of_white_box(table, white)
     if (constant := float(table["constant"].mean())) > 0:
-        found["degenerate"] = f"the map is constant for {constant:.0%} of the images"
+        found["degenerate"] = f"the map is constant or not finite for {constant:.0%} of the images"
     if (largest := float(table["violation"].max())) > 1 + 1e-4 or not table["kept"].all():
         found["violated"] = (
             f"an adversarial image leaves the budget (by a factor of {largest:.4g}) or the predicted class"
@@ -75,11 +75,13 @@ def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:
         found["unused_budget"] = f"{unused:.0%} of the images ended below half of the budget"
     if (diverged := float(table["diverged"].mean())) > 0:
         found["diverged"] = f"the gradient was not finite for {diverged:.0%} of the images"
-    if (gain := float(np.nanmean(table["gain"]))) > GAINS:
+    gains = table["gain"][np.isfinite(table["gain"])]
+    if len(gains) and (gain := float(gains.mean())) > GAINS:
         found["not_converged"] = f"the last fifth of the iterations still gained {gain:.3f} on average"
     for name, label in (("black_box", "the black box"), ("transfer", "transfer"), ("noise", "noise")):
         if beaten := _beats(table, name, own):
-            found["masked"] = f"{label} beats the gradient attacks by more than {BEATS} on {beaten}"
+            said = f"{label} beats the gradient attacks by more than {BEATS} on {beaten}"
+            found["masked"] = f"{found['masked']}; {said}" if "masked" in found else said
     if beaten := _beats(table, "one_step", own):
         found["one_step"] = f"one step beats many by more than {BEATS} on {beaten}"
     return found
@@ -156,6 +158,6 @@ def not_monotone(curve: Mapping[float, np.ndarray]) -> dict[str, str]:
 
 
 def constant(raw: Tensor) -> Tensor:
-    """Whether a map (N, h, w) is the same everywhere, (N,)."""
+    """Whether a map (N, h, w) is the same everywhere or not finite, (N,)."""
     flat = raw.flatten(1)
-    return torch.isclose(flat.amax(1), flat.amin(1), rtol=1e-6, atol=0)
+    return torch.isclose(flat.amax(1), flat.amin(1), rtol=1e-6, atol=0) | ~flat.isfinite().all(1)

@@ -35,6 +35,7 @@ SAME = {
     "images": lambda e: e["images"]["originals_sha256"],
     "budget": lambda e: e["attack"]["budget"],
     "mode": lambda e: e["attack"]["mode"],
+    "attack": lambda e: [str(e["attack"].get(name)) for name in ("members", "iterations", "queries")],
 }
 
 

@@ -182,10 +182,11 @@ class KeepClass:
 
     def __call__(self, view: View) -> Tensor:
         predicted = view.reference.logits.argmax(1)
+        loss = self.objective(view)
+        if view.logits.shape[1] == 1:
+            return loss  # one class cannot be lost
         before = margins(view.reference.logits, predicted).clamp_min(1e-3)
-        return self.objective(view) + self.weight * torch.relu(
-            self.margin - margins(view.logits, predicted) / before
-        )
+        return loss + self.weight * torch.relu(self.margin - margins(view.logits, predicted) / before)
 
 
 @dataclass(frozen=True)

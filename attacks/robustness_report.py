@@ -217,6 +217,7 @@ def _is_ranked(subject: Subject) -> bool:
 
 
 UNRANKING = {
+    "diverged",
     "violated",
     "degenerate",
     "masked",

@@ -195,7 +195,7 @@ class RobustnessStudy:
             subject.sides = self._sides(subject)
         extra = self._extra(subject) if self.settings["gates"] and subject.experiment.probe.best else {}
         found = subject.experiment.probe
-        monotone = flags.not_monotone(subject.curve) if subject.curve else {}
+        monotone = flags.not_monotone(self._alike(subject)) if subject.curve else {}
         subject.flags = flags.raised(subject.table, found, extra | monotone)
 
     def _gates(self, subject: Subject) -> Gates:
@@ -220,6 +220,12 @@ class RobustnessStudy:
         )
         subject.child.save_text("extra.json", json.dumps(found, indent=1) + "\n")
         return found
+
+    def _alike(self, subject: Subject) -> dict[float, np.ndarray]:
+        """The curve with ``combined`` alone at every budget, as the flag has to compare it."""
+        own = subject.table.get("member/combined/pcc")
+        size = float(self.settings["budget"] or _default_size(self.settings["norm"]))
+        return subject.curve if own is None else subject.curve | {size: own[:CURVED]}
 
     def _sides(self, subject: Subject) -> Sides:
         """Attack and certificate of the smoothed map, on the first images."""

@@ -66,11 +66,13 @@ def more_scores(raw: Tensor, original: Tensor, size: tuple[int, int]) -> dict[st
     side = (min(POOLED, size[0]), min(POOLED, size[1]))
     small, reference = (F.adaptive_avg_pool2d(as_read(m, size), side) for m in (raw, original))
     before = top_pixels(reference)
-    return {
+    finite = torch.isfinite(raw).flatten(1).all(1) & torch.isfinite(original).flatten(1).all(1)
+    found = {
         "pcc_signed": PCC().score(*signed),
         "pcc_28": PCC().score(small, reference),
         "top_k_28": _share(top_pixels(small) & before, before),
     }
+    return {name: score.masked_fill(~finite, torch.nan) for name, score in found.items()}
 
 
 def top_pixels(shown: Tensor, share: float = SHARE) -> Tensor:

@@ -233,7 +233,7 @@ def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, 
             continue
         text = stored[name]
         raw: Any = None if text == "" else text
-        if getattr(option, "multiple", False):
+        if getattr(option, "multiple", False) or option.nargs > 1:
             raw = next(csv.reader([text]), ())
         values[name] = option.type_cast_value(ctx, raw)
     return values

@@ -69,6 +69,7 @@ FLOORS = {
     "srd_lab.options": 6.5,
     "srd_lab.command": 6.6,
     "srd_lab.batches": 6.7,
+    "attacks.certified": 6,
     "attacks.ensemble": 6.3,
     "attacks.gates": 6.5,
     "attacks.flags": 6.5,
