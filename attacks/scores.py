@@ -81,8 +81,8 @@ def top_pixels(shown: Tensor, share: float = SHARE) -> Tensor:
     count = max(1, round(share * flat.shape[1]))
     least = flat.topk(count, dim=1).values[:, -1:]
     above, level = flat > least, flat == least
-    room = count - above.sum(1, keepdim=True)
-    return (above | (level & (level.cumsum(1) <= room))).view(shown.shape)
+    left = count - above.sum(1, keepdim=True)
+    return (above | (level & (level.cumsum(1) <= left))).view(shown.shape)
 
 
 def ssim_for(size: tuple[int, ...]) -> SSIM:
