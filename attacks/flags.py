@@ -1,6 +1,6 @@
 """Flags: reasons to doubt a robustness figure. A method with a flag is reported as unreliable, never as robust.
 
-Each flag is a name and a sentence with what was measured. Most look at what :class:`attacks.ensemble.Found` noted of every
+Each flag is a name and a sentence with what was measured. Most look at what :class:`attacks.judge.Found` noted of every
 image; the others come from short extra experiments (:func:`unlimited`, the planted test, the curve over the budget).
 
 Example
@@ -10,7 +10,7 @@ Example
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from attacks.attack import Attack
 from attacks.backdoor import SOFT, Backdoor, check
 from attacks.budget import Budget
-from attacks.ensemble import WHITE_BOX, Ensemble, Probe
+from attacks.ensemble import WHITE_BOX, Ensemble
+from attacks.probe import Probe
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
 from srd_lab.types import Explainer, SrdLabError
@@ -78,23 +79,46 @@ def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:
     gains = table["gain"][np.isfinite(table["gain"])]
     if len(gains) and (gain := float(gains.mean())) > GAINS:
         found["not_converged"] = f"the last fifth of the iterations still gained {gain:.3f} on average"
-    for name, label in (("black_box", "the black box"), ("transfer", "transfer"), ("noise", "noise")):
-        if beaten := _beats(table, name, own):
-            said = f"{label} beats the gradient attacks by more than {BEATS} on {beaten}"
-            found["masked"] = f"{found['masked']}; {said}" if "masked" in found else said
-    if beaten := _beats(table, "one_step", own):
-        found["one_step"] = f"one step beats many by more than {BEATS} on {beaten}"
+    beaten = {name: _beats(table, name, own) for name in ("black_box", "transfer", "noise")}
+    if said := [f"{name} on {where}" for name, where in beaten.items() if where]:
+        found["masked"] = f"the gradient attacks are beaten by more than {BEATS} by {', '.join(said)}"
+    if where := _beats(table, "one_step", own):
+        found["one_step"] = f"one step beats many by more than {BEATS} on {where}"
+    return found
+
+
+def checked(table: Arrays, members: Sequence[str]) -> dict[str, str]:
+    """The flags from members that only some images were attacked by: do they go lower than what counts, ``worst/SCORE``?
+
+    table : arrays over these images.
+    """
+    own = {score: table[f"worst/{score}"] for score in SCORES}
+    found = {}
+    if where := _beats(table, "black_box", own):
+        found["masked"] = (
+            f"what counts is beaten by more than {BEATS} by black_box on {where} that were checked"
+        )
+    for name in members:
+        gains = {s: float((own[s] - table[f"member/{name}/{s}"]).clip(0).mean()) for s in SCORES[:3]}
+        score = max(gains, key=lambda s: gains[s])
+        if name != "black_box" and gains[score] > GAINS:
+            found["left_out"] = (
+                f"{name} lowers {score} by {gains[score]:.3f} on the {len(own[score])} images that were checked; "
+                "full mode counts it"
+            )
     return found
 
 
 def _beats(table: Arrays, name: str, own: Mapping[str, np.ndarray]) -> str:
-    """On which share of the images, by which score, the member ``name`` goes lower than ``own``; empty where on few."""
+    """On which share of the images, by which score, the member ``name`` goes lower than ``own``; empty where on few, or on a
+    single one."""
     kind = "control" if f"control/{name}/pcc" in table else "member"
     if f"{kind}/{name}/pcc" not in table:
         return ""
-    shares = {s: float((table[f"{kind}/{name}/{s}"] < own[s] - BEATS).mean()) for s in SCORES}
-    worst = max(shares, key=lambda s: shares[s])
-    return f"{shares[worst]:.0%} of the images ({worst})" if shares[worst] > SHARE else ""
+    counts = {s: int((table[f"{kind}/{name}/{s}"] < own[s] - BEATS).sum()) for s in SCORES}
+    worst = max(counts, key=lambda s: counts[s])
+    share = counts[worst] / len(own[worst])
+    return f"{share:.0%} of the images ({worst})" if counts[worst] > 1 and share > SHARE else ""
 
 
 def unlimited(

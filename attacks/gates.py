@@ -31,6 +31,7 @@ from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Deletion, Insertion
 from srd_lab.metrics.robustness import randomised
 from srd_lab.metrics.summary import summarise
+from srd_lab.runtime import Batcher
 from srd_lab.types import Explainer
 
 
@@ -74,32 +75,52 @@ class Gates:
 
 
 def check_gates(
-    explainer: Explainer, model: nn.Module, x: Tensor, keys: Sequence[int | str], seed: int = 0
+    explainer: Explainer,
+    model: nn.Module,
+    x: Tensor,
+    keys: Sequence[int | str],
+    seed: int = 0,
+    batcher: Batcher | None = None,
 ) -> Gates:
-    """The gates on images x (N, C, H, W) in [0, 1] for their predicted classes; at least two images."""
-    size = (x.shape[2], x.shape[3])
-    raw, logits = explainer.explain_with_logits(model, x)
-    runner_up = logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf).argmax(1)
-    other = explainer.explain(model, x, runner_up)
+    """The gates on images x (N, C, H, W) in [0, 1] for their predicted classes, by ``batcher`` some at a time; at least two
+    images. ``keys`` seed the draws of every image."""
     (blank,) = randomised(model, 1, seed)
-    target = check_target(None, logits)
-    gone = explainer.explain(blank, x, target)
-    of_model: dict = {}
-    images = Images(model, x, target, list(keys), None, of_model)
-    own, random, sobel = (_faithfulness(method, images) for method in (explainer, Random(seed), Sobel()))
+
+    def measured(some: Sequence[int]) -> dict[str, np.ndarray]:
+        return _measured(explainer, model, blank, x[list(some)], [keys[i] for i in some], seed)
+
+    parts = (batcher or Batcher(len(x))).run(measured, range(len(x)))
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    own = found["own"]
     return Gates(
-        other_class=_mean_pcc(other, raw, size),
-        other_weights=_mean_pcc(gone, raw, size),
+        other_class=float(found["other_class"].mean()),
+        other_weights=float(found["other_weights"].mean()),
         faithfulness=float(np.nanmean(own)) if np.isfinite(own).any() else float("nan"),
-        over_random=summarise(own - random, seed).low,
-        over_sobel=summarise(own - sobel, seed).low,
+        over_random=summarise(own - found["random"], seed).low,
+        over_sobel=summarise(own - found["sobel"], seed).low,
     )
 
 
-def _mean_pcc(a: Tensor, b: Tensor, size: tuple[int, int]) -> float:
-    return float(similarity(a, b, size)["pcc"].mean())
+def _measured(
+    explainer: Explainer, model: nn.Module, blank: nn.Module, x: Tensor, keys: list[int | str], seed: int
+) -> dict[str, np.ndarray]:
+    """What the gates need of every image, (N,)."""
+    size = (x.shape[2], x.shape[3])
+    raw, logits = explainer.explain_with_logits(model, x)
+    target = check_target(None, logits)
+    runner_up = logits.scatter(1, target[:, None], -torch.inf).argmax(1)
+    other, gone = explainer.explain(model, x, runner_up), explainer.explain(blank, x, target)
+    images = Images(model, x, target, keys)
+    found = {
+        "other_class": similarity(other, raw, size)["pcc"],
+        "other_weights": similarity(gone, raw, size)["pcc"],
+        "own": _faithfulness(explainer, images),
+        "random": _faithfulness(Random(seed), images),
+        "sobel": _faithfulness(Sobel(), images),
+    }
+    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
-def _faithfulness(explainer: Explainer, images: Images) -> np.ndarray:
+def _faithfulness(explainer: Explainer, images: Images) -> Tensor:
     explained = Explained.by(explainer, images)
-    return (Insertion().of(explained) - Deletion().of(explained)).cpu().numpy()
+    return Insertion().of(explained) - Deletion().of(explained)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from attacks.budget import LEGACY_MSE, to_8_bits
-from attacks.ensemble import Ensemble, Found, Probe, transferred
+from attacks.ensemble import Ensemble
 from attacks.experiment import Arrays
 from attacks.flags import constant
+from attacks.judge import Found, transferred
 from attacks.manipulation import Manipulation
 from attacks.objective import Reference
+from attacks.probe import Probe
 from attacks.scores import SCORES, more_scores, similarity
 from srd_lab.backprop import normalisation_scale
 from srd_lab.batches import Item

@@ -15,18 +15,20 @@ from torch import Tensor
 from attacks import flags
 from attacks.budget import DEFAULTS, Budget, to_8_bits
 from attacks.certified import Sides, both_sides
-from attacks.ensemble import MEMBERS, Ensemble, Probe, probe
+from attacks.ensemble import MODES, Ensemble
 from attacks.entry import write_entry
 from attacks.experiment import attack_explainer, draw_pairs
 from attacks.gates import Gates, check_gates
+from attacks.judge import Found
 from attacks.manipulation_study import manipulation_of, pairs_at_once, variants
-from attacks.robustness_experiment import Experiment, images_of, transfer
+from attacks.probe import Probe, probe
+from attacks.robustness_experiment import DRAWS, Experiment, images_of, transfer
 from attacks.robustness_report import Report
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import ATTACKABLE, FIGURE_4
-from srd_lab.command import data_for, network_for, weights_sums
+from srd_lab.command import data_for, network_for, progress, weights_sums
 from srd_lab.data import skipped_report
 from srd_lab.options import options_of
 from srd_lab.runtime import Batcher, pick_device
@@ -35,6 +37,7 @@ from srd_lab.types import Explainer, SrdLabError
 
 PROBED = 4  # images that decide which surrogate is differentiated
 GATED = 32  # images that the gates look at, at most
+CHECKED = 16  # images for the members that are only checked, at most
 CURVED = 16  # images of the curve over the budget, at most
 FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself
 ALL = {"all": FIGURE_4, "attackable": ATTACKABLE}
@@ -52,6 +55,7 @@ class Subject:
     curve: dict[float, np.ndarray]
     gates: Gates | None
     flags: dict[str, str]
+    checks: Arrays
     sides: Sides | None = None
 
     def stored(self, numbers: np.ndarray, name: str, folder: str = "batches") -> np.ndarray:
@@ -76,13 +80,14 @@ class RobustnessStudy:
         self.settings = settings
         asked = [m for name in settings["methods"] for m in ALL.get(name, (name,))]
         self.variants = variants(asked, settings["starts"])
+        self.members = _members(settings["attacks"], settings["mode"])
         self.ensemble = Ensemble(
-            tuple(name for name in _members(settings["attacks"]) if name not in ("eq10", "transfer")),
+            tuple(name for name in self.members if name != "transfer"),
             settings["mode"],
             Budget.named(settings["norm"], settings["budget"]),
             settings["seed"],
         )
-        self.members = tuple(name for name in _members(settings["attacks"]) if name != "eq10")
+        self.checked = MODES[settings["mode"]].checked if "standard" in settings["attacks"] else ()
         self.device = pick_device(settings["device"])
         name = settings["model"]
         self.dataset = data_for(settings, name)
@@ -139,7 +144,7 @@ class RobustnessStudy:
         table = joined(parts)
         if lost := skipped_in(table):
             raise SrdLabError(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
-        return Subject(name, explainer, child, experiment, table, {}, None, {})
+        return Subject(name, explainer, child, experiment, table, {}, None, {}, {})
 
     def _members_for(self, found: Probe) -> Ensemble:
         """The ensemble; a method without a gradient goes to the black box, whatever was asked for."""
@@ -187,6 +192,7 @@ class RobustnessStudy:
 
     # gates, curve, flags -------------------------------------------------------------------------------
     def _examined(self, subject: Subject) -> None:
+        subject.checks = self._checks(subject)
         if self.settings["gates"]:
             subject.gates = self._gates(subject)
         if self.settings["curve"]:
@@ -195,15 +201,54 @@ class RobustnessStudy:
             subject.sides = self._sides(subject)
         extra = self._extra(subject) if self.settings["gates"] and subject.experiment.probe.best else {}
         found = subject.experiment.probe
-        monotone = flags.not_monotone(self._alike(subject)) if subject.curve else {}
-        subject.flags = flags.raised(subject.table, found, extra | monotone)
+        extra |= flags.not_monotone(self._alike(subject)) if subject.curve else {}
+        if subject.checks:
+            first = {
+                name: subject.table[name][:CHECKED] for name in subject.table if name.startswith("worst/")
+            }
+            extra |= flags.checked(first | subject.checks, self.checked)
+        subject.flags = flags.raised(subject.table, found, extra)
+
+    def _checks(self, subject: Subject) -> Arrays:
+        """The members that do not count in this mode, on the first images; nothing for a method without a gradient."""
+        if "checks.npz" in subject.child.list():
+            return subject.child.load_arrays("checks.npz")
+        best = subject.experiment.probe.best
+        if best is None or not self.checked:
+            return {}
+        ensemble = replace(self.ensemble, members=self.checked)
+        founds = self._by_batches(subject, ensemble, self._images(CHECKED), "checks")
+        found = {
+            f"member/{name}/{score}": torch.cat([f.members[name][score] for f in founds]).cpu().numpy()
+            for name in self.checked
+            for score in SCORES
+        }
+        subject.child.save_arrays("checks.npz", found)
+        return found
+
+    def _by_batches(self, subject: Subject, ensemble: Ensemble, x: Tensor, label: str) -> list[Found]:
+        """What another ensemble finds on the first images x."""
+        keys = [self.dataset.name(pair.original) for pair in self.pairs[: len(x)]]
+        probed = subject.experiment.probe
+        with progress(len(x) * ensemble.cost(), f"{subject.name}, {label}") as move:
+
+            def work(some: Sequence[int]) -> Found:
+                return ensemble.run(
+                    *(self.model, subject.explainer, x[list(some)]),
+                    surrogate=probed.best,
+                    keys=[keys[i] for i in some],
+                    draws=DRAWS if probed.random else 1,
+                    on_step=move,
+                )
+
+            return self.batcher.run(work, range(len(x)))
 
     def _gates(self, subject: Subject) -> Gates:
         if "gates.json" in subject.child.list():
             return Gates(**json.loads(subject.child.load_text("gates.json")))
         x = self._images(GATED)
         names = [self.dataset.name(pair.original) for pair in self.pairs[: len(x)]]
-        found = check_gates(subject.explainer, self.model, x, names, self.settings["seed"])
+        found = check_gates(subject.explainer, self.model, x, names, self.settings["seed"], self.batcher)
         subject.child.save_text("gates.json", json.dumps(asdict(found), indent=1) + "\n")
         return found
 
@@ -248,7 +293,6 @@ class RobustnessStudy:
             stored = subject.child.load_arrays("curve.npz")
             return dict(zip(stored["size"].tolist(), stored["pcc"], strict=True))
         x = self._images(CURVED)
-        keys = [self.dataset.name(pair.original) for pair in self.pairs[: len(x)]]
         found = {size: subject.table["worst/pcc"][: len(x)]}
         best = subject.experiment.probe.best
         for factor in FACTORS if best else ():
@@ -256,15 +300,8 @@ class RobustnessStudy:
                 continue
             budget = Budget.named(self.settings["norm"], size * factor)
             ensemble = replace(self.ensemble, budget=budget, members=("combined",))
-            parts = self.batcher.run(
-                lambda some, e=ensemble: e.run(  # type: ignore[misc]
-                    *(self.model, subject.explainer, x[list(some)]),
-                    surrogate=best,
-                    keys=[keys[i] for i in some],
-                ).worst["pcc"],
-                range(len(x)),
-            )
-            found[size * factor] = torch.cat(parts).cpu().numpy()
+            founds = self._by_batches(subject, ensemble, x, f"budget {size * factor:g}")
+            found[size * factor] = torch.cat([f.worst["pcc"] for f in founds]).cpu().numpy()
         found = dict(sorted(found.items()))
         subject.child.save_arrays(
             "curve.npz", {"size": np.array(list(found)), "pcc": np.stack(list(found.values()))}
@@ -272,9 +309,10 @@ class RobustnessStudy:
         return found
 
 
-def _members(attacks: Sequence[str]) -> tuple[str, ...]:
-    """The members that are meant: ``standard`` is all of them."""
-    return tuple(dict.fromkeys(m for name in attacks for m in (MEMBERS if name == "standard" else (name,))))
+def _members(attacks: Sequence[str], mode: str) -> tuple[str, ...]:
+    """The members that count: ``standard`` are the mode's; ``eq10`` is none."""
+    named = [m for name in attacks for m in (MODES[mode].members if name == "standard" else (name,))]
+    return tuple(name for name in dict.fromkeys(named) if name != "eq10")
 
 
 def _default_size(norm: str) -> float:

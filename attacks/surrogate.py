@@ -2,7 +2,7 @@
 
 Maps that are made of a gradient alone (gradient, guided backprop) have no slope on ReLUs, and need a surrogate
 (Dombrowski et al. 2019). SRD, LRP, gradient x input and the CAMs have one on the original network. Which surrogate predicts
-the real change best is measured, not assumed: :func:`attacks.ensemble.probe`.
+the real change best is measured, not assumed: :func:`attacks.probe.probe`.
 
 Example
 -------

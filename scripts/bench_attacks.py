@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from attacks.attack import Attack
 from attacks.budget import Budget
-from attacks.ensemble import OBJECTIVES, probe
+from attacks.ensemble import OBJECTIVES, Ensemble
 from attacks.experiment import attack_explainer, draw_pairs
 from attacks.manipulation import Manipulation
 from attacks.objective import KeepClass
+from attacks.probe import probe
 from attacks.scores import similarity
 from attacks.surrogate import Surrogate
 from srd_lab.command import text_table
@@ -107,6 +108,8 @@ def rows_of(
         return lambda: attack.run(model, x, target, goal=goal if name == "target" else None).worst["pcc"]
 
     attacks: dict[str, Callable[[], Tensor]] = {name: member(name) for name in OBJECTIVES}
+    whole = Ensemble(budget=budget, steps=steps)
+    attacks["ensemble"] = lambda: whole.run(model, explainer, x, target, surrogate=surrogate).worst["pcc"]
     attacks["eq10"] = lambda: pcc(Manipulation(explainer, steps=100).run(model, x, goals, target).adversarial)
     attacks["plain PGD"] = lambda: pcc(plain_pgd(explainer, model, x, target, surrogate.beta, scale, steps))
     lines = []

@@ -27,7 +27,8 @@ from attacks import ensemble as ensemble_module
 from attacks.attack import Attack, NoGradient
 from attacks.black_box import BlackBox
 from attacks.budget import Budget, to_8_bits
-from attacks.ensemble import MEMBERS, Ensemble, Found, noise_of_norm, probe, transferred
+from attacks.ensemble import MEMBERS, Ensemble
+from attacks.judge import Found, Judge, noise_of_norm, transferred
 from attacks.objective import (
     Combined,
     Dissimilarity,
@@ -40,6 +41,7 @@ from attacks.objective import (
     View,
 )
 from attacks.optimiser import PGD, unit
+from attacks.probe import NEAR, probe
 from attacks.scores import SCORES, similarity, top_pixels
 from attacks.surrogate import SURROGATES, Surrogate
 from srd_lab.backprop import normalisation_scale
@@ -479,7 +481,7 @@ def test_the_judge_takes_no_image_of_another_class() -> None:
     model, x = small_model(), images(64, seed=99)
     classes = model(x).argmax(1)
     other = x[(classes != classes[0]).nonzero()[0]]
-    judge = ensemble_module._Judge(Budget.named("linf", 255.0), model, TIMES_INPUT, x[:1], None)
+    judge = Judge(Budget.named("linf", 255.0), model, TIMES_INPUT, x[:1], None)
     judge.add("any", {"pcc": other})
     assert all(value.tolist() == [1] for value in judge.best.values.values())
     assert all(torch.equal(image, x[:1]) for image in judge.best.images.values())
@@ -516,13 +518,13 @@ def test_the_noise_control_uses_the_whole_budget(budget: Budget, monkeypatch: py
     """The images that are scored, after rounding; half of the norm would make the control say too little."""
     model, x = small_model(), images(3, side=24)
     offered: list[Tensor] = []
-    whole = ensemble_module._Judge._offer
+    whole = Judge._offer
 
     def spied(self: Any, images_: Tensor, best: Any) -> None:
         offered.append(images_)
         whole(self, images_, best)
 
-    monkeypatch.setattr(ensemble_module._Judge, "_offer", spied)
+    monkeypatch.setattr(Judge, "_offer", spied)
     Ensemble((), budget=budget).run(model, TIMES_INPUT, x)
     (noise,) = offered
     used = budget.used(noise, x, normalisation_scale(model, x))
@@ -656,7 +658,7 @@ def test_the_probe_finds_a_surrogate_that_works() -> None:
     assert gradient.best is not None
     assert not gradient.best.is_original
     assert "none" not in gradient.scores
-    assert gradient.scores[str(gradient.best)] <= min(gradient.scores.values()) + ensemble_module.NEAR
+    assert gradient.scores[str(gradient.best)] <= min(gradient.scores.values()) + NEAR
     assert not gradient.random
     srd = probe(make_explainer("srd", start="ones"), model, x, budget)
     assert srd.best is not None

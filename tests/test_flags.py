@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from attacks import attack as attack_module
 from attacks import flags
 from attacks.budget import Budget
-from attacks.ensemble import Ensemble, Probe, probe
+from attacks.ensemble import Ensemble
 from attacks.flags import not_monotone, raised, unlimited
 from attacks.gates import Gates, check_gates
+from attacks.probe import Probe, probe
 from attacks.robustness_experiment import Experiment, transfer
 from attacks.surrogate import Surrogate
 from attacks.thresholds import TAU
