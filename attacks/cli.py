@@ -346,7 +346,7 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
 @command_errors
 def verify(entry: Path, weights: Path | None, device: str) -> None:
     """Recompute bounds, classes, maps and scores of ENTRY (an entry.json) from its images alone."""
-    from attacks.entry import verify as check
+    from attacks.verification import verify as check
     from srd_lab.types import SrdLabError
 
     problems = check(entry, weights, device)

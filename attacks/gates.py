@@ -34,6 +34,8 @@ from srd_lab.metrics.summary import summarise
 from srd_lab.runtime import Batcher
 from srd_lab.types import Explainer
 
+GATED = 32  # images that the standard evaluation looks at, at most
+
 
 @dataclass(frozen=True)
 class Gates:

@@ -18,7 +18,7 @@ from attacks.certified import Sides, both_sides
 from attacks.ensemble import MODES, Ensemble
 from attacks.entry import write_entry
 from attacks.experiment import attack_explainer, draw_pairs
-from attacks.gates import Gates, check_gates
+from attacks.gates import GATED, Gates, check_gates
 from attacks.judge import Found
 from attacks.manipulation_study import manipulation_of, pairs_at_once, variants
 from attacks.probe import Probe, probe
@@ -36,7 +36,6 @@ from srd_lab.tracking import Run
 from srd_lab.types import Explainer, SrdLabError
 
 PROBED = 4  # images that decide which surrogate is differentiated
-GATED = 32  # images that the gates look at, at most
 CHECKED = 16  # images for the members that are only checked, at most
 CURVED = 16  # images of the curve over the budget, at most
 FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself

@@ -163,11 +163,18 @@ def _blurred(x: Tensor) -> Tensor:
     return F.avg_pool2d(x.mean(1, keepdim=True), 3, stride=1, padding=1, count_include_pad=False)[:, 0]
 
 
-def tiny_study(monkeypatch: pytest.MonkeyPatch, steps: int = 2, queries: int = 8) -> None:
-    """Make a run of the study cheap: few steps and queries, one image probed, gates given, no figures."""
-    monkeypatch.setitem(ensemble.MODES, "quick", ensemble.Mode(steps, 1, 1, queries))
+GATES = Gates(0.1, 0.2, 0.3, 0.05, 0.04)
+
+
+def tiny_study(
+    monkeypatch: pytest.MonkeyPatch, steps: int = 2, queries: int = 8, gates: Gates | None = GATES
+) -> None:
+    """Make a run of the study cheap: few steps and queries, one image probed, gates given unless None, no figures."""
+    members = ensemble.MODES["quick"].members
+    monkeypatch.setitem(ensemble.MODES, "quick", ensemble.Mode(steps, 1, 1, queries, members))
     monkeypatch.setattr(robustness_study, "PROBED", 1)
-    monkeypatch.setattr(robustness_study, "check_gates", lambda *_: Gates(0.1, 0.2, 0.3, 0.05, 0.04))
+    if gates:
+        monkeypatch.setattr(robustness_study, "check_gates", lambda *_: gates)
     monkeypatch.setattr(flags, "unlimited", lambda *_: {})
     monkeypatch.setattr(Run, "save_figure", lambda *_: None)
 

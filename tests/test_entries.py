@@ -14,12 +14,14 @@ import pytest
 from small_networks import command, tiny_study
 
 from attacks.ensemble import LETTERS
-from attacks.entry import read_entry, verify
+from attacks.entry import read_entry
 from attacks.leaderboard import Leaderboard, leaderboard, reason
 from attacks.scores import SCORES
+from attacks.verification import verify
 from srd_lab.types import SrdLabError
 
 METHODS = ("gradient", "sobel")
+PASSED = {"passed": {"class": True, "weights": True, "faithful": True}}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of two methods on three images of the bundled network."""
     out = tmp_path_factory.mktemp("study") / "out"
     with pytest.MonkeyPatch.context() as patched:
-        tiny_study(patched)
+        tiny_study(patched, gates=None)
         methods = [part for name in METHODS for part in ("--method", name)]
         options = ["--pairs", "3", "--device", "cpu", "--no-curve", "--no-eq10", "--no-track"]
         result = command("robustness", *methods, *options, "--out", str(out))
@@ -84,7 +86,9 @@ def test_what_a_run_stores_verifies(run: Path) -> None:
 def test_an_entry_says_what_was_done(run: Path) -> None:
     entry = read_entry(run / "gradient" / "entry.json")
     assert entry["method"] == "gradient"
-    assert entry["attack"]["members"] == list(LETTERS.values())
+    assert entry["attack"]["members"] == ["S", "K", "P", "X"]
+    assert list(entry["checked"]) == [m for m in LETTERS if LETTERS[m] in "UTCB"]
+    assert entry["attack"]["track"] == "white box"
     assert entry["attack"]["budget"] == {"linf": 8.0, "rms": None, "mse": 1e-3, "stop_mse": None}
     assert entry["images"]["count"] == 3
     with np.load(run / "gradient" / "adversarial.npz") as arrays:
@@ -94,7 +98,9 @@ def test_an_entry_says_what_was_done(run: Path) -> None:
             assert entry["scores"][f"worst_{score}"] <= lowest + 1e-6
             assert arrays[score].dtype == np.uint8
             assert arrays[score].shape == (3, 3, 64, 64)
-    assert entry["gates"]["passed"] == {"class": True, "weights": True, "faithful": True}
+    sobel = read_entry(run / "sobel" / "entry.json")["gates"]
+    assert sobel["passed"] == {"class": False, "weights": False, "faithful": False}
+    assert entry["gates"]["other_weights"] < sobel["other_weights"] == pytest.approx(1)
 
 
 def test_an_image_altered_by_one_level_is_noticed(entry: Path) -> None:
@@ -155,6 +161,10 @@ FORGED = {
         e["scores"].__setitem__("worst_pcc", 1.0),
     ),
     "the number of images": lambda e: e["images"].__setitem__("count", 1000),
+    "a gate": lambda e: e["gates"].__setitem__("over_sobel", 0.5),
+    "the verdict of a gate": lambda e: e["gates"]["passed"].__setitem__(
+        "faithful", not e["gates"]["passed"]["faithful"]
+    ),
 }
 
 
@@ -261,15 +271,14 @@ def write(folder: Path, entry: dict[str, Any], name: str) -> Path:
 def board_of(run: Path, folder: Path, **changes: dict[str, Any]) -> Leaderboard:
     files = []
     for name, changed in changes.items():
-        entry = read_entry(run / "gradient" / "entry.json") | {"method": name, "flags": {}}
+        entry = read_entry(run / "gradient" / "entry.json") | {"method": name, "flags": {}, "gates": PASSED}
         entry["scores"] = entry["scores"] | {"worst_pcc": changed.pop("pcc", 0.5)}
         files.append(write(folder, entry | changed, name))
     return leaderboard(files)
 
 
 def test_ranked_are_those_without_a_reason_by_their_worst_pcc(run: Path, tmp_path: Path) -> None:
-    gates = read_entry(run / "gradient" / "entry.json")["gates"]
-    edges = gates | {"passed": {"class": False, "weights": True, "faithful": False}}
+    edges = {"passed": {"class": False, "weights": True, "faithful": False}}
     board = board_of(
         run,
         tmp_path,
@@ -300,7 +309,7 @@ def test_ranked_are_those_without_a_reason_by_their_worst_pcc(run: Path, tmp_pat
     ],
 )
 def test_a_flag_that_makes_a_figure_unreliable_takes_the_rank(run: Path, flag: str) -> None:
-    entry = read_entry(run / "gradient" / "entry.json") | {"flags": {flag: "..."}}
+    entry = read_entry(run / "gradient" / "entry.json") | {"flags": {flag: "..."}, "gates": PASSED}
     assert reason(entry) == f"flag {flag}"
 
 

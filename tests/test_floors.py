@@ -79,6 +79,7 @@ FLOORS = {
     "attacks.manipulation_study": 6.8,
     "attacks.robustness_report": 6.8,
     "attacks.entry": 6.85,
+    "attacks.verification": 6.9,
     "attacks.leaderboard": 6.9,
     "attacks.robustness_study": 6.9,
     "apop.study": 6.8,
