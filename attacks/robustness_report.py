@@ -111,10 +111,7 @@ class Report:
         ]
         if differences:
             run.save_text("comparisons.csv", csv_text([vars(d) for d in differences]))
-        heat = {
-            s.name: {LETTERS[m]: float(s.table[f"member/{m}/pcc"].mean()) for m in _ran(s)} for s in subjects
-        }
-        run.save_figure("members.png", render.member_heat(heat, self.title))
+        run.save_figure("members.png", render.member_heat(*_heat(subjects), self.title))
         if any(s.curve for s in subjects):
             curves = {s.name: s.curve for s in subjects if len(s.curve) > 1}
             run.save_figure("robustness.png", render.budget_curves(curves, self.settings["norm"], self.title))
@@ -148,6 +145,10 @@ class Report:
         parts.append(text_table(*self._table(_ranked(subjects))))
         members = ", ".join(f"{m} ({LETTERS[m]})" for m in self.members)
         parts[-1] += "\n" + LEGEND.format(members=members, tau=TAU["pcc"], eq10=EQ10 if self.eq10 else "")
+        if checks := next((s.checks for s in subjects if s.checks), {}):
+            names = [f"{m} ({LETTERS[m]})" for m in LETTERS if f"member/{m}/pcc" in checks]
+            count = len(next(iter(checks.values())))
+            parts[-1] += f"\nchecked on {count} images, not counted: {', '.join(names)}."
         if differences:
             parts.append(self._compared(differences))
         flagged = [f"  {s.name}: {name}: {said}" for s in subjects for name, said in s.flags.items()]
@@ -236,8 +237,19 @@ def _ranked(subjects: Sequence[Subject]) -> list[Subject]:
     return sorted(subjects, key=lambda s: (not _is_ranked(s), -float(s.table["worst/pcc"].mean())))
 
 
-def _ran(subject: Subject) -> list[str]:
-    return [m for m in LETTERS if f"member/{m}/pcc" in subject.table]
+def _heat(subjects: Sequence[Subject]) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Mean PCC by method and attack, and the attacks in order; a star marks those that were only checked."""
+    heat = {
+        s.name: {
+            f"{letter}{star}": float(table[f"member/{m}/pcc"].mean())
+            for table, star in ((s.table, ""), (s.checks, "*"))
+            for m, letter in LETTERS.items()
+            if f"member/{m}/pcc" in table
+        }
+        for s in subjects
+    }
+    known = {name for own in heat.values() for name in own}
+    return heat, [f"{n}{star}" for star in ("", "*") for n in LETTERS.values() if f"{n}{star}" in known]
 
 
 def _rows(table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

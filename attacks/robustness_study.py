@@ -39,6 +39,7 @@ PROBED = 4  # images that decide which surrogate is differentiated
 CHECKED = 16  # images for the members that are only checked, at most
 CURVED = 16  # images of the curve over the budget, at most
 FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself
+CURVE = ("combined", "polish")  # its members
 ALL = {"all": FIGURE_4, "attackable": ATTACKABLE}
 
 
@@ -266,10 +267,10 @@ class RobustnessStudy:
         return found
 
     def _alike(self, subject: Subject) -> dict[float, np.ndarray]:
-        """The curve with ``combined`` alone at every budget, as the flag has to compare it."""
-        own = subject.table.get("member/combined/pcc")
+        """The curve with the same members at every budget, as the flag has to compare it."""
+        own = [subject.table[f"member/{m}/pcc"][:CURVED] for m in CURVE if f"member/{m}/pcc" in subject.table]
         size = float(self.settings["budget"] or _default_size(self.settings["norm"]))
-        return subject.curve if own is None else subject.curve | {size: own[:CURVED]}
+        return subject.curve | {size: np.minimum.reduce(own)} if own else subject.curve
 
     def _sides(self, subject: Subject) -> Sides:
         """Attack and certificate of the smoothed map, on the first images."""
@@ -298,7 +299,7 @@ class RobustnessStudy:
             if self.settings["norm"] != "legacy" and size * factor > 255:
                 continue
             budget = Budget.named(self.settings["norm"], size * factor)
-            ensemble = replace(self.ensemble, budget=budget, members=("combined",))
+            ensemble = replace(self.ensemble, budget=budget, members=CURVE)
             founds = self._by_batches(subject, ensemble, x, f"budget {size * factor:g}")
             found[size * factor] = torch.cat([f.worst["pcc"] for f in founds]).cpu().numpy()
         found = dict(sorted(found.items()))

@@ -1,11 +1,11 @@
-"""The few shapes that every room shares: one error class, one protocol, one sample."""
+"""The few shapes that every module shares: one error class, one protocol, one sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-if TYPE_CHECKING:  # the command line imports this room, and must start quickly
+if TYPE_CHECKING:  # the command line imports this module, and must start quickly
     from torch import Tensor, nn
 
 

@@ -5,6 +5,7 @@ Every explainer here is differentiable or not, honest or not, exactly as its nam
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from attacks import ensemble, flags, robustness_study
 from attacks.gates import Gates
+from srd_lab import render
 from srd_lab.checks import check_target
 from srd_lab.cli import main
 from srd_lab.intercept import SmoothModel
@@ -74,8 +76,8 @@ class Weighted(Explainer):
         own = logits.gather(1, classes[:, None])[:, 0]
         return self.map_of(x, own), logits
 
-    def map_of(self, x: Tensor, own: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def map_of(self, x: Tensor, own: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ def tiny_study(
         monkeypatch.setattr(robustness_study, "check_gates", lambda *_: gates)
     monkeypatch.setattr(flags, "unlimited", lambda *_: {})
     monkeypatch.setattr(Run, "save_figure", lambda *_: None)
+    for figure in ("box_plots", "budget_curves", "member_heat", "picture_grid"):
+        monkeypatch.setattr(render, figure, lambda *_, **__: None)
 
 
 def command(*arguments: str) -> Result:

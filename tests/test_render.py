@@ -156,6 +156,27 @@ def test_box_plots_of_nothing_finite() -> None:
     check_nothing_clipped(render.box_plots({"srd": {"ssim": np.array([np.nan]), "pcc": np.array([])}}))
 
 
+def test_member_heat_has_a_cell_for_every_attack_that_ran() -> None:
+    reached = {"srd": {"S": 0.4, "P": 0.31, "U*": 0.5}, "sobel": {"S": 0.98}}
+    figure = render.member_heat(reached, ["S", "P", "U*"], "vgg16 on scenes")
+    (axes,) = figure.axes
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): "0.40", (1, 0): "0.31", (2, 0): "0.50", (0, 1): "0.98"}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["S", "P", "U*"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["srd", "sobel"]
+    assert "* on the first images only" in axes.get_xlabel()
+    check_nothing_clipped(figure)
+
+
+def test_budget_curves_never_rise() -> None:
+    """What a smaller budget reaches is within a larger one."""
+    curves = {"srd": {1.0: np.array([0.5, 0.7]), 2.0: np.array([0.6, 0.3]), 0.5: np.array([0.9, 0.8])}}
+    figure = render.budget_curves(curves, "l2", "vgg16 on scenes")
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "srd"]
+    np.testing.assert_allclose(line.get_xydata(), [[0.5, 0.85], [1, 0.6], [2, 0.4]])
+    check_nothing_clipped(figure)
+
+
 @pytest.mark.parametrize("inputs", [["zeros"], ["zeros", "ones", "normal"]])
 def test_apop_bars(inputs: list[str]) -> None:
     settings = ("original", "apop", "apop_relu")

@@ -68,7 +68,7 @@ class Classifier(nn.Module):
 
 
 def last_parameter(network: nn.Module) -> tuple[str, Tensor]:
-    """Name and value of the network's last parameter: one row for each class in all networks of this room."""
+    """Name and value of the network's last parameter: one row for each class in all networks of this package."""
     return list(network.named_parameters())[-1]
 
 

@@ -1,4 +1,4 @@
-"""Pictures and figures: the only room that draws.
+"""Pictures and figures: the only package that draws.
 
 Every figure function returns a ``matplotlib.figure.Figure`` that stands alone (no pyplot state, no
 display needed); ``figure.savefig(path)`` or ``Run.save_figure`` writes it.

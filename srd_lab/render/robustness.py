@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,12 +19,14 @@ _UNITS = {
 }
 
 
-def member_heat(reached: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+def member_heat(
+    reached: Mapping[str, Mapping[str, float]], attacks: Sequence[str], title: str = ""
+) -> Figure:
     """A row per method, a column per attack, a cell for the mean PCC that it left; dark = broken.
 
-    reached : method -> attack -> mean PCC; a method may lack one.
+    reached : method -> attack -> mean PCC; a method may lack one. attacks : the columns; those whose name ends with a star
+        ran on few images.
     """
-    attacks = list(dict.fromkeys(name for own in reached.values() for name in own))
     grid = np.array([[own.get(name, np.nan) for name in attacks] for own in reached.values()])
     with style():
         figure = blank((2.4 + 0.55 * len(attacks), 1.5 + 0.28 * len(reached)))
@@ -36,7 +38,8 @@ def member_heat(reached: Mapping[str, Mapping[str, float]], title: str = "") -> 
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_yticks(range(len(reached)), list(reached))
         axes.set_xticks(range(len(attacks)), attacks)
-        axes.set_xlabel("attack; mean PCC that it leaves of the map")
+        starred = "; * on the first images only" if any(name.endswith("*") for name in attacks) else ""
+        axes.set_xlabel(f"attack: mean PCC that it leaves{starred}")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         title_of(figure, title)
