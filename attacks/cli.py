@@ -3,12 +3,12 @@ method?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from attacks.options import BUDGET_OPTIONS, EQ10_DEFAULTS, EQ10_OPTIONS, MANIPULATION_OPTIONS, with_options
 from srd_lab.command import command_errors, tracked
 from srd_lab.options import (
     MethodName,
@@ -16,192 +16,11 @@ from srd_lab.options import (
     common_options,
     model_option,
     pairs_option,
-    steps_option,
 )
 
 MEMBERS = ("dissimilarity", "combined", "top_k", "target", "mass_centre", "polish", "black_box", "transfer")
 ATTACKS = ("standard", *MEMBERS, "eq10")
 DEFAULT_ATTACKS = ("combined", "polish", "eq10")
-
-
-class Size(click.ParamType):
-    """A budget in units of 0..255: above 0, at most 255."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            size = float(value)
-        except ValueError:
-            self.fail(
-                f"{value!r} is no number; expected a budget above 0, at most 255 (units of 0..255)",
-                param,
-                ctx,
-            )
-        if not 0 < size <= 255:
-            self.fail(
-                f"a budget of {value} makes no sense; expected one above 0, at most 255 (units of 0..255)",
-                param,
-                ctx,
-            )
-        return size
-
-
-BUDGET_OPTIONS = (
-    click.option(
-        "--mode",
-        type=click.Choice(["quick", "full"]),
-        default="quick",
-        show_default=True,
-        help="quick: 40 iterations, other members checked on 16 images; full: 100, restarts, 5,000 queries, all count.",
-    ),
-    click.option(
-        "--norm",
-        type=click.Choice(["legacy", "l2", "linf"]),
-        default="legacy",
-        show_default=True,
-        help="What the budget bounds; legacy is MSE 1e-3 (normalised) and 8/255, as the published attack has it.",
-    ),
-    click.option(
-        "--budget",
-        type=Size(),
-        help="Its size: RMS (l2) or largest change (linf) in units of 0..255, a factor for legacy. [default: 2, 8, 1]",
-    ),
-    click.option(
-        "--seeds",
-        default=1,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Repeats with other random starts; scores are means over them.",
-    ),
-)
-
-EQ10_OPTIONS = (
-    steps_option,
-    click.option(
-        "--lr",
-        default=1e-3,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: step size in normalised units.",
-    ),
-    click.option(
-        "--output-term",
-        type=click.Choice(["probabilities", "logits"]),
-        default="probabilities",
-        show_default=True,
-        help="eq10: what shall stay: probabilities, or logits as Eq. 10 prints it.",
-    ),
-    click.option(
-        "--bound",
-        default=8.0,
-        show_default=True,
-        type=Size(),
-        help="eq10: largest change of a pixel, in units of 0..255.",
-    ),
-    click.option(
-        "--stop-mse",
-        default=1e-3,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: stop an image at this mean squared change (normalised).",
-    ),
-    click.option(
-        "--beta-start",
-        default=10.0,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: softplus beta of the surrogate at the first step.",
-    ),
-    click.option(
-        "--beta-end",
-        default=100.0,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: ... and after the last.",
-    ),
-)
-
-
-EQ10_DEFAULTS = {
-    "steps": 100,
-    "lr": 1e-3,
-    "output_term": "probabilities",
-    "bound": 8.0,
-    "stop_mse": 1e-3,
-    "beta_start": 10.0,
-    "beta_end": 100.0,
-}
-
-
-def with_options(options: Sequence[Any]) -> Callable[[Any], Any]:
-    """A decorator that gives a command these options, in this order."""
-
-    def add(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-MANIPULATION_OPTIONS = (
-    click.option(
-        "--manipulate-model",
-        type=click.Choice(["location", "top-k", "centre-of-mass", "active"]),
-        help="Fine-tune a copy of the network until the method's maps say this (Heo et al. 2019); read others on it.",
-    ),
-    click.option(
-        "--frame", type=click.IntRange(1), help="location: width of the frame, in pixels. [default: 1/8]"
-    ),
-    click.option(
-        "--top-share",
-        default=0.1,
-        show_default=True,
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        help="top-k: share of the pixels that the maps shall leave.",
-    ),
-    click.option(
-        "--swap",
-        nargs=2,
-        default=(0, 1),
-        show_default=True,
-        type=click.IntRange(0),
-        help="active: the two classes.",
-    ),
-    click.option(
-        "--map-weight",
-        default=3.0,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="--manipulate-model: weight of the maps against the accuracy.",
-    ),
-    click.option(
-        "--keep",
-        type=click.Choice(["labels", "outputs"]),
-        default="labels",
-        show_default=True,
-        help="--manipulate-model: what shall hold meanwhile.",
-    ),
-    click.option(
-        "--train-images",
-        default=800,
-        show_default=True,
-        type=click.IntRange(1),
-        help="... images to train on.",
-    ),
-    click.option("--train-batch", default=16, show_default=True, type=click.IntRange(1), help="... at once."),
-    click.option(
-        "--train-steps", default=150, show_default=True, type=click.IntRange(1), help="... Adam steps."
-    ),
-    click.option(
-        "--train-lr",
-        default=1e-3,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="... their size.",
-    ),
-)
 
 
 @click.command()
@@ -282,7 +101,15 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     metavar="NAME",
     help="Explanation method; all = the six of Fig. 4, attackable = every one with a gradient; repeatable.",
 )
-@pairs_option
+@click.option(
+    "--pairs",
+    "--images",
+    "pairs",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Random images to attack; each has another one, whose map is a goal.",
+)
 @model_option
 @with_options(BUDGET_OPTIONS)
 @click.option(

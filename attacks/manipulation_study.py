@@ -13,21 +13,19 @@ from attacks.experiment import (
     attack_batch,
     attack_explainer,
     common_reach,
-    draw_pairs,
     perturbation_curves,
     rows,
 )
 from attacks.manipulation import SCORES, Manipulation
 from attacks.objective import Eq10
+from attacks.pair_study import PairStudy
 from srd_lab import render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import FIGURE_4
-from srd_lab.command import csv_text, data_for, network_for, publish, text_table, weights_sums
+from srd_lab.command import csv_text, publish, text_table
 from srd_lab.data import skipped_report
-from srd_lab.methods.smoothed import plain_name
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.options import options_of
-from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
 from srd_lab.types import Explainer, SrdLabError
 
@@ -48,36 +46,13 @@ NOT_FINITE = (
 EQUAL_KINDS = [(score, over) for over in ("mse", "linf") for score in ("ssim", "pcc")]
 
 
-def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """What is attacked, name -> (method, SRD's start); SRD, wrapped or not, once for each start."""
-    found = {}
-    for method in dict.fromkeys(methods):
-        has_starts = plain_name(method) == "srd" and len(starts) > 1
-        for start in dict.fromkeys(starts) if has_starts else starts[:1]:
-            found[f"{method}_{start}" if has_starts else method] = (method, start)
-    return found
-
-
-class ManipulationStudy:
+class ManipulationStudy(PairStudy):
     """One run of the published attack, from settings to tables and figures."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        methods = FIGURE_4 if "all" in settings["methods"] else settings["methods"]
-        self.variants = variants(methods, settings["starts"])
-        self.device = pick_device(settings["device"])
-        name = settings["model"]
-        self.dataset = data_for(settings, name)
-        self.model = network_for(settings, name, [name], self.device, self.dataset)
-        settings["weights_sha256"] = weights_sums(settings, [name])
-        self.pairs, self.skipped = draw_pairs(
-            *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
-        )
-        side = self.dataset[self.pairs[0].original].image.shape[-1]
-        self.batcher = Batcher(settings["batch_size"] or pairs_at_once(side, self.device.type))
+        super().__init__(settings, FIGURE_4 if "all" in settings["methods"] else settings["methods"])
         self.shown: dict[str, list[render.PictureRow]] = {}  # the first pairs of every method
-        source = settings["data"].partition(":")[0]
-        self.title = f"{name} on {source}, {len(self.pairs)} pairs"
+        self.title = f"{self.where}, {len(self.pairs)} pairs"
 
     def run(self, run: Run) -> None:
         """Attack every method and report."""
@@ -205,11 +180,6 @@ def _left_out(tables: dict[str, Arrays]) -> list[str]:
                 f"{score} at equal {over}: {n} of {count} pairs, which have a score with every method"
             )
     return lines
-
-
-def pairs_at_once(side: int, device: str) -> int:
-    """Pairs at once: 48 of 64 x 64 or 4 of 224 x 224 on a CPU, 16 times as many on an accelerator."""
-    return max(1, 196_608 * (1 if device == "cpu" else 16) // side**2)
 
 
 def metrics_of(table: Arrays, seed: int) -> dict[str, float]:

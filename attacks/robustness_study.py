@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from attacks.budget import DEFAULTS, Budget, to_8_bits
 from attacks.certified import Sides, both_sides
 from attacks.ensemble import MODES, Ensemble
 from attacks.entry import write_entry
-from attacks.experiment import attack_explainer, draw_pairs
+from attacks.experiment import attack_explainer
 from attacks.gates import GATED, Gates, check_gates
 from attacks.judge import Found
-from attacks.manipulation_study import manipulation_of, pairs_at_once, variants
+from attacks.manipulation_study import manipulation_of
+from attacks.pair_study import PairStudy
 from attacks.probe import Probe, probe
 from attacks.robustness_experiment import DRAWS, Experiment, images_of, transfer
 from attacks.robustness_report import Report
@@ -28,10 +30,9 @@ from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import ATTACKABLE, FIGURE_4
-from srd_lab.command import data_for, network_for, progress, weights_sums
+from srd_lab.command import progress
 from srd_lab.data import skipped_report
 from srd_lab.options import options_of
-from srd_lab.runtime import Batcher, pick_device
 from srd_lab.tracking import Run
 from srd_lab.types import Explainer, SrdLabError
 
@@ -73,32 +74,20 @@ class Subject:
         return self.stored(numbers, name, "transferred" if self.child.list("transferred") else "batches")
 
 
-class RobustnessStudy:
+class RobustnessStudy(PairStudy):
     """One run, from settings to tables, figures and entries."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        asked = [m for name in settings["methods"] for m in ALL.get(name, (name,))]
-        self.variants = variants(asked, settings["starts"])
+        super().__init__(settings, [m for name in settings["methods"] for m in ALL.get(name, (name,))])
         self.members = _members(settings["attacks"], settings["mode"])
-        self.ensemble = Ensemble(
-            tuple(name for name in self.members if name != "transfer"),
-            settings["mode"],
-            Budget.named(settings["norm"], settings["budget"]),
-            settings["seed"],
-        )
         self.checked = MODES[settings["mode"]].checked if "standard" in settings["attacks"] else ()
-        self.device = pick_device(settings["device"])
-        name = settings["model"]
-        self.dataset = data_for(settings, name)
-        self.model = network_for(settings, name, [name], self.device, self.dataset)
-        settings["weights_sha256"] = weights_sums(settings, [name])
-        self.pairs, self.skipped = draw_pairs(
-            *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
-        )
-        side = self.dataset[self.pairs[0].original].image.shape[-1]
-        self.batcher = Batcher(settings["batch_size"] or pairs_at_once(side, self.device.type))
-        self.title = f"{name} on {settings['data'].partition(':')[0]}, {len(self.pairs)} images, {self.ensemble.budget}"
+        self.title = f"{self.where}, {len(self.pairs)} images, {self.ensemble.budget}"
+
+    @cached_property
+    def ensemble(self) -> Ensemble:
+        """What counts, less ``transfer``, which needs the other methods first."""
+        s, members = self.settings, tuple(name for name in self.members if name != "transfer")
+        return Ensemble(members, s["mode"], Budget.named(s["norm"], s["budget"]), s["seed"])
 
     def run(self, run: Run) -> None:
         """Attack every method and report."""

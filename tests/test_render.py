@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,14 @@ def test_picture_grid_columns_and_texts(n: int, with_target: bool) -> None:
     assert len(titles) == columns
     assert sum("SSIM 0.31" in axes.get_xlabel() for axes in pictures) == n
     assert sum("golden" in text.get_text() for text in figure.texts) == n
+    check_nothing_clipped(figure)
+
+
+def test_picture_grid_without_an_aim_has_five_columns() -> None:
+    figure = render.picture_grid(
+        [replace(row, map_target=None, scores="PCC -0.12\nSSIM 0.31") for row in rows(2, with_target=False)]
+    )
+    assert len([axes for axes in figure.axes if axes.images]) == 10
     check_nothing_clipped(figure)
 
 

@@ -71,7 +71,7 @@ def strength(saliency: Picture) -> np.ndarray:
 
 
 def picture_grid(rows: Sequence[PictureRow]) -> Figure:
-    """A row per attacked image: both images, their magnified difference, the three maps, the aim.
+    """A row per attacked image: both images, their magnified difference, the maps; the aim, if there was one.
 
     The difference has one factor for the whole grid; every map is shown as ``strength``.
     """
@@ -94,7 +94,7 @@ def picture_grid(rows: Sequence[PictureRow]) -> Figure:
                 axes.imshow(pictures[i], aspect="auto", interpolation="nearest")
                 axes.set_title(title if i == 0 else "", fontsize=8)
                 axes.set_xlabel(row.scores if j == _SCORED else "", fontsize=7, labelpad=2)
-        _map_scale(figure, left + _SCORED * (cell[0] + gap), 0.3, cell[0] + gap)
+        _map_scale(figure, left + (_SCORED - 1) * (cell[0] + gap) + cell[0] / 2, 0.3, cell[0] + gap)
     return figure
 
 

@@ -34,7 +34,7 @@ def member_heat(
         axes.imshow(grid, cmap="YlGnBu_r", vmin=-0.5, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
             if np.isfinite(value):
-                colour = "white" if value < 0.4 else "black"
+                colour = "white" if value < 0.25 else "black"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_yticks(range(len(reached)), list(reached))
         axes.set_xticks(range(len(attacks)), attacks)

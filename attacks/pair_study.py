@@ -1,0 +1,50 @@
+"""What the studies of attacked images share: the methods, the network, the pairs of images and how many go at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attacks.experiment import draw_pairs
+from srd_lab.command import data_for, network_for, weights_sums
+from srd_lab.methods.smoothed import plain_name
+from srd_lab.runtime import Batcher, pick_device
+
+PIXELS_AT_ONCE = 48 * 64 * 64  # on a CPU; an accelerator takes 16 times as many
+
+
+class PairStudy:
+    """Opens what the settings name; bad settings show here, before a run exists.
+
+    methods : names, wrapped or not; those of SRD are attacked once for each of ``settings["starts"]``.
+    """
+
+    def __init__(self, settings: dict[str, Any], methods: Sequence[str]) -> None:
+        self.settings = settings
+        self.variants = variants(methods, settings["starts"])
+        self.device = pick_device(settings["device"])
+        name = settings["model"]
+        self.dataset = data_for(settings, name)
+        self.model = network_for(settings, name, [name], self.device, self.dataset)
+        settings["weights_sha256"] = weights_sums(settings, [name])
+        self.pairs, self.skipped = draw_pairs(
+            *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
+        )
+        side = self.dataset[self.pairs[0].original].image.shape[-1]
+        self.batcher = Batcher(settings["batch_size"] or pairs_at_once(side, self.device.type))
+        self.where = f"{name} on {settings['data'].partition(':')[0]}"
+
+
+def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """What is attacked, name -> (method, SRD's start); SRD, wrapped or not, once for each start."""
+    found = {}
+    for method in dict.fromkeys(methods):
+        has_starts = plain_name(method) == "srd" and len(starts) > 1
+        for start in dict.fromkeys(starts) if has_starts else starts[:1]:
+            found[f"{method}_{start}" if has_starts else method] = (method, start)
+    return found
+
+
+def pairs_at_once(side: int, device: str) -> int:
+    """Pairs at once: 48 of 64 x 64 or 3 of 224 x 224 on a CPU, 16 times as many on an accelerator."""
+    return max(1, PIXELS_AT_ONCE * (1 if device == "cpu" else 16) // side**2)
