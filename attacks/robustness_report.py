@@ -30,15 +30,10 @@ eq10: the published attack (Eq. 10) on the same images, beside and not counted; 
 
 
 class Report:
-    """Tables and figures of one run of the study.
+    """Tables and figures of one run of the study."""
 
-    members : the attacks that count, in order.
-    """
-
-    def __init__(
-        self, settings: Mapping[str, Any], title: str, members: Sequence[str], classes: Sequence[str]
-    ) -> None:
-        self.settings, self.title, self.members, self.classes = settings, title, members, classes
+    def __init__(self, settings: Mapping[str, Any], title: str, classes: Sequence[str]) -> None:
+        self.settings, self.title, self.classes = settings, title, classes
         self.seed = int(settings["seed"])
         self.eq10 = "eq10" in settings["attacks"]
 
@@ -143,7 +138,8 @@ class Report:
         """The report."""
         parts = [f"{self.title}; worst case over the {self.settings['mode']} ensemble, mean [95 % interval]"]
         parts.append(text_table(*self._table(_ranked(subjects))))
-        members = ", ".join(f"{m} ({LETTERS[m]})" for m in self.members)
+        ran = [m for m in LETTERS if any(f"member/{m}/pcc" in s.table for s in subjects)]
+        members = ", ".join(f"{m} ({LETTERS[m]})" for m in ran)
         parts[-1] += "\n" + LEGEND.format(members=members, tau=TAU["pcc"], eq10=EQ10 if self.eq10 else "")
         if checks := next((s.checks for s in subjects if s.checks), {}):
             names = [f"{m} ({LETTERS[m]})" for m in LETTERS if f"member/{m}/pcc" in checks]

@@ -97,7 +97,7 @@ class RobustnessStudy(PairStudy):
                 self._transferred(subject, [other for other in subjects if other is not subject])
         for subject in subjects:
             self._examined(subject)
-        report = Report(self.settings, self.title, self.members, self.dataset.classes)
+        report = Report(self.settings, self.title, self.dataset.classes)
         for subject in subjects:
             report.one(subject)
             if self.settings["entries"]:

@@ -39,6 +39,23 @@ class Metric(NamedTuple):
     tested: str
 
 
+def title_of(method: str) -> str:
+    """A method as tables write it; a wrapped one as it was asked for."""
+    return METHODS[method].title if method in METHODS else method
+
+
+def outer_parts(text: str) -> list[str]:
+    """The parts of a list, split at the commas outside of all parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
 METHODS = {
     "gradient": Method("Saliency", "Simonyan et al. 2014", "input", True, "3", "captum"),
     "guided_backprop": Method("Guided Backprop", "Springenberg et al. 2015", "input", True, "3", "captum"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from srd_lab.catalogue import BASELINES, METHODS
+from srd_lab.catalogue import BASELINES, METHODS, outer_parts
 from srd_lab.types import SrdLabError
 
 # how, not what: free to differ on resume
@@ -51,18 +51,21 @@ class Count(click.ParamType):
 
 
 class Names(click.ParamType):
-    """Some of the names that are allowed, separated by commas, as a tuple without repetitions."""
+    """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
+
+    wrapped : whether a wrapper such as ``smoothed(srd,0.1,64)`` is allowed too; what is inside is read later.
+    """
 
     name = "list"
 
-    def __init__(self, allowed: Sequence[str]) -> None:
-        self.allowed = allowed
+    def __init__(self, allowed: Sequence[str], wrapped: bool = False) -> None:
+        self.allowed, self.wrapped = allowed, wrapped
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
-        if wrong := [name for name in names if name not in self.allowed]:
+        names = value if isinstance(value, tuple) else tuple(outer_parts(value))
+        if wrong := [n for n in names if n not in self.allowed and not (self.wrapped and "(" in n)]:
             self.fail(f"{wrong[0]!r} is not one of {', '.join(self.allowed)}", param, ctx)
         return tuple(dict.fromkeys(names))
 

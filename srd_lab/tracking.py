@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 import time
 import zipfile
@@ -226,6 +227,11 @@ class Run(ABC):
         return self._files.names(_checked(folder) if folder else "")
 
 
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: of ``smoothed(srd,0.1,64)/pcc`` it is ``smoothed-srd-0.1-64/pcc``."""
+    return re.sub(r"[^\w. :/-]+", "-", name.replace(")", ""), flags=re.ASCII)
+
+
 class MlflowRun(Run):
     """A run in an MLflow store."""
 
@@ -255,14 +261,14 @@ class MlflowRun(Run):
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        points = [(name, float(value), now, 0) for name, value in values.items()]
+        points = [(metric_name(name), float(value), now, 0) for name, value in values.items()]
         self._log(points)
 
     def log_traces(self, traces: Traces) -> None:
         # MLflow drops a point that repeats one in key, step, value and time: hence no clock here.
         self._log(
             [
-                (name, float(value), self._start + int(step), int(step))
+                (metric_name(name), float(value), self._start + int(step), int(step))
                 for name, (steps, values) in traces.items()
                 for step, value in zip(steps, values, strict=True)
             ]
@@ -304,12 +310,13 @@ class FolderRun(Run):
         self._write_about()
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
-        self._metrics |= {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        values = {metric_name(name): float(value) for name, value in values.items()}
+        self._metrics |= {name: value for name, value in values.items() if math.isfinite(value)}
         self._not_finite |= {name for name, value in values.items() if not math.isfinite(value)}
         self._write_about()
 
     def log_traces(self, traces: Traces) -> None:
-        for name, (steps, values) in traces.items():
+        for name, (steps, values) in ((metric_name(name), trace) for name, trace in traces.items()):
             for step, value in zip(steps, values, strict=True):
                 if math.isfinite(value):
                     self._traces[name, int(step)] = float(value)

@@ -27,7 +27,7 @@ from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import holm
 from srd_lab.models.cifar import cifar_network
-from srd_lab.registry import EXPLAINERS
+from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.registry import METRICS as SCORES
 from srd_lab.reproduce.evaluation import activation_of
 from srd_lab.reproduce.paper import paper
@@ -362,7 +362,10 @@ def test_what_does_not_go_with_a_network_is_said_and_the_rest_is_done() -> None:
     ("arguments", "said"),
     [
         (("--methods", "gradient,nonsense"), "'nonsense' is not one of all, gradient"),
+        (("--methods", "sobel,smoothed(nonsense,0.1)"), "unknown method 'nonsense'"),
+        (("--methods", "smoothed(srd,0.1"), "cannot be read as a method"),
         (("--metrics", "beauty"), "'beauty' is not one of all, pointing_game"),
+        (("--metrics", "smoothed(pcc,1)"), "'smoothed(pcc,1)' is not one of all"),
         (("--images", "0"), "is not how many"),
         (("--model", "resnet99"), "there is no network 'resnet99' for scenes"),
     ],
@@ -371,6 +374,20 @@ def test_wrong_settings_are_one_clear_line(arguments: tuple[str, ...], said: str
     result = call("evaluate", *arguments, "--no-track")
     assert result.exit_code != 0
     assert said in " ".join(result.output.split())
+
+
+def test_a_wrapped_method_is_a_method_everywhere(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name has commas, and characters that MLflow refuses in the name of a metric."""
+    monkeypatch.chdir(tmp_path)
+    name = "smoothed(gradient,0.1,2)"
+    options = ("--metrics", "sparseness", "--images", "2", "--reference", name, "--device", "cpu")
+    assert name in succeed("evaluate", "--methods", f"sobel,{name}", *options)
+    succeed("explain", str(pictures[0]), "--methods", f"srd,{name}", "--out", "out", "--device", "cpu")
+    x = load_data("scenes")[0].image[None]
+    expected = make_explainer(name).explain(load_model("vgg16", device="cpu"), x)[0]
+    np.testing.assert_allclose(np.load(f"out/photo/{name}.npy"), expected.numpy(), atol=1e-6)
 
 
 # --- explain ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import click
 from srd_lab.catalogue import METHODS, METRICS
 from srd_lab.command import command_errors, tracked
 from srd_lab.options import (
+    MethodName,
     Names,
     WeightsFile,
     baseline_option,
@@ -24,10 +25,10 @@ from srd_lab.options import (
 @model_option
 @click.option(
     "--methods",
-    type=Names(("all", *METHODS)),
+    type=Names(("all", *METHODS), wrapped=True),
     default="all",
     show_default=True,
-    help="Explanation methods, comma-separated; `srd-lab methods` lists them.",
+    help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
 )
 @click.option(
     "--metrics",
@@ -46,7 +47,7 @@ from srd_lab.options import (
 )
 @click.option(
     "--reference",
-    type=click.Choice(tuple(METHODS)),
+    type=MethodName(),
     default="srd",
     show_default=True,
     metavar="NAME",
@@ -86,10 +87,10 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 )
 @click.option(
     "--methods",
-    type=Names(("all", *METHODS)),
+    type=Names(("all", *METHODS), wrapped=True),
     default="srd",
     show_default=True,
-    help="Explanation methods, comma-separated; `srd-lab methods` lists them.",
+    help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
 )
 @click.option("--target", help="Class to explain: index, name or WordNet number. [default: the predicted]")
 @click.option(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from srd_lab.batches import Advance, Arrays, Item
 from srd_lab.metrics.explained import Explained, Images, Metric
-from srd_lab.registry import EXPLAINERS
+from srd_lab.registry import make_explainer
 from srd_lab.types import Explainer, Sample, SrdLabError
 
 
@@ -70,7 +70,7 @@ def refusals(model: nn.Module, x: Tensor, methods: Sequence[str]) -> dict[str, s
     why = {}
     for method in methods:
         try:
-            EXPLAINERS[method].explain(model, x, 0)
+            make_explainer(method).explain(model, x, 0)
         except SrdLabError as error:
             why[method] = str(error)
     return why

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from srd_lab import maps, render
-from srd_lab.catalogue import METHODS
+from srd_lab.catalogue import METHODS, title_of
 from srd_lab.command import text_table
 from srd_lab.data.pictures import decode, fit, upright
 from srd_lab.models import Classifier, input_size, load_model
 from srd_lab.options import weights_of
-from srd_lab.registry import EXPLAINERS
+from srd_lab.registry import make_explainer
 from srd_lab.runtime import full_precision, pick_device
 from srd_lab.types import SrdLabError
 
@@ -34,7 +34,8 @@ class Explaining:
         weights = weights_of(settings["weights"], [name])[name]
         self.model: Classifier = load_model(name, data, weights, str(self.device))
         self.size = input_size(name, data)
-        self.methods: Sequence[str] = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
+        asked: Sequence[str] = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
+        self.methods = {method: make_explainer(method) for method in asked}
         self.out: Path = settings["out"]
         with torch.no_grad():
             count = self.model(torch.zeros(1, 3, self.size, self.size, device=self.device)).shape[1]
@@ -72,16 +73,16 @@ class Explaining:
         click.echo(text_table(["class", "probability", "index"], lines) + "\n")
         folder.mkdir(parents=True, exist_ok=True)
         shown: dict[str, Any] = {}
-        for method in self.methods:
+        for method, explainer in self.methods.items():
             try:
-                raw = EXPLAINERS[method].explain(self.model, x, target)
+                raw = explainer.explain(self.model, x, target)
             except SrdLabError as error:
                 click.echo(f"{method} is left out: {error}", err=True)
                 continue
             np.save(folder / f"{method}.npy", raw[0].cpu().numpy())
             prepared = maps.prepared(raw, (self.size, self.size))[0].cpu()
             render.save_picture(folder / f"{method}.png", render.overlay(image, render.signed(prepared)))
-            shown[METHODS[method].title] = prepared
+            shown[title_of(method)] = prepared
         if not shown:
             raise SrdLabError("none of the methods goes with this network; see `srd-lab methods`")
         return render.SheetRow(self.classes.names[target], image, shown)

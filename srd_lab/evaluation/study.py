@@ -12,7 +12,7 @@ import torch
 from apop.experiment import draw_images
 from srd_lab import registry, render
 from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.catalogue import METHODS, METRICS
+from srd_lab.catalogue import METHODS, METRICS, title_of
 from srd_lab.command import csv_text, data_for, network_for, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
 from srd_lab.evaluation.experiment import Experiment, refusals
@@ -52,6 +52,7 @@ class Evaluation:
         settings["weights_sha256"] = weights_sums(settings, models or [name])
         self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
         asked = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
+        explainers = {method: registry.make_explainer(method) for method in asked}
         self.metrics = tuple(METRICS) if "all" in settings["metrics"] else settings["metrics"]
         side = input_size(name, settings["data"])
         self.refused = refusals(self.model, torch.rand(1, 3, side, side).to(self.device), asked)
@@ -65,7 +66,7 @@ class Evaluation:
             )
         known = registry.METRICS | {"fidelity": Fidelity(baseline=settings["baseline"])}
         self.experiment = Experiment(
-            {method: _seeded(registry.EXPLAINERS[method], settings["seed"]) for method in methods},
+            {method: _seeded(explainers[method], settings["seed"]) for method in methods},
             {metric: _seeded(known[metric], settings["seed"]) for metric in self.metrics},
             settings["target"],
         )
@@ -149,7 +150,7 @@ class Evaluation:
             render.SheetRow(
                 names[int(table["label"][i])],
                 image,
-                {METHODS[m].title: table[f"{m}/map"][i] for m in self.experiment.methods},
+                {title_of(m): table[f"{m}/map"][i] for m in self.experiment.methods},
             )
             for i, image in enumerate(table["images"][:PICTURES])  # more where memory ran out in between
         ]
@@ -190,9 +191,7 @@ class Evaluation:
             notes.append(f"Not scored, of {count} images: {said}.")
         if self.settings["reference"] not in scores and len(scores) > 1:
             notes.append(f"No comparisons: {self.settings['reference']} is not among the methods.")
-        notes += [
-            f"{METHODS[m].title} does not go with this network: {why}" for m, why in self.refused.items()
-        ]
+        notes += [f"{title_of(m)} does not go with this network: {why}" for m, why in self.refused.items()]
         notes += [skipped_report(self.skipped)] if self.skipped else []
         return [*notes, *filter(None, [few_note(len(table["name"]), "images")])]
 
@@ -216,8 +215,7 @@ def _unscored(own: dict[str, np.ndarray]) -> str:
 
 def _titled(place: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return {
-        METRICS[metric].title: {METHODS[m].title: rank for m, rank in own.items()}
-        for metric, own in place.items()
+        METRICS[metric].title: {title_of(m): rank for m, rank in own.items()} for metric, own in place.items()
     }
 
 

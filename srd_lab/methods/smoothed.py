@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srd_lab.catalogue import outer_parts
 from srd_lab.checks import check_input, check_target
 from srd_lab.intercept import SmoothModel, Watch
 from srd_lab.recompute import recomputed
@@ -203,7 +204,7 @@ def _read(text: str) -> tuple[str, list[str]]:
     found = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if found is None:
         raise SrdLabError(f"{text!r} cannot be read as a method; expected a name, or {_EXAMPLE}")
-    parts = [] if found[2] is None else _split(found[2])
+    parts = [] if found[2] is None else outer_parts(found[2])
     if bool(parts) != (found[1] in WRAPPERS):
         wrong = "is no wrapper" if parts else "lacks the method that it wraps"
         raise SrdLabError(
@@ -214,18 +215,6 @@ def _read(text: str) -> tuple[str, list[str]]:
             f"{text!r} has an argument that is empty, or not a method first; expected {_EXAMPLE}"
         )
     return found[1], parts
-
-
-def _split(inside: str) -> list[str]:
-    """The text between parentheses, split at its outer commas."""
-    parts, depth = [""], 0
-    for letter in inside:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
 
 
 def _options(name: str, given: list[str]) -> dict[str, Any]:
