@@ -3,7 +3,7 @@
 | member | letter | objective | quick | full |
 |---|---|---|---|---|
 | ``combined`` | S | SSIM + PCC + mass on the top 10 % | counted | on every surrogate |
-| ``top_k`` | K | mass on the original's top 10 % | counted | counted |
+| ``top_k`` | K | PCC + mass on the original's top 10 % | counted | counted |
 | ``dissimilarity`` | U | Pearson correlation with the original map | checked | 3 restarts |
 | ``target`` | T | correlation with a goal map | checked, 1 goal | 3 goals |
 | ``mass_centre`` | C | distance of the centres of mass | checked | counted |
@@ -43,6 +43,7 @@ from attacks.objective import (
     MassCentre,
     Objective,
     Structure,
+    Sum,
     Target,
     TopK,
 )
@@ -54,7 +55,7 @@ from srd_lab.types import Explainer, SrdLabError
 OBJECTIVES: dict[str, Objective] = {
     "dissimilarity": Dissimilarity(),
     "combined": Combined(),
-    "top_k": TopK(),
+    "top_k": Sum((Dissimilarity(), TopK())),
     "target": Target(),
     "mass_centre": MassCentre(),
 }

@@ -155,6 +155,16 @@ class Combined:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """The sum of several objectives."""
+
+    parts: tuple[Objective, ...]
+
+    def __call__(self, view: View) -> Tensor:
+        return torch.stack([part(view) for part in self.parts]).sum(0)
+
+
+@dataclass(frozen=True)
 class MassCentre:
     """Minus the distance of the centres of mass, in parts of the image's diagonal."""
 

@@ -17,7 +17,6 @@ from small_networks import (
     Flat,
     Liar,
     Noise,
-    Weighted,
     images,
     small_model,
 )
@@ -36,6 +35,8 @@ from attacks.objective import (
     MassCentre,
     Objective,
     Reference,
+    Structure,
+    Sum,
     Target,
     TopK,
     View,
@@ -91,7 +92,7 @@ def literal(name: str, shown: np.ndarray, before: np.ndarray, goal: np.ndarray) 
     return {
         "dissimilarity": pcc(shown, before),
         "combined": ssim + pcc(shown, before) + mass(shown, before, 6),
-        "top_k": mass(shown, before, 6),
+        "top_k": pcc(shown, before) + mass(shown, before, 6),
         "mass_centre": -float(np.sqrt(((centre(shown) - centre(before)) ** 2).sum() + 1e-12)),
         "target": -pcc(shown, goal),
     }[name]
@@ -110,7 +111,9 @@ def test_objectives_are_their_formulas(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "objective", [Dissimilarity(), Combined(), TopK(0.2), MassCentre(), Target()], ids=str
+    "objective",
+    [Dissimilarity(), Combined(), TopK(0.2), Sum((TopK(), Structure())), MassCentre(), Target()],
+    ids=str,
 )
 def test_objectives_have_the_slope_of_finite_differences(objective: Objective) -> None:
     view = views()
@@ -598,7 +601,7 @@ def test_a_full_run_of_the_gradient_is_not_stalled_by_the_surrogates_that_cannot
     assert (result.used > 0.5).all()
 
 
-class OnSurrogatesOnly(Weighted):
+class OnSurrogatesOnly(Explainer):
     """Attached to the image on surrogates alone."""
 
     def explain_with_logits(
