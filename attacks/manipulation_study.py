@@ -16,6 +16,7 @@ from attacks.experiment import (
     perturbation_curves,
     rows,
 )
+from attacks.flags import HALF
 from attacks.manipulation import SCORES, Manipulation
 from attacks.objective import Eq10
 from attacks.pair_study import PairStudy
@@ -38,6 +39,10 @@ EQUAL = """
 At equal perturbation: every pair as far as every method brought it (by mse, {mse:.1e} on average; by linf, {linf:.1f}),
 mean [95 % interval]
 """
+STALLED = (
+    "used less than half of the budget: the attack stalled, and their scores are no sign of robustness "
+    "(--beta-start 30 or 100 may help; --attack standard does not depend on it)"
+)
 NOT_FINITE = (
     "ended early: the attack's gradient was not finite (smaller --beta-end helps; Manipulation(beta_end=...))"
 )
@@ -139,7 +144,8 @@ class ManipulationStudy(PairStudy):
             reach = {over: common_reach(tables, over) for over in ("mse", "linf")}
             text += EQUAL.format(**{over: _mean(values) for over, values in reach.items()})
             text += "\n" + text_table(*equal_table(tables, seed)) + "\n"
-        notes = [*_ended_early(tables), *_left_out(tables), few_note(len(self.pairs), "pairs")]
+        stalled = _stalled(tables, self.settings["stop_mse"])
+        notes = [*_ended_early(tables), *stalled, *_left_out(tables), few_note(len(self.pairs), "pairs")]
         notes.append(skipped_report(self.skipped) if self.skipped else "")
         return text + "".join(f"\n{note}\n" for note in notes if note) + LEGEND
 
@@ -161,6 +167,12 @@ def manipulation_of(explainer: Explainer, s: Mapping[str, Any]) -> Manipulation:
 def seconds(tables: dict[str, Arrays]) -> float:
     """How long all batches took, those of earlier sessions too."""
     return float(sum(table["seconds"] for table in tables.values()))
+
+
+def _stalled(tables: dict[str, Arrays], stop_mse: float) -> list[str]:
+    """A line per method with pairs that hardly moved: their maps stayed, which says nothing of the method."""
+    counts = {m: int(((t["mse"] / stop_mse) ** 0.5 < HALF).sum()) for m, t in tables.items()}
+    return [f"{m}: {k} of {len(tables[m]['mse'])} pairs {STALLED}" for m, k in counts.items() if k]
 
 
 def _ended_early(tables: dict[str, Arrays]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attacks.ensemble import LETTERS
+from attacks.flags import HALF
 from attacks.scores import SCORES
 from attacks.statistics import Difference, against, area, breaking_budget, explanation_rate
 from attacks.thresholds import TAU
@@ -150,6 +151,14 @@ class Report:
         flagged = [f"  {s.name}: {name}: {said}" for s in subjects for name, said in s.flags.items()]
         if flagged:
             parts.append("Flags (a figure with a flag is unreliable):\n" + "\n".join(flagged))
+        stalled = {
+            s.name: int((s.table["eq10/used"] < HALF).sum()) for s in subjects if "eq10/used" in s.table
+        }
+        parts += [
+            f"eq10 stalled on {count} images of {name} (below half of the budget): no sign of robustness there."
+            for name, count in stalled.items()
+            if count
+        ]
         gated = [f"  {s.name}: {s.gates.why}" for s in subjects if s.gates and not s.gates.ranked]
         if gated:
             parts.append("Not ranked (gates):\n" + "\n".join(gated))

@@ -610,6 +610,27 @@ def test_what_is_said_of_few_pairs_and_of_those_that_ended_early(
 
 
 @pytest.mark.usefixtures("unseen")
+def test_pairs_that_hardly_moved_are_no_sign_of_robustness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the budget is a quarter of the mean square."""
+    whole = study.attack_batch
+
+    def stalling(*args: Any) -> Any:
+        arrays = whole(*args)
+        arrays["mse"][:] = (
+            [2.4e-4, 2.6e-4, 1e-3, 1e-3] if "gradient" in str(args[0].explainer).lower() else 1e-3
+        )
+        return arrays
+
+    monkeypatch.setattr(study, "attack_batch", stalling)
+    methods = ("--method", "gradient", "--method", "srd")
+    result = call(*TINY, *methods, "--batch-size", "4", "--no-track", "--out", str(tmp_path))
+    said = [line for line in result.output.splitlines() if "the attack stalled" in line]
+    assert [line.partition(" used")[0] for line in said] == ["gradient: 1 of 4 pairs"]
+
+
+@pytest.mark.usefixtures("unseen")
 def test_one_pair_has_no_interval() -> None:
     result = call(
         *(
