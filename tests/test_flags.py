@@ -367,8 +367,22 @@ def test_edges_and_noise_pass_no_gate_that_counts_and_the_gradient_does(
     assert good.passed == {"class": True, "weights": True, "faithful": True}, good
     assert good.ranked
     assert good.why == ""
-    assert "maps of two classes are alike" in found["sobel"].why
+    assert "maps of other classes are alike" in found["sobel"].why
     assert "not more faithful than the controls" in found["random"].why
+
+
+def test_the_class_gate_passes_srd_from_its_class_specific_start_alone(
+    scenes: tuple[nn.Module, Tensor],
+) -> None:
+    """The runner-up has the same map; the least likely class has not, unless the start is the same for all."""
+    model, x = scenes
+    found = {
+        start: check_gates(make_explainer("srd", start=start), model, x[:4], list(range(4)))
+        for start in ("contrastive", "ones")
+    }
+    assert found["contrastive"].passed["class"]
+    assert not found["ones"].passed["class"]
+    assert found["ones"].other_class == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
