@@ -94,7 +94,12 @@ class RobustnessStudy(PairStudy):
         subjects = [self._attacked(run, name, *variant) for name, variant in self.variants.items()]
         if "transfer" in self.members and len(subjects) > 1:
             for subject in subjects:
-                self._transferred(subject, [other for other in subjects if other is not subject])
+                method = self.variants[subject.name][
+                    0
+                ]  # SRD's other start is one more restart, no other method
+                others = [other for other in subjects if self.variants[other.name][0] != method]
+                if others:
+                    self._transferred(subject, others)
         for subject in subjects:
             self._examined(subject)
         report = Report(self.settings, self.title, self.dataset.classes)
