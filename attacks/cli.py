@@ -181,7 +181,7 @@ def verify(entry: Path, weights: Path | None, device: str) -> None:
         click.echo(f"disagrees: {problem}")
     if problems:
         raise SrdLabError(f"{entry} does not verify; see above")
-    click.echo(f"{entry} verifies: hashes, bounds, classes, maps and scores agree")
+    click.echo(f"{entry} verifies: hashes, bounds, classes, maps, scores and gates agree")
 
 
 @click.command()

@@ -80,7 +80,7 @@ def test_what_a_run_stores_verifies(run: Path) -> None:
         assert verify(run / name / "entry.json", device="cpu") == []
     result = command("verify", str(run / "gradient" / "entry.json"), "--device", "cpu")
     assert result.exit_code == 0
-    assert "hashes, bounds, classes, maps and scores agree" in result.output
+    assert "hashes, bounds, classes, maps, scores and gates agree" in result.output
 
 
 def test_an_entry_says_what_was_done(run: Path) -> None:
