@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from attacks.options import BUDGET_OPTIONS, EQ10_DEFAULTS, EQ10_OPTIONS, MANIPULATION_OPTIONS, with_options
+from attacks.options import (
+    BUDGET_OPTIONS,
+    EQ10_DEFAULTS,
+    EQ10_OPTIONS,
+    MANIPULATION_OPTIONS,
+    positive,
+    with_options,
+)
 from srd_lab.command import command_errors, tracked
 from srd_lab.options import (
     MethodName,
@@ -122,13 +129,7 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     type=click.IntRange(0),
     help="Draws of a certificate of the smoothed maps (Levine et al. 2019), on four images; 1000 makes sense, 0 = none.",
 )
-@click.option(
-    "--sigma",
-    default=0.1,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Standard deviation of these draws, pixels in [0, 1].",
-)
+@positive("--sigma", 0.1, "Standard deviation of these draws, pixels in [0, 1].")
 @click.option(
     "--eq10/--no-eq10",
     "beside",

@@ -33,6 +33,17 @@ class Size(click.ParamType):
         return size
 
 
+def positive(flag: str, default: float, meaning: str) -> Any:
+    """An option that takes a number above 0."""
+    kind = click.FloatRange(0, min_open=True)
+    return click.option(flag, default=default, show_default=True, type=kind, help=meaning)
+
+
+def count(flag: str, default: int, meaning: str) -> Any:
+    """An option that takes a whole number, at least 1."""
+    return click.option(flag, default=default, show_default=True, type=click.IntRange(1), help=meaning)
+
+
 BUDGET_OPTIONS = (
     click.option(
         "--mode",
@@ -53,63 +64,10 @@ BUDGET_OPTIONS = (
         type=Size(),
         help="Its size: RMS (l2) or largest change (linf) in units of 0..255, a factor for legacy. [default: 2, 8, 1]",
     ),
-    click.option(
-        "--seeds",
-        default=1,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Repeats with other random starts; scores are means over them.",
-    ),
+    count("--seeds", 1, "Repeats with other random starts; scores are means over them."),
 )
 
-EQ10_OPTIONS = (
-    steps_option,
-    click.option(
-        "--lr",
-        default=1e-3,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: step size in normalised units.",
-    ),
-    click.option(
-        "--output-term",
-        type=click.Choice(["probabilities", "logits"]),
-        default="probabilities",
-        show_default=True,
-        help="eq10: what shall stay: probabilities, or logits as Eq. 10 prints it.",
-    ),
-    click.option(
-        "--bound",
-        default=8.0,
-        show_default=True,
-        type=Size(),
-        help="eq10: largest change of a pixel, in units of 0..255.",
-    ),
-    click.option(
-        "--stop-mse",
-        default=1e-3,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: stop an image at this mean squared change (normalised).",
-    ),
-    click.option(
-        "--beta-start",
-        default=10.0,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: softplus beta of the surrogate at the first step.",
-    ),
-    click.option(
-        "--beta-end",
-        default=100.0,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="eq10: ... and after the last.",
-    ),
-)
-
-
-EQ10_DEFAULTS = {
+EQ10_DEFAULTS: dict[str, Any] = {
     "steps": 100,
     "lr": 1e-3,
     "output_term": "probabilities",
@@ -118,6 +76,33 @@ EQ10_DEFAULTS = {
     "beta_start": 10.0,
     "beta_end": 100.0,
 }
+EQ10_OPTIONS = (
+    steps_option,
+    positive("--lr", EQ10_DEFAULTS["lr"], "eq10: step size in normalised units."),
+    click.option(
+        "--output-term",
+        type=click.Choice(["probabilities", "logits"]),
+        default=EQ10_DEFAULTS["output_term"],
+        show_default=True,
+        help="eq10: what shall stay: probabilities, or logits as Eq. 10 prints it.",
+    ),
+    click.option(
+        "--bound",
+        default=EQ10_DEFAULTS["bound"],
+        show_default=True,
+        type=Size(),
+        help="eq10: largest change of a pixel, in units of 0..255.",
+    ),
+    positive(
+        "--stop-mse",
+        EQ10_DEFAULTS["stop_mse"],
+        "eq10: stop an image at this mean squared change (normalised).",
+    ),
+    positive(
+        "--beta-start", EQ10_DEFAULTS["beta_start"], "eq10: softplus beta of the surrogate at the first step."
+    ),
+    positive("--beta-end", EQ10_DEFAULTS["beta_end"], "eq10: ... and after the last."),
+)
 
 
 def with_options(options: Sequence[Any]) -> Callable[[Any], Any]:
@@ -155,13 +140,7 @@ MANIPULATION_OPTIONS = (
         type=click.IntRange(0),
         help="active: the two classes.",
     ),
-    click.option(
-        "--map-weight",
-        default=3.0,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="--manipulate-model: weight of the maps against the accuracy.",
-    ),
+    positive("--map-weight", 3.0, "--manipulate-model: weight of the maps against the accuracy."),
     click.option(
         "--keep",
         type=click.Choice(["labels", "outputs"]),
@@ -169,22 +148,8 @@ MANIPULATION_OPTIONS = (
         show_default=True,
         help="--manipulate-model: what shall hold meanwhile.",
     ),
-    click.option(
-        "--train-images",
-        default=800,
-        show_default=True,
-        type=click.IntRange(1),
-        help="... images to train on.",
-    ),
-    click.option("--train-batch", default=16, show_default=True, type=click.IntRange(1), help="... at once."),
-    click.option(
-        "--train-steps", default=150, show_default=True, type=click.IntRange(1), help="... Adam steps."
-    ),
-    click.option(
-        "--train-lr",
-        default=1e-3,
-        show_default=True,
-        type=click.FloatRange(0, min_open=True),
-        help="... their size.",
-    ),
+    count("--train-images", 800, "... images to train on."),
+    count("--train-batch", 16, "... at once."),
+    count("--train-steps", 150, "... Adam steps."),
+    positive("--train-lr", 1e-3, "... their size."),
 )

@@ -94,9 +94,8 @@ class RobustnessStudy(PairStudy):
         subjects = [self._attacked(run, name, *variant) for name, variant in self.variants.items()]
         if "transfer" in self.members and len(subjects) > 1:
             for subject in subjects:
-                method = self.variants[subject.name][
-                    0
-                ]  # SRD's other start is one more restart, no other method
+                # SRD's other start is one more restart, no other method
+                method = self.variants[subject.name][0]
                 others = [other for other in subjects if self.variants[other.name][0] != method]
                 if others:
                     self._transferred(subject, others)

@@ -33,9 +33,8 @@ from srd_lab.types import SrdLabError
 
 USED = 0.75  # of the budget, by some image: else a larger one is claimed than was used
 AGREES = 2e-3  # scores of float32 maps on other hardware
-GATES_AGREE = (
-    2e-2  # insertion and deletion exchange pixels in the order of the map: equal ones may change places
-)
+# insertion and deletion exchange pixels in the order of the map: equal ones may change places
+GATES_AGREE = 2e-2
 
 
 def verify(file: Path, weights: Path | None = None, device: str | None = None) -> list[str]:
