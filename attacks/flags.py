@@ -64,7 +64,9 @@ def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) 
         found["violated"] = (
             f"an adversarial image leaves the budget (by a factor of {largest:.4g}) or the predicted class"
         )
-    return found | dict(extra or {})
+    for name, why in (extra or {}).items():
+        found[name] = f"{found[name]}; {why}" if name in found else why
+    return found
 
 
 def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:
@@ -79,9 +81,13 @@ def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:
     gains = table["gain"][np.isfinite(table["gain"])]
     if len(gains) and (gain := float(gains.mean())) > GAINS:
         found["not_converged"] = f"the last fifth of the iterations still gained {gain:.3f} on average"
-    beaten = {name: _beats(table, name, own) for name in ("black_box", "transfer", "noise")}
-    if said := [f"{name} on {where}" for name, where in beaten.items() if where]:
-        found["masked"] = f"the gradient attacks are beaten by more than {BEATS} by {', '.join(said)}"
+    beaten = {name: _beats(table, name, own) for name in ("black_box", "noise")}
+    said = [f"{name} by more than {BEATS} on {where}" for name, where in beaten.items() if where]
+    # Images of many methods are many restarts: on a single image one of them often is the luckiest.
+    if "member/transfer/pcc" in table and (gain := _gain(table, "transfer", own))[0] > GAINS:
+        said.append(f"transfer by {gain[0]:.3f} on average ({gain[1]})")
+    if said:
+        found["masked"] = f"the gradient attacks are beaten by {' and by '.join(said)}"
     if where := _beats(table, "one_step", own):
         found["one_step"] = f"one step beats many by more than {BEATS} on {where}"
     return found
@@ -96,17 +102,23 @@ def checked(table: Arrays, members: Sequence[str]) -> dict[str, str]:
     found = {}
     if where := _beats(table, "black_box", own):
         found["masked"] = (
-            f"what counts is beaten by more than {BEATS} by black_box on {where} that were checked"
+            f"what counts is beaten by black_box by more than {BEATS} on {where} that were checked"
         )
     for name in members:
-        gains = {s: float((own[s] - table[f"member/{name}/{s}"]).clip(0).mean()) for s in SCORES[:3]}
-        score = max(gains, key=lambda s: gains[s])
-        if name != "black_box" and gains[score] > GAINS:
+        gain, score = _gain(table, name, own)
+        if name != "black_box" and gain > GAINS:
             found["left_out"] = (
-                f"{name} lowers {score} by {gains[score]:.3f} on the {len(own[score])} images that were checked; "
+                f"{name} lowers {score} by {gain:.3f} on the {len(own[score])} images that were checked; "
                 "full mode counts it"
             )
     return found
+
+
+def _gain(table: Arrays, name: str, own: Mapping[str, np.ndarray]) -> tuple[float, str]:
+    """By how much a member lowers a mean score below ``own``, where it lowers one most, and which score that is."""
+    gains = {s: float((own[s] - table[f"member/{name}/{s}"]).clip(0).mean()) for s in SCORES[:3]}
+    score = max(gains, key=lambda s: gains[s])
+    return gains[score], score
 
 
 def _beats(table: Arrays, name: str, own: Mapping[str, np.ndarray]) -> str:
