@@ -67,10 +67,16 @@ def draw_pairs(
             pairs.append(Pair(partner, index))
             if len(pairs) == count:
                 return pairs, skipped
-    raise SrdLabError(
+    found = (
         f"{count} pairs were asked for, but the {len(dataset)} images give only {len(pairs)} pairs of correctly "
-        "classified images of different classes; ask for fewer with --pairs"
+        "classified images of different classes"
     )
+    if not pairs:
+        right = (
+            "are all of one class" if waiting else "are none: do the labels and --weights belong together?"
+        )
+        raise SrdLabError(f"{found}; those classified correctly {right}")
+    raise SrdLabError(f"{found}; ask for fewer with --pairs")
 
 
 def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Batcher) -> list[int]:

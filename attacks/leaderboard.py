@@ -83,8 +83,8 @@ def leaderboard(files: Sequence[Path]) -> Leaderboard:
         for file, entry in entries.items():
             if key(entry) != key(first):
                 raise SrdLabError(
-                    f"{file} is of another {what} than {first_file}, so they cannot be compared; "
-                    f"make a table for each {what}"
+                    f"{file} and {first_file} differ in their {what}, so they cannot be compared; "
+                    f"give only entries with the same {what}"
                 )
     order = sorted(entries.values(), key=lambda e: (bool(reason(e)), -e["scores"]["worst_pcc"]))
     rows, rank = [], 0

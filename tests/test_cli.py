@@ -25,6 +25,7 @@ from srd_lab.methods.gradient import Gradient
 from srd_lab.models import WEIGHTS, load_model
 from srd_lab.runtime import Batcher
 from srd_lab.tracking import Run
+from srd_lab.types import Sample, SrdLabError
 
 TINY = ("attack", "--attack", "eq10", "--pairs", "4", "--steps", "3", "--batch-size", "2", "--device", "cpu")
 
@@ -651,6 +652,34 @@ def test_one_pair_has_no_interval() -> None:
     assert result.exit_code == 0, result.output
     (line,) = (line for line in result.output.splitlines() if line.startswith("gradient "))
     assert line.split()[2] == line.split()[6] == "[–]"
+
+
+@pytest.mark.parametrize(
+    ("class_", "words"), [(3, "are all of one class"), (None, "are none: do the labels and --weights belong")]
+)
+def test_where_there_is_no_pair_the_message_says_why(class_: int | None, words: str) -> None:
+    """A network that answers with one class, or with one that no image has."""
+
+    class Grey:
+        def __init__(self) -> None:
+            self.labels = torch.arange(24) % 6
+            self.classes = [f"class {i}" for i in range(6)]
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(torch.full((3, 8, 8), 0.5), int(self.labels[index]), None, self.name(index))
+
+        def name(self, index: int) -> str:
+            return f"grey/{index}"
+
+    def single(x: torch.Tensor) -> torch.Tensor:
+        return torch.eye(11)[10 if class_ is None else class_].expand(len(x), -1)
+
+    with pytest.raises(SrdLabError, match=words) as caught:
+        draw_pairs(Grey(), single, 2, 0, torch.device("cpu"))  # type: ignore[arg-type]
+    assert "--pairs" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("unseen")

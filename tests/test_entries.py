@@ -326,7 +326,7 @@ def test_a_flag_that_makes_a_figure_unreliable_takes_the_rank(run: Path, flag: s
     ],
 )
 def test_what_measured_something_else_is_refused(run: Path, entry: Path, what: str, change: Any) -> None:
-    with pytest.raises(SrdLabError, match=f"is of another {what} than") as caught:
+    with pytest.raises(SrdLabError, match=f"differ in their {what}, so") as caught:
         leaderboard([run / "gradient" / "entry.json", altered(entry, change)])
     assert "\n" not in str(caught.value)
     result = command("leaderboard", str(run / "gradient" / "entry.json"), str(entry))
