@@ -50,7 +50,7 @@ BUDGET_OPTIONS = (
         type=click.Choice(["quick", "full"]),
         default="quick",
         show_default=True,
-        help="quick: 40 iterations, other members checked on 16 images; full: 100, restarts, 5,000 queries, all count.",
+        help="quick: 40 iterations, other members checked on some images; full: 100, restarts, 5,000 queries, all count.",
     ),
     click.option(
         "--norm",

@@ -37,8 +37,10 @@ from srd_lab.tracking import Run
 from srd_lab.types import Explainer, SrdLabError
 
 PROBED = 4  # images that decide which surrogate is differentiated
-CHECKED = 16  # images for the members that are only checked, at most
-CURVED = 16  # images of the curve over the budget, at most
+MOST, LEAST = (
+    16,
+    4,
+)  # images for the checks and for the curve over the budget: a quarter of all, between these
 FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself
 CURVE = ("combined", "polish")  # its members
 ALL = {"all": FIGURE_4, "attackable": ATTACKABLE}
@@ -82,6 +84,7 @@ class RobustnessStudy(PairStudy):
         self.members = _members(settings["attacks"], settings["mode"])
         self.checked = MODES[settings["mode"]].checked if "standard" in settings["attacks"] else ()
         self.title = f"{self.where}, {len(self.pairs)} images, {self.ensemble.budget}"
+        self.few = few_of(len(self.pairs))
 
     @cached_property
     def ensemble(self) -> Ensemble:
@@ -197,7 +200,7 @@ class RobustnessStudy(PairStudy):
         extra |= flags.not_monotone(self._alike(subject)) if subject.curve else {}
         if subject.checks:
             first = {
-                name: subject.table[name][:CHECKED] for name in subject.table if name.startswith("worst/")
+                name: subject.table[name][: self.few] for name in subject.table if name.startswith("worst/")
             }
             extra |= flags.checked(first | subject.checks, self.checked)
         subject.flags = flags.raised(subject.table, found, extra)
@@ -210,7 +213,7 @@ class RobustnessStudy(PairStudy):
         if best is None or not self.checked:
             return {}
         ensemble = replace(self.ensemble, members=self.checked)
-        founds = self._by_batches(subject, ensemble, self._images(CHECKED), "checks")
+        founds = self._by_batches(subject, ensemble, self._images(self.few), "checks")
         found = {
             f"member/{name}/{score}": torch.cat([f.members[name][score] for f in founds]).cpu().numpy()
             for name in self.checked
@@ -261,7 +264,9 @@ class RobustnessStudy(PairStudy):
 
     def _alike(self, subject: Subject) -> dict[float, np.ndarray]:
         """The curve with the same members at every budget, as the flag has to compare it."""
-        own = [subject.table[f"member/{m}/pcc"][:CURVED] for m in CURVE if f"member/{m}/pcc" in subject.table]
+        own = [
+            subject.table[f"member/{m}/pcc"][: self.few] for m in CURVE if f"member/{m}/pcc" in subject.table
+        ]
         size = float(self.settings["budget"] or _default_size(self.settings["norm"]))
         return subject.curve | {size: np.minimum.reduce(own)} if own else subject.curve
 
@@ -285,7 +290,7 @@ class RobustnessStudy(PairStudy):
         if "curve.npz" in subject.child.list():
             stored = subject.child.load_arrays("curve.npz")
             return dict(zip(stored["size"].tolist(), stored["pcc"], strict=True))
-        x = self._images(CURVED)
+        x = self._images(self.few)
         found = {size: subject.table["worst/pcc"][: len(x)]}
         best = subject.experiment.probe.best
         for factor in FACTORS if best else ():
@@ -300,6 +305,11 @@ class RobustnessStudy(PairStudy):
             "curve.npz", {"size": np.array(list(found)), "pcc": np.stack(list(found.values()))}
         )
         return found
+
+
+def few_of(images: int) -> int:
+    """On how many images the checks and the curve over the budget are made: a quarter, between 4 and 16."""
+    return min(16, max(4, images // 4), images)
 
 
 def _members(attacks: Sequence[str], mode: str) -> tuple[str, ...]:

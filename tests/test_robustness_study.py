@@ -12,6 +12,7 @@ import pytest
 from small_networks import command, tiny_study
 
 from attacks import robustness_experiment
+from attacks.robustness_study import few_of
 from attacks.scores import SCORES
 from attacks.statistics import (
     against,
@@ -148,6 +149,10 @@ def test_methods_against_the_reference() -> None:
     assert found["better"].p_corrected > found["better"].p
     assert {d.reference for d in against({"a": base, "b": base}, "pcc", 0)} == {"a"}
     assert against({"a": base}, "pcc", 0) == []
+
+
+def test_checks_cost_no_more_than_a_quarter_of_the_images_once_there_are_16() -> None:
+    assert [few_of(n) for n in (1, 3, 4, 8, 19, 20, 32, 64, 100, 1000)] == [1, 3, 4, 4, 4, 5, 8, 16, 16, 16]
 
 
 def test_the_rate_counts_what_is_at_least_the_threshold() -> None:
