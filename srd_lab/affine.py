@@ -1,7 +1,7 @@
 """Which torch functions are affine in the maps that they are given, and what such a call makes of constants.
 
 Activations, convolutions, linear layers, batch norms and max pools are not here: :mod:`srd_lab.calls` recognises them.
-What is not listed counts as affine.
+What is not listed here counts as not affine: a decomposition refuses it by name when relevance arrives there.
 """
 
 from __future__ import annotations
@@ -12,69 +12,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.calls import Function
+from srd_lab.calls import Function, tensors_in
 
 T = torch.Tensor
+_NAMESPACES = (torch, T, F, torch._C._nn, torch.linalg, torch.special)
+
+
+def _spelled(*groups: str) -> set[Function]:
+    """Every function and method of these names, in place too."""
+    names = [name for group in groups for name in group.split()]
+    spellings = [*names, *(f"{name}_" for name in names)]
+    found = {getattr(place, name, None) for place in _NAMESPACES for name in spellings}
+    return {function for function in found if callable(function)}
+
+
 GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
-_NOT_AFFINE = {
-    # layers
-    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.conv1d, F.conv3d, F.bilinear),
-    *(F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.rms_norm, torch.rms_norm),
-    *(F.instance_norm, torch.instance_norm, F.local_response_norm, F.normalize),
-    *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
-    *(torch.convolution, torch.batch_norm),  # of which srd_lab.calls knows the functional forms
-    # activations without a name in srd_lab.calls
-    *(F.softsign, F.hardshrink, F.softshrink, F.tanhshrink, F.glu, F.rrelu, F.rrelu_, F.logsigmoid),
-    *(F.threshold, F.threshold_, torch.threshold, torch.rrelu, torch.rrelu_),  # type: ignore[attr-defined]
-    *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
-    *(torch.clamp_max, T.clamp_max, T.clamp_min, torch.clamp_min, T.clamp_max_, T.clamp_min_),
-    *(torch.sigmoid_, T.sigmoid_, torch.maximum, T.maximum, torch.minimum, T.minimum),
-    *(F.log_softmax, torch.log_softmax, T.log_softmax, F.softmin, F.gumbel_softmax),
-    # elementwise functions
-    *(torch.abs, T.abs, T.abs_, torch.exp, T.exp, T.exp_, torch.log, T.log, torch.sqrt, T.sqrt, torch.rsqrt, T.rsqrt),
-    *(torch.square, T.square, torch.pow, T.pow, T.pow_, T.__pow__, T.__rpow__, T.__ipow__),
-    *(torch.sin, T.sin, torch.cos, T.cos, torch.erf, T.erf, torch.reciprocal, T.reciprocal, T.__rdiv__),
-    *(torch.log1p, T.log1p, torch.expm1, T.expm1, torch.atan, T.atan),
-    *(torch.logaddexp, torch.logaddexp2, torch.fmax, torch.fmin, torch.remainder, torch.fmod, torch.hypot),
-    *(torch.log2, torch.log10, torch.lgamma, torch.logit, torch.sinc, torch.sinh, torch.cosh, torch.tan, torch.sgn),
-    *(torch.special.expit, torch.special.softmax, torch.special.log_softmax, torch.special.erf),
-    *(T.square_, T.sqrt_, T.rsqrt_, T.sin_, T.log_, T.exp2_, torch.exp2, T.sigmoid_, T.tan_, T.reciprocal_),
-    # statistics
-    *(torch.var, T.var, torch.std, T.std, torch.var_mean, torch.std_mean, torch.norm, T.norm),
-    *(torch.linalg.norm, torch.linalg.vector_norm, torch.prod, T.prod, torch.logsumexp, T.logsumexp),
-    *(torch.cumprod, T.cumprod, torch.cdist, F.cosine_similarity),
-}  # fmt: skip
-_NOT_AFFINE |= {  # the methods of these names, in place too
-    getattr(T, name)
-    for function in tuple(_NOT_AFFINE)
-    for name in (function.__name__, f"{function.__name__}_")
-    if hasattr(T, name)
-}
-_ONE_OR_TWO = {torch.max, T.max, torch.min, T.min}
-DIVISIONS = {torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide}
-PRODUCTS = DIVISIONS | {
-    *(torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, torch.einsum, torch.tensordot),
-    *(torch.matmul, T.matmul, torch.mm, T.mm, torch.mv, T.mv, torch.bmm, T.bmm),
-    *(torch.addmm, T.addmm, torch.baddbmm, T.baddbmm, torch.addcmul, T.addcmul, torch.lerp, T.lerp),
-}
-SHIFTS = {
-    *(torch.add, T.add, T.add_, torch.sub, T.sub, T.sub_, torch.subtract, T.subtract, T.subtract_),
-    *(torch.rsub, T.__rsub__),
-}
+DIVISIONS = _spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
+_SAMPLERS = _spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
+# affine in one of their operands, where the others are constants
+PRODUCTS = (
+    DIVISIONS
+    | _SAMPLERS
+    | _spelled(
+        "mul multiply __mul__ __rmul__ __imul__ einsum tensordot matmul __matmul__ __rmatmul__ __imatmul__ mm mv bmm",
+        "addmm addbmm baddbmm addmv addr addcmul lerp dot inner outer ger kron vdot vecdot cross multi_dot chain_matmul",
+    )
+)
+SHIFTS = _spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
 COPIES = {torch.clone, T.clone, T.contiguous, T.to}
+CASTS = _spelled("to type type_as float double half bfloat16 bool int long short byte char")
+SELECTIONS = _spelled(  # among a map's own values, as a max pool is: affine wherever the choice stays the same
+    "max min amax amin aminmax sort msort topk kthvalue median nanmedian quantile nanquantile cummax cummin",
+    "max_pool1d max_pool3d max_pool1d_with_indices max_pool3d_with_indices",
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+    "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices",
+)
+_AFFINE = (
+    SHIFTS
+    | CASTS
+    | _spelled("sum mean cumsum diff trace sum_to_size neg negative positive __neg__ __pos__")
+    | _spelled("clone contiguous cpu cuda copy requires_grad nan_to_num")
+    | _spelled(  # arrangements
+        "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze atleast_1d atleast_2d atleast_3d",
+        "permute transpose swapaxes swapdims movedim moveaxis t adjoint rot90 flip fliplr flipud roll expand expand_as",
+        "broadcast_to broadcast_tensors repeat repeat_interleave tile chunk split split_with_sizes unsafe_chunk",
+        "unsafe_split unsafe_split_with_sizes tensor_split hsplit vsplit dsplit unbind narrow narrow_copy select",
+        "__getitem__ __iter__ __reversed__ as_strided diagonal diag diag_embed diagflat tril triu cat concat concatenate",
+        "stack hstack vstack dstack column_stack row_stack block_diag meshgrid cartesian_prod unfold fold pad",
+        "constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle",
+    )
+    | {getattr(T, name).__get__ for name in ("T", "mT", "H", "mH")}
+    | _spelled(  # at given places
+        "__setitem__ index_select index_add index_copy index_fill index_put gather take take_along_dim scatter",
+        "scatter_add select_scatter slice_scatter diagonal_scatter masked_fill masked_select masked_scatter where",
+        "zero fill max_unpool1d max_unpool2d max_unpool3d",
+    )
+    | _spelled(  # averages
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+        "interpolate upsample upsample_nearest upsample_bilinear",
+    )
+    # in evaluation mode; srd_lab.calls.DROPPING knows when chance has a part
+    | _spelled("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout")
+)
 
 
 def is_affine(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
 ) -> bool:
-    """Whether a call that is no layer is affine in the maps among its operands."""
+    """Whether a call that is no layer is known to be affine in the maps among its operands, or to select from one."""
     if function in PRODUCTS:
-        divisor = args[1] if len(args) > 1 else kwargs.get("other")
-        return len(moving) == 1 and not (function in DIVISIONS and divisor is moving[0])
-    if function in _ONE_OR_TWO:  # of one map: a choice among its own values, as a max pool is
-        return not any(isinstance(other, Tensor) for other in (*args[1:], *kwargs.values()))
-    opaque = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    return not opaque and function not in _NOT_AFFINE and function not in GATES
+        first = args[0] if args else kwargs.get("input")
+        only_first = function in DIVISIONS | _SAMPLERS
+        return (
+            len(moving) == 1
+            and kwargs.get("rounding_mode") is None
+            and (first is moving[0] or not only_first)
+        )
+    if function in SELECTIONS:
+        return len(tensors_in(args, kwargs)) == 1
+    return function in _AFFINE and kwargs.get("reduce") in (None, "add")
 
 
 def exchanged(

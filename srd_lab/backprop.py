@@ -17,8 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import rules
-from srd_lab.affine import GATES, PRODUCTS, exchanged, is_affine, overwrites
-from srd_lab.calls import Call, Convolution, Function, function_name, in_place, tensors_in
+from srd_lab.affine import CASTS, GATES, PRODUCTS, exchanged, is_affine, overwrites
+from srd_lab.calls import (
+    LAYERS,
+    MAX_POOLS,
+    Call,
+    Convolution,
+    Function,
+    function_name,
+    in_place,
+    recognise,
+    tensors_in,
+)
 from srd_lab.checks import refuse_checkpoint
 from srd_lab.intercept import Interceptor, SmoothModel
 from srd_lab.models.classifier import Classifier
@@ -121,9 +131,11 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         g = grads[0]
-        if ctx.switch.live and g is not None and g.any():  # a signal of zeros is none: autograd fills them in
+        if not ctx.switch.live or g is None:
+            return g, None, None
+        if g.any():
             raise SrdLabError(ctx.complaint)
-        return g, None, None
+        return None, None, None  # a signal of zeros is none: autograd fills them in
 
 
 class _Absorb(torch.autograd.Function):
@@ -156,6 +168,11 @@ class Gated(Interceptor):
                 "so nothing can be traced through it; switch that off"
             )
         refuse_checkpoint(call.name)
+        if x.dim() < 2:
+            raise SrdLabError(
+                f"activation {call.name!r} runs on shape {tuple(x.shape)}; expected images along the first axis and "
+                "one more axis at least"
+            )
         return super().activate(call, x, inplace) if inplace else self.activation(call, x.clone()).clone()
 
     def activation(self, call: Call, u: Tensor) -> Tensor:
@@ -187,7 +204,8 @@ class Decomposed(Gated):
 
     def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
         super().__init__(model, rule)
-        self._still: TensorNotes[bool] = TensorNotes()  # gates, and what is made of gates and weights alone
+        # what is no map: gates and what is made of them (True), and what is made of parameters alone (False)
+        self._still: TensorNotes[bool] = TensorNotes()
         self._masks: TensorNotes[bool] = TensorNotes()  # what comparisons of maps made
         self._unseen: TensorNotes[bool] = TensorNotes()  # made with gradients off
 
@@ -199,11 +217,25 @@ class Decomposed(Gated):
                 f"{self.where()} runs an autograd function of its own, which cannot be seen through; write it with torch's "
                 "functions, or choose a method that needs gradients only"
             )
+        given = kwargs or {}
+        if torch.is_grad_enabled() and not self.moving(args, given) and _is_layer(func, args, given):
+            return self._keep_still(func(*args, **given), self._gates(args, given))
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _dispatch(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in LAYERS:
+            weights = {name: value for name, value in kwargs.items() if name != "input"}
+            if self.moving(args[1:], weights):
+                return self._refused(func, args, kwargs, "has weights that are made of the image")
+        return super()._dispatch(func, args, kwargs)
 
     def moves(self, t: Tensor) -> bool:
         """Whether ``t`` is a map: made of the input, and not held."""
-        return t.requires_grad and not t.is_leaf and not self._still.get(t)
+        return t.requires_grad and not t.is_leaf and self._still.get(t) is None
+
+    def _gates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a gate is among the operands."""
+        return any(self._still.get(t) for t in tensors_in(args, kwargs))
 
     def moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The maps among a call's operands, as often as they occur."""
@@ -228,21 +260,22 @@ class Decomposed(Gated):
         moving, masked = self.moving(args, kwargs), any(map(self._masks.get, tensors_in(args, kwargs)))
         if not moving:
             out = function(*args, **kwargs)
-            return self._keep_still(self._mask(out) if masked else out)
+            return self._keep_still(self._mask(out) if masked else out, self._gates(args, kwargs))
         if not torch.is_grad_enabled():
             return self._hide(function(*args, **kwargs))
         if masked:
             return self._refused(function, args, kwargs, "chooses by a comparison of maps")
         if function in GATES:
-            return self._keep_still(self._refused(function, args, kwargs, _NO_GATE))
+            return self._keep_still(self._refused(function, args, kwargs, _NO_GATE), True)
         if not is_affine(function, args, kwargs, moving):
-            return self._refused(function, args, kwargs, "is neither affine nor an activation")
+            out = self._refused(function, args, kwargs, "is neither affine nor an activation")
+            return self._mask(out) if isinstance(out, Tensor) and out.dtype == torch.bool else out
         if function in PRODUCTS:
             overwritten = args[0] if overwrites(function, kwargs) else None
             factors = [t for t in tensors_in(args, kwargs) if self._still.get(t) and t is not overwritten]
             args, kwargs = exchanged(args, kwargs, {id(t): self.hold(t) for t in factors})
         out = function(*args, **kwargs)
-        return self._mask(out) if isinstance(out, Tensor) and out.dtype == torch.bool else out
+        return self._mask(out) if function in CASTS and not out.is_floating_point() else out
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
         """``out``, of which ``constant`` came from no map, and is lost to the live pass."""
@@ -250,7 +283,7 @@ class Decomposed(Gated):
 
     def as_gate(self, t: Tensor, function: Function) -> Tensor:
         """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
-        return self._keep_still(self._guarded(t, function, _NO_GATE))  # type: ignore[no-any-return]
+        return self._keep_still(self._guarded(t, function, _NO_GATE), True)  # type: ignore[no-any-return]
 
     def _mask(self, out: Any) -> Any:
         """``out``, a comparison of maps or what was made of one."""
@@ -264,31 +297,42 @@ class Decomposed(Gated):
             self._unseen.put(t, True)
         return out
 
-    def _keep_still(self, out: Any) -> Any:
+    def _keep_still(self, out: Any, gate: bool) -> Any:
         for t in tensors_in((out,)):
             if t.requires_grad:
-                self._still.put(t, True)
+                self._still.put(t, gate)
         return out
 
     def _guarded(self, t: Tensor, function: Function, why: str) -> Tensor:
         if not t.requires_grad:
             return t
-        complaint = (
+        return _Refuse.apply(t, self.switch, self._complaint(function, why))  # type: ignore[no-untyped-call,no-any-return]
+
+    def _complaint(self, function: Function, why: str) -> str:
+        return (
             f"{function_name(function)} in {self.where()} {why}, and there is no rule for it; "
             "choose another network, or a method that needs gradients only"
         )
-        return _Refuse.apply(t, self.switch, complaint)  # type: ignore[no-untyped-call,no-any-return]
 
     def _refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         """The call as it is, and an error for any live pass that arrives there."""
 
         def guarded(t: Any) -> Any:
+            if isinstance(t, tuple | list):
+                parts = [guarded(part) for part in t]
+                return t._make(parts) if hasattr(t, "_make") else type(t)(parts)
             return self._guarded(t, function, why) if isinstance(t, Tensor) else t
 
-        if overwrites(function, kwargs):
-            return in_place(args[0], lambda t: guarded(function(t, *args[1:], **kwargs)))
-        out = function(*args, **kwargs)
-        return tuple(guarded(t) for t in out) if isinstance(out, tuple) else guarded(out)
+        if not overwrites(function, kwargs):
+            return guarded(function(*args, **kwargs))
+        if not isinstance(args[0], Tensor):
+            raise SrdLabError(self._complaint(function, why))
+        return in_place(args[0], lambda t: guarded(function(t, *args[1:], **kwargs)))
+
+
+def _is_layer(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one that interception hands to a method of its own."""
+    return func in LAYERS or func in MAX_POOLS or recognise(func, args, kwargs) is not None
 
 
 def traced(x: Tensor) -> tuple[Tensor, bool]:

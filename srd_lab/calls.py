@@ -110,6 +110,7 @@ _CLAMPS = {
     *(torch.clamp_min, T.clamp_min, torch.clamp_min_, T.clamp_min_),
 }
 _THRESHOLDS = {F.threshold, F.threshold_, torch.threshold}  # type: ignore[attr-defined]
+LAYERS = (F.conv2d, F.linear, F.batch_norm)
 MAX_POOLS = (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
 _DROPOUTS: set[Function] = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),

@@ -59,7 +59,7 @@ class Channels:
         if isinstance(out, tuple | list):
             for i, part in enumerate(out):
                 self.follow(lambda *a, i=i, **k: function(*a, **k)[i], args, kwargs, x, axis, part)
-        elif isinstance(out, Tensor) and out is not x and out.dim():
+        elif isinstance(out, Tensor) and out is not x and out.dim() and x.dim():
             if x.dim() > 4 and self._axes.get(x) is None:
                 return
             found = _followed(function, args, kwargs, x, axis, out)

@@ -196,6 +196,8 @@ class ModifiedTrace(Decomposed):
             winners_of = partial(F.adaptive_max_pool2d, output_size=size, return_indices=True)
             self._note_winners(out, tensors[0], lambda x: winners_of(x)[1])
             return out
+        if not is_affine(function, args, kwargs, self.moving(args, kwargs)):
+            return run(function, args, kwargs)
         noted = any(map(self._noted, tensors))
         if noted or not any(self._boxes.get(t) for t in tensors):
             if name == "__setitem__":
@@ -224,9 +226,7 @@ class ModifiedTrace(Decomposed):
 
     def _gated(self, tensors: list[Tensor]) -> bool:
         """Whether a factor is no plain constant, but made of maps: a gate, or a comparison."""
-        return any(
-            self._masks.get(t) or (t.requires_grad and not t.is_leaf and not self.moves(t)) for t in tensors
-        )
+        return any(self._masks.get(t) or self._still.get(t) for t in tensors)
 
     def _stretched(
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor

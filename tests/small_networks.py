@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ from srd_lab.types import Explainer
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
 SIDE = 12
+
+# a map at the input's size, or a cheaper one, where a method's default is neither
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{key: {"level": 0} for key in ("layercam_high", "srd_high")},
+    **{key: {"level": "input"} for key in ("excitation_backprop", "contrastive_excitation")},
+    **{name: {"start": "ones"} for name in ("srd", "srd_low")},
+    "integrated_gradients": {"steps": 3},
+    "smoothgrad": {"samples": 2},
+}
 
 
 class Small(nn.Module):

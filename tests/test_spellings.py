@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import OPTIONS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
@@ -18,13 +19,6 @@ from srd_lab.models import Classifier
 from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.types import SrdLabError
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    **{key: {"level": 0} for key in ("layercam_high", "srd_high")},
-    **{key: {"level": "input"} for key in ("excitation_backprop", "contrastive_excitation")},
-    **{name: {"start": "ones"} for name in ("srd", "srd_low")},
-    "integrated_gradients": {"steps": 3},
-    "smoothgrad": {"samples": 2},
-}
 LRP = ("lrp_zplus", "lrp_gamma", "excitation_backprop")  # by modified weights
 MODIFIED = {*LRP, "contrastive_excitation"}
 DECOMPOSED = {*MODIFIED, "lrp_epsilon", "srd", "srd_high"}  # srd_low goes no way back

@@ -83,9 +83,10 @@ class _Biases(Watch):
                 self._of_image.put(t, True)
         return out
 
-    def note(self, y: Tensor, bias: Tensor, axis: int) -> Tensor:
-        """``y``, which holds ``bias``; a copy, as what follows may overwrite it."""
-        if not y.requires_grad:
+    def note(self, y: Tensor, x: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+        """``y``, which was made of ``x`` and holds ``bias``; a copy, as what follows may overwrite it. What is made of
+        parameters alone has no bias: it is one."""
+        if bias is None or not self._of_image.get(x) or not y.requires_grad:
             return y
         self.found.append((y, bias, axis))
         return self.channels.put(y.clone(), axis)
@@ -105,15 +106,15 @@ class _Biases(Watch):
 
     def convolution(self, conv: Convolution) -> Tensor:
         y = super().convolution(conv)
-        return y if conv.bias is None else self.note(y, conv.bias.view(-1, 1, 1), 1)
+        return self.note(y, conv.x, None if conv.bias is None else conv.bias.view(-1, 1, 1), 1)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = super().linear(x, weight, bias)
         self.channels.put(y, y.dim() - 1)
-        return y if bias is None else self.note(y, bias, y.dim() - 1)
+        return self.note(y, x, bias, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
+        return self.note(run(), norm.x, norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         moving = [t for t in tensors_in(args, kwargs) if self._of_image.get(t)]
@@ -124,18 +125,24 @@ class _Biases(Watch):
         if function in SHIFTS and len(moving) == 1:
             bias = constant_part(function, args, kwargs, [x])
             if bias.dim() == x.dim() and _is_vector(bias, axis):
-                return self._shifted(function, args, kwargs, bias, axis)
+                return self._shifted(function, args, kwargs, x, bias, axis)
         out = super().other(function, args, kwargs)
         self.channels.follow(function, args, kwargs, x, axis, out)
         return out
 
     def _shifted(
-        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor, axis: int
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        bias: Tensor,
+        axis: int,
     ) -> Tensor:
         """What is added to a map is a bias."""
         if overwrites(function, kwargs):
-            return in_place(args[0], lambda u: self.note(function(u, *args[1:], **kwargs), bias, axis))
-        return self.note(function(*args, **kwargs), bias, axis)
+            return in_place(args[0], lambda u: self.note(function(u, *args[1:], **kwargs), x, bias, axis))
+        return self.note(function(*args, **kwargs), x, bias, axis)
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
