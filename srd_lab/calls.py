@@ -342,6 +342,28 @@ DROPPING: dict[Function, Callable[..., bool]] = {
 }
 
 
+_NAMES_OF_CHANCE = (
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_"),
+    *("bernoulli", "bernoulli_", "multinomial", "poisson", "binomial", "uniform_", "random_", "exponential_"),
+    *(
+        "geometric_",
+        "cauchy_",
+        "log_normal_",
+        "gumbel_softmax",
+        "fractional_max_pool2d",
+        "fractional_max_pool3d",
+    ),
+    *("fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices"),
+)
+_DRAWING = {getattr(place, n) for place in (torch, T, F) for n in _NAMES_OF_CHANCE if hasattr(place, n)}
+_RRELUS = {F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_}
+
+
+def draws(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws at random whatever the model's mode is, or does in training."""
+    return func in _DRAWING or (func in _RRELUS and bool(kwargs.get("training", len(args) > 3 and args[3])))
+
+
 def convolution_of(
     pad: Callable[[Tensor, list[int]], Tensor],
     input: Tensor,

@@ -6,7 +6,7 @@ What a call becomes is decided by subclasses of :class:`Interceptor`, which over
 In-place activations keep their meaning: whoever holds the tensor still sees it change.
 
 Not seen by any such mode, and therefore refused: scripted modules, modules replicated to other threads
-(DataParallel) and recomputation by checkpointing.
+(DataParallel) and recomputation by checkpointing. Compiled functions run uncompiled.
 
 Example
 -------
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import cuda
@@ -40,7 +41,9 @@ from srd_lab.calls import (
     MaxPool,
     batch_norm_of,
     convolution_of,
+    draws,
     first_tensor,
+    function_name,
     in_place,
     linear_of,
     max_pool_of,
@@ -70,6 +73,7 @@ class Interceptor(TorchFunctionMode):
     """
 
     needs_activations = True
+    may_grow = False  # whether the batch may have more rows in the end
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -80,6 +84,7 @@ class Interceptor(TorchFunctionMode):
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
         self._used: Counter[str] = Counter()
+        self._parameters = set[int]()
 
     # what a subclass may override ------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
@@ -113,8 +118,14 @@ class Interceptor(TorchFunctionMode):
     def run(self, x: Tensor) -> Any:
         """The model's output for ``x``; refuses what it cannot see through, before and after."""
         check_model(self.model)
-        with _plain_attention, self._following_modules(), self:
+        self._parameters = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        with _plain_torch, self._following_modules(), self:
             output = self.model(x)
+        if not self.may_grow and isinstance(output, Tensor) and output.dim() and len(output) != len(x):
+            raise SrdLabError(
+                f"the model puts out shape {tuple(output.shape)} for {len(x)} images; expected one row per image: take "
+                "averages and copies of the batch out of forward()"
+            )
         if self.needs_activations and not self.calls:
             raise SrdLabError(
                 "no activation call was seen in the model; expected ReLU, LeakyReLU, ELU, SiLU, GELU, Tanh or softplus "
@@ -179,7 +190,7 @@ class Interceptor(TorchFunctionMode):
             return self.convolution(convolution_of(self._pad, *args, **kwargs))
         if func is F.linear:
             return self.linear(*linear_of(*args, **kwargs))
-        if func is F.batch_norm:
+        if func is F.batch_norm and not self._is_parameter(first_tensor(args, kwargs)):
             return self.batch_norm(batch_norm_of(*args, **kwargs), lambda: func(*args, **kwargs))
         if func in MAX_POOLS:
             return self.max_pool(
@@ -187,7 +198,16 @@ class Interceptor(TorchFunctionMode):
             )
         if func in DROPPING and DROPPING[func](*args, **kwargs):
             raise SrdLabError(f"dropout is active in {self.where()}; call model.eval() first")
+        if draws(func, args, kwargs):
+            raise SrdLabError(
+                f"{function_name(func)} in {self.where()} draws at random, so that the model has no one map for an image; "
+                "call model.eval() first, or take chance out of forward()"
+            )
         return self.other(func, args, kwargs)
+
+    def _is_parameter(self, t: Tensor) -> bool:
+        """Whether ``t`` is a weight or a view of one: standardised weights have statistics of their own."""
+        return id(t if t._base is None else t._base) in self._parameters
 
     def _pad(self, x: Tensor, sides: list[int]) -> Tensor:
         return self.other(F.pad, (x, sides), {})  # type: ignore[no-any-return]
@@ -203,14 +223,16 @@ class Interceptor(TorchFunctionMode):
         return (self._path[-1] if self._path else "") or type(self.model).__name__
 
 
-class _PlainAttention:
-    """Within: attention that is not fused, which can be differentiated twice, as the attack must. Torch's switches are
-    the process's: the first thread that comes in turns them, and the last that goes turns them back."""
+class _PlainTorch:
+    """Within: attention that is not fused, which can be differentiated twice, as the attack must; and compiled functions
+    run as they were written, so that their calls are seen. Torch's switches are the process's: the first thread that
+    comes in turns them, and the last that goes turns them back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
         self._before: list[bool] = []
+        self._stance: Any = None
 
     def __enter__(self) -> None:
         with self._lock:
@@ -218,6 +240,7 @@ class _PlainAttention:
                 self._before = [enabled() for enabled, _ in _ATTENTION]
                 for _, turn in _ATTENTION:
                     turn(turn is cuda.enable_math_sdp)
+                self._stance = torch.compiler.set_stance("force_eager")
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
@@ -226,9 +249,10 @@ class _PlainAttention:
             if not self._inside:
                 for (_, turn), before in zip(_ATTENTION, self._before, strict=True):
                     turn(before)
+                self._stance.__exit__(*error)
 
 
-_plain_attention = _PlainAttention()
+_plain_torch = _PlainTorch()
 
 
 class Watch(Interceptor):
@@ -249,6 +273,8 @@ class Exchange(Watch):
     Model and control flow are those of the run that counted ``events``; the batch may grow on the way, unless (RuntimeError)
     the call was in place and what it overwrote is read again.
     """
+
+    may_grow = True
 
     def __init__(self, model: nn.Module, event: int, by: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from srd_lab.backprop import split_normalisation
+from srd_lab.checks import check_input
 from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
 from srd_lab.methods.cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
@@ -92,5 +94,21 @@ def explain(
 
     Maps are signed where the method is and reduced over channels as the method's docstring says; absolute value,
     normalisation and resizing are in :mod:`srd_lab.maps`. ``options`` are the fields of ``EXPLAINERS[method]``.
+    A bare network, which does not normalise, is given what it was trained on instead of pixels.
+
+    Raises SrdLabError where the model cannot be followed, and for images far from [0, 1] where it normalises them itself.
     """
-    return make_explainer(method, **options).explain(model, x, target)
+    explainer = make_explainer(method, **options)
+    check_input(x, model)
+    _check_range(model, x)
+    return explainer.explain(model, x, target)
+
+
+def _check_range(model: nn.Module, x: Tensor) -> None:
+    """Refuse what a model that normalises cannot have been meant to see; noisy pixels may be somewhat outside of [0, 1]."""
+    normalise, _ = split_normalisation(model)
+    low, high = (float(end) for end in x.detach().aminmax())
+    if isinstance(normalise, nn.Identity) or (low >= -1 and high <= 2):
+        return
+    cure = "divide by 255" if high > 2 and low >= 0 else "pass model.network, if they are normalised already"
+    raise SrdLabError(f"the model expects pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")

@@ -1,0 +1,153 @@
+"""What would give a wrong map without a word: chance, the batch, compiled code, pixels of 0..255. Right, or one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import OPTIONS
+from torch import Tensor, nn
+
+import srd_lab
+from srd_lab.models import Classifier
+from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.types import SrdLabError
+
+RUN = [name for name in EXPLAINERS if name != "random"]  # what runs the model
+
+
+class Net(nn.Module):
+    """Two convolutions, a linear layer, and a way to call them."""
+
+    def __init__(self, way: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.c, self.d, self.fc = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Linear(6, 4),
+        )
+        self.way = way
+        self.double().eval().requires_grad_(False)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.d(F.relu(self.c(x))))
+
+    def head(self, y: Tensor) -> Tensor:
+        return self.fc(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+def plain(s: Net, x: Tensor) -> Tensor:
+    return s.head(s.features(x))
+
+
+def explain(name: str, model: nn.Module, x: Tensor) -> Tensor:
+    return make_explainer(name, **OPTIONS.get(name, {})).explain(model, x, 1)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def kept(y: Tensor) -> Tensor:
+    """Stochastic depth: the branch of some images is left out."""
+    return y * torch.empty(len(y), 1, 1, 1, dtype=y.dtype).bernoulli_(0.5)
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "stochastic depth": lambda y: y + kept(y),
+    "drop block": lambda y: y * (torch.rand(len(y), 1, 8, 8, dtype=y.dtype) > 0.1),
+    "rrelu": lambda y: F.rrelu(y, training=True),
+    "gumbel_softmax": lambda y: y * F.gumbel_softmax(y, dim=1),
+    "randn_like": lambda y: y + 0.1 * torch.randn_like(y),
+    "randperm": lambda y: y[:, torch.randperm(6)],
+    "normal_": lambda y: y + torch.zeros_like(y).normal_(),
+    "a random pool": lambda y: F.fractional_max_pool2d(y, 2, 4),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("name", RUN)
+def test_chance_is_refused(name: str, draw: str, x: Tensor) -> None:
+    model = Net(lambda s, x: s.head(DRAWS[draw](s.features(x))))
+    with pytest.raises(
+        SrdLabError, match=r"draws at random, so that the model has no one map for an image; call model"
+    ):
+        explain(name, model, x)
+
+
+@pytest.mark.parametrize("name", ["gradient", "fullgrad", "gradcam", "integrated_gradients"])
+def test_rrelu_in_evaluation_draws_nothing(name: str, x: Tensor) -> None:
+    rrelu, leaky = (
+        Net(lambda s, x, f=f: s.head(f(s.features(x) - 0.1)))  # type: ignore[misc]
+        for f in (F.rrelu, lambda y: F.leaky_relu(y, (1 / 8 + 1 / 3) / 2))
+    )
+    torch.testing.assert_close(explain(name, rrelu, x), explain(name, leaky, x))
+
+
+BATCHES: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "copies for an average": lambda s, x: plain(s, torch.cat([x, x.flip(-1)])),
+    "a mean over the batch": lambda s, x: plain(s, x).mean(0, keepdim=True),
+    "one image left out": lambda s, x: plain(s, x[1:]),
+}
+
+
+@pytest.mark.parametrize("way", BATCHES)
+@pytest.mark.parametrize("name", RUN)
+def test_an_output_with_other_rows_than_images_is_refused(name: str, way: str, x: Tensor) -> None:
+    with pytest.raises(SrdLabError, match=r"for 2 images; expected one row per image"):
+        explain(name, Net(BATCHES[way]), x)
+
+
+def whole(model: Net) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+
+
+def part(model: Net) -> None:
+    model.features = torch.compile(model.features, backend="eager")  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("door", [whole, part])
+@pytest.mark.parametrize("name", RUN)
+def test_compiled_functions_run_as_they_were_written(
+    name: str, door: Callable[[Net], Any], x: Tensor
+) -> None:
+    model = Net(plain)
+    door(model)
+    torch.testing.assert_close(explain(name, model, x), explain(name, Net(plain), x))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", RUN)
+def test_statistics_of_weights_are_constants(name: str, trainable: bool, x: Tensor) -> None:
+    """Weights that are standardised by batch_norm(training=True), as NFNet's are."""
+
+    def standardised(s: Net, x: Tensor) -> Tensor:
+        weight = F.batch_norm(s.d.weight.reshape(1, 6, -1), None, None, training=True).reshape_as(s.d.weight)
+        return s.head(F.relu(F.conv2d(F.relu(s.c(x)), weight, s.d.bias, padding=1)))
+
+    model, same = Net(standardised).requires_grad_(trainable), Net(plain)
+    flat = same.d.weight.flatten(1)
+    flat = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    same.d.weight.data = flat.view_as(same.d.weight)
+    torch.testing.assert_close(explain(name, model, x).detach(), explain(name, same, x))
+
+
+def test_pixels_of_another_range_are_refused_where_the_model_normalises(x: Tensor) -> None:
+    model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
+    with pytest.raises(SrdLabError, match=r"expects pixels in \[0, 1\], got \[.*, 25\d.*\]; divide by 255"):
+        srd_lab.explain(model, x * 255, 1)
+    with pytest.raises(SrdLabError, match=r"pass model\.network, if they are normalised already"):
+        srd_lab.explain(model, 4 * (x - 0.5), 1)
+    assert srd_lab.explain(model, x + 0.1 * torch.randn_like(x), 1).shape == (2, 8, 8)
+    normalised = model.normalise(x)
+    torch.testing.assert_close(
+        srd_lab.explain(model.network, normalised, 1), srd_lab.explain(model, x, 1), check_stride=False
+    )
