@@ -196,8 +196,12 @@ class ModifiedTrace(Decomposed):
             winners_of = partial(F.adaptive_max_pool2d, output_size=size, return_indices=True)
             self._note_winners(out, tensors[0], lambda x: winners_of(x)[1])
             return out
-        if not is_affine(function, args, kwargs, self.moving(args, kwargs)):
-            return run(function, args, kwargs)
+        if not is_affine(function, args, kwargs, self.moving(args, kwargs)):  # and so refused, in place too
+            out = run(function, args, kwargs)
+            for t in tensors_in((out,)):
+                self._parts.drop(t)
+                self._unfolded.drop(t)
+            return out
         noted = any(map(self._noted, tensors))
         if noted or not any(self._boxes.get(t) for t in tensors):
             if name == "__setitem__":
