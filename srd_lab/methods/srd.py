@@ -264,6 +264,11 @@ class _Run:
             )
         score = class_logit(self.output, target)
         if start == "contrastive":
+            if self.output.shape[1] == 1:
+                raise SrdLabError(
+                    'start="contrastive" compares a class with the others, and the model has one logit; let it put out '
+                    'torch.cat([-y, y], 1) for its logit y, or use start="ones"'
+                )
             score = score - self.output.mean(1)
         (slope,) = torch.autograd.grad(
             score.sum(), end.output, create_graph=self.differentiable, retain_graph=True
