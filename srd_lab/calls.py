@@ -360,8 +360,10 @@ _RRELUS = {F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_}
 
 
 def draws(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call draws at random whatever the model's mode is, or does in training."""
-    return func in _DRAWING or (func in _RRELUS and bool(kwargs.get("training", len(args) > 3 and args[3])))
+    """Whether a call draws from the process's random numbers; a generator that is given is the model's own affair."""
+    if func in _RRELUS:
+        return bool(kwargs.get("training", len(args) > 3 and args[3]))
+    return func in _DRAWING and kwargs.get("generator") is None
 
 
 def convolution_of(

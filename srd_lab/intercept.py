@@ -315,6 +315,8 @@ class SmoothModel(nn.Module):
 
 
 class _Smooth(Interceptor):
+    may_grow = True  # whoever runs the surrogate looks
+
     def __init__(self, model: nn.Module, beta: float) -> None:
         super().__init__(model)
         self.beta = beta

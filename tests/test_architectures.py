@@ -432,10 +432,12 @@ def heads_of(t: Tensor) -> Tensor:
 
 def attend(**given: Any) -> Callable[[Tensor], Tensor]:
     layer = drawn(nn.MultiheadAttention(4, 2, **{"batch_first": True, **given.pop("layer", {})}))
+    rows = {"key_padding_mask": 1, **given.pop("rows", {})}  # of a mask, for each image
 
     def run(t: Tensor) -> Tensor:
         t = tokens_of(t)
-        options = {k: v[: len(t)] if k == "key_padding_mask" else v for k, v in given.items()}
+        options = {k: v[: rows.get(k, 0) * len(t) or None] for k, v in given.items() if isinstance(v, Tensor)}
+        options |= {k: v for k, v in given.items() if not isinstance(v, Tensor)}
         if layer.batch_first:
             return layer(t, t, t, **options)[0]
         t = t.transpose(0, 1)
@@ -444,11 +446,14 @@ def attend(**given: Any) -> Callable[[Tensor], Tensor]:
     return run
 
 
+ACROSS = drawn(nn.MultiheadAttention(4, 2, kdim=4, vdim=4, batch_first=True))
+WITHIN = drawn(nn.MultiheadAttention(4, 2, batch_first=True))
+
+
 def cross_attention(t: Tensor) -> Tensor:
     """From fewer queries, to other widths, and with the averaged weights put to use."""
-    layer = drawn(nn.MultiheadAttention(4, 2, kdim=4, vdim=4, batch_first=True))
     t = tokens_of(t)
-    out, weights = layer(t[:, :3], t, 2 * t)
+    out, weights = ACROSS(t[:, :3], t, 2 * t)
     return out + (weights @ t)
 
 
@@ -492,9 +497,9 @@ HELD: dict[str, Callable[[Tensor], Tensor]] = {
     "attention, batch second": attend(layer={"batch_first": False}, need_weights=False),
     "attention, masked": attend(attn_mask=CAUSAL, key_padding_mask=PADDING),
     "attention, causal": attend(attn_mask=CAUSAL, is_causal=True, need_weights=False),
-    "attention, mask per head": lambda t: attend(
-        attn_mask=noise(4, 16, 16, seed=5)[: 2 * len(t)], need_weights=False
-    )(t),
+    "attention, mask per head": attend(
+        attn_mask=noise(4, 16, 16, seed=5), rows={"attn_mask": 2}, need_weights=False
+    ),
     "attention, weights per head": attend(average_attn_weights=False),
     "attention, across": cross_attention,
     "attention, by hand": by_hand,
@@ -616,7 +621,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "gate overwritten": (lambda t: F.softmax(t, 1).mul_(t), rf"softmax in Calls {NO_GATE}"),
     "gate in place": (lambda t: (y := t - 1, F.hardsigmoid(y, True))[0], rf"hardsigmoid in Calls {NO_GATE}"),
     "attention weights": (
-        lambda t: drawn(nn.MultiheadAttention(4, 2, batch_first=True))(*[tokens_of(t)] * 3)[1],
+        lambda t: WITHIN(*[tokens_of(t)] * 3)[1],
         rf"multi_head_attention_forward in Calls {NO_GATE}",
     ),
 }
@@ -972,7 +977,7 @@ def test_activations_on_constants_hold_no_relevance() -> None:
 
 def test_an_encoder_that_puts_the_batch_second_is_refused() -> None:
     model = Calls(lambda t: tokens_of(t).transpose(0, 1))
-    with pytest.raises(SrdLabError, match=r"shape \(16, 2, 4\) for 2 images; expected the batch first"):
+    with pytest.raises(SrdLabError, match=r"shape \(16, 2, 4\) for 2 images; expected one row per image"):
         WHOLE.explain(model, noise(2, 3, 4, 4))
 
 

@@ -83,6 +83,17 @@ def test_chance_is_refused(name: str, draw: str, x: Tensor) -> None:
         explain(name, model, x)
 
 
+@pytest.mark.parametrize("name", RUN)
+def test_a_generator_of_the_models_own_is_its_own_affair(name: str, x: Tensor) -> None:
+    """A fixed random projection, say."""
+
+    def projected(s: Net, x: Tensor) -> Tensor:
+        weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+        return s.head(F.linear(s.features(x).movedim(1, -1), weight).movedim(-1, 1).relu())
+
+    assert explain(name, Net(projected), x).shape[0] == 2
+
+
 @pytest.mark.parametrize("name", ["gradient", "fullgrad", "gradcam", "integrated_gradients"])
 def test_rrelu_in_evaluation_draws_nothing(name: str, x: Tensor) -> None:
     rrelu, leaky = (
