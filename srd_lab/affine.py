@@ -29,14 +29,11 @@ def _spelled(*groups: str) -> set[Function]:
 GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
 DIVISIONS = _spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
 _SAMPLERS = _spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
+_IN_FIRST = DIVISIONS | _SAMPLERS  # affine in their first operand alone
 # affine in one of their operands, where the others are constants
-PRODUCTS = (
-    DIVISIONS
-    | _SAMPLERS
-    | _spelled(
-        "mul multiply __mul__ __rmul__ __imul__ einsum tensordot matmul __matmul__ __rmatmul__ __imatmul__ mm mv bmm",
-        "addmm addbmm baddbmm addmv addr addcmul lerp dot inner outer ger kron vdot vecdot cross multi_dot chain_matmul",
-    )
+PRODUCTS = _IN_FIRST | _spelled(
+    "mul multiply __mul__ __rmul__ __imul__ einsum tensordot matmul __matmul__ __rmatmul__ __imatmul__ mm mv bmm",
+    "addmm addbmm baddbmm addmv addr addcmul lerp dot inner outer ger kron vdot vecdot cross multi_dot chain_matmul",
 )
 SHIFTS = _spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
 COPIES = {torch.clone, T.clone, T.contiguous, T.to}
@@ -82,11 +79,10 @@ def is_affine(
     """Whether a call that is no layer is known to be affine in the maps among its operands, or to select from one."""
     if function in PRODUCTS:
         first = args[0] if args else kwargs.get("input")
-        only_first = function in DIVISIONS | _SAMPLERS
         return (
             len(moving) == 1
             and kwargs.get("rounding_mode") is None
-            and (first is moving[0] or not only_first)
+            and (first is moving[0] or function not in _IN_FIRST)
         )
     if function in SELECTIONS:
         return len(tensors_in(args, kwargs)) == 1

@@ -23,6 +23,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,7 +85,6 @@ class Interceptor(TorchFunctionMode):
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
         self._used: Counter[str] = Counter()
-        self._parameters = set[int]()
 
     # what a subclass may override ------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
@@ -118,7 +118,6 @@ class Interceptor(TorchFunctionMode):
     def run(self, x: Tensor) -> Any:
         """The model's output for ``x``; refuses what it cannot see through, before and after."""
         check_model(self.model)
-        self._parameters = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
         with _plain_torch, self._following_modules(), self:
             output = self.model(x)
         if not self.may_grow and isinstance(output, Tensor) and output.dim() and len(output) != len(x):
@@ -204,6 +203,10 @@ class Interceptor(TorchFunctionMode):
                 "call model.eval() first, or take chance out of forward()"
             )
         return self.other(func, args, kwargs)
+
+    @cached_property
+    def _parameters(self) -> set[int]:
+        return {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
 
     def _is_parameter(self, t: Tensor) -> bool:
         """Whether ``t`` is a weight or a view of one: standardised weights have statistics of their own."""

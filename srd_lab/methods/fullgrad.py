@@ -128,9 +128,8 @@ class _Biases(Watch):
                 return self._shifted(function, args, kwargs, x, bias, axis)
         out = super().other(function, args, kwargs)
         self.channels.follow(function, args, kwargs, x, axis, out)
-        for t in tensors_in(
-            (out,)
-        ):  # here as well: the padding of a convolution by name is no call of the model's
+        # here as well, as the padding of a convolution by name is no call of the model's
+        for t in tensors_in((out,)):
             self._of_image.put(t, True)
         return out
 
