@@ -41,7 +41,33 @@ _TIMES = {torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, torch.neg, T.neg
 _ELEMENTWISE = SHIFTS | DIVISIONS | COPIES | _TIMES
 _ADAPTIVE_MAX_POOLS = {F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices}
 _MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "tensordot"}
-_LAYERS = ("addmm", "addbmm", "baddbmm", "addmv", "addcmul", "addcdiv", "lerp")
+_LAYERS = (
+    *(
+        "addmm",
+        "addbmm",
+        "baddbmm",
+        "addmv",
+        "addr",
+        "addcmul",
+        "addcdiv",
+        "lerp",
+        "dot",
+        "inner",
+        "outer",
+        "ger",
+    ),
+    *(
+        "kron",
+        "vdot",
+        "vecdot",
+        "linalg_vecdot",
+        "cross",
+        "linalg_cross",
+        "multi_dot",
+        "linalg_multi_dot",
+        "chain_matmul",
+    ),
+)
 _CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
 Modify = Callable[[Tensor], Tensor]
