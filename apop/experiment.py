@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from apop.pattern import ActivationPattern, binarize, record, replay
-from srd_lab.backprop import split_normalisation
+from srd_lab.errors import SrdLabError
+from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import generator
-from srd_lab.types import Dataset, Sample, SrdLabError
+from srd_lab.types import Sample
 
 INPUTS = ("zeros", "ones", "normal")
+
 SETTINGS = {"apop": False, "apop_relu": True}  # whether ReLU follows the mask
+
 TOP = (1, 5)
 
 
@@ -160,14 +163,6 @@ class Experiment:
             note(binarize(network, x, position), f"binarized/{name}", f"binarized_top5/{name}")
         names = np.array([sample.name for sample in samples])
         return Hits(np.array(indices), names, labels.numpy(), layers, right)
-
-
-def draw_images(dataset: Dataset, count: int | str, seed: int) -> list[int]:
-    """A random subset of ``count`` indices (``"all"``, or if there are not more: all), sorted; a smaller one is part
-    of a larger."""
-    count = len(dataset) if isinstance(count, str) else count
-    order = torch.randperm(len(dataset), generator=generator(seed, "images"))
-    return sorted(order[:count].tolist())
 
 
 def replay_input(kind: str, x: Tensor, indices: Sequence[int], seed: int) -> Tensor:

@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab.calls import Call, MaxPool, function_name, take
-from srd_lab.checks import check_input
-from srd_lab.intercept import Interceptor
-from srd_lab.types import SrdLabError
+from srd_lab.engine.geometry import MaxPool, take
+from srd_lab.engine.interceptor import Interceptor
+from srd_lab.engine.preconditions import check_input
+from srd_lab.engine.spellings import Call, function_name
+from srd_lab.errors import SrdLabError
 
 VERSION = 1
 RELU, MAX_POOL = "relu", "max_pool"
@@ -55,7 +56,7 @@ _OTHER_POOLS = (
 class Entry:
     """What one call left behind.
 
-    name : of the call, as in ``srd_lab.intercept.Call``; kind : ``relu`` or ``max_pool``.
+    name : of the call, as in ``srd_lab.engine.spellings.Call``; kind : ``relu`` or ``max_pool``.
     shape : of the call's input.
     values : ReLU: bool, of that shape, True where the output is > 0. Max pool: int64 (N, C, h, w), the flat index
         (row * W + column) of each winner.

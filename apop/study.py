@@ -9,16 +9,18 @@ import click
 import torch
 from torch import nn
 
-from apop.experiment import SETTINGS, Experiment, Hits, Interval, draw_images
+from apop.experiment import SETTINGS, Experiment, Hits, Interval
 from apop.pattern import ActivationPattern, record
 from srd_lab import render
-from srd_lab.backprop import split_normalisation
-from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.command import checked_networks, csv_text, data_for, network_for, publish, text_table
 from srd_lab.data import skipped_report
+from srd_lab.data.draw import draw_images
 from srd_lab.models import input_size
+from srd_lab.normalise import split_normalisation
+from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.inputs import checked_networks, data_for, network_for
+from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
-from srd_lab.tracking import Run
 from srd_lab.types import Dataset
 
 TOP_5 = 5

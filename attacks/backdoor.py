@@ -33,13 +33,14 @@ from torch import Tensor, nn
 from attacks.branch import Branched, checkers
 from attacks.budget import Budget
 from attacks.scores import as_read, similarity
-from srd_lab.backprop import normalisation_scale, split_normalisation
-from srd_lab.checks import check_input, check_model, check_target
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.preconditions import check_input, check_model, check_target
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC
 from srd_lab.models.classifier import Classifier
+from srd_lab.normalise import normalisation_scale, split_normalisation
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 SOFT = 0.3  # softness of the planted test
 _START, _FULL = 0.1, 0.6  # where the gate starts to open and is open, between clean and triggered responses

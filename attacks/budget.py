@@ -25,7 +25,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 NORMS = ("legacy", "l2", "linf")
 LEGACY_MSE, LEGACY_LINF = 1e-3, 8.0

@@ -35,9 +35,10 @@ from scipy import special
 from torch import Tensor, nn
 
 from srd_lab import maps
-from srd_lab.checks import check_input
+from srd_lab.engine.preconditions import check_input
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.smoothed import Smoothed, check_wrapped
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 CORRECTIONS = ("holm", "bonferroni")
 

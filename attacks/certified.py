@@ -27,7 +27,7 @@ from attacks.certificates import SparsifiedCertificate, rms255
 from attacks.objective import Dissimilarity, KeepClass, TopK
 from attacks.scores import as_read, top_pixels
 from attacks.surrogate import Surrogate
-from srd_lab.checks import check_target
+from srd_lab.engine.preconditions import check_target
 from srd_lab.methods.smoothed import Smoothed
 from srd_lab.types import Explainer
 

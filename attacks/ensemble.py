@@ -49,8 +49,9 @@ from attacks.objective import (
 )
 from attacks.optimiser import PGD
 from attacks.surrogate import SURROGATES, Surrogate
+from srd_lab.errors import SrdLabError
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 OBJECTIVES: dict[str, Objective] = {
     "dissimilarity": Dissimilarity(),

@@ -26,11 +26,11 @@ from attacks.scores import SCORES
 from attacks.statistics import explanation_rate
 from attacks.thresholds import TAU
 from srd_lab.catalogue import METHODS
-from srd_lab.environment import device_name, environment
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.smoothed import plain_name
 from srd_lab.metrics.summary import summarise
-from srd_lab.options import options_of
-from srd_lab.types import SrdLabError
+from srd_lab.runs.environment import device_name, environment
+from srd_lab.runs.settings import options_of
 
 if TYPE_CHECKING:
     from attacks.robustness_study import RobustnessStudy, Subject

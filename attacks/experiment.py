@@ -18,75 +18,13 @@ from attacks.manipulation import (
     noise_at_equal_mse,
     similarity,
 )
-from srd_lab.backprop import normalisation_scale
-from srd_lab.data import Loaded, load_batches
 from srd_lab.methods.smoothed import parse_explainer
+from srd_lab.normalise import normalisation_scale
 from srd_lab.registry import EXPLAINERS, make_explainer
-from srd_lab.runtime import Batcher, generator
-from srd_lab.types import Dataset, Explainer, Sample, SrdLabError
+from srd_lab.runtime import generator
+from srd_lab.types import Explainer, Sample
 
 Arrays = dict[str, np.ndarray]
-SCREENED_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image to attack and the image whose explanation it shall take on, as indices of the data set."""
-
-    original: int
-    goal: int
-
-
-def draw_pairs(
-    dataset: Dataset,
-    model: nn.Module,
-    count: int,
-    seed: int,
-    device: torch.device,
-    workers: int | None = None,
-) -> tuple[list[Pair], dict[str, str]]:
-    """``count`` random pairs of correctly classified images of different classes; no image is used twice.
-
-    Fixed by the seed, the data and the model alone. Also the files met that could not be read, name -> reason.
-    Raises SrdLabError if the data cannot give so many.
-    """
-    order = torch.randperm(len(dataset), generator=generator(seed, "pairs")).tolist()
-    waiting: list[int] = []
-    pairs: list[Pair] = []
-    skipped: dict[str, str] = {}
-    batcher = Batcher(SCREENED_AT_ONCE)
-    parts = (order[first : first + SCREENED_AT_ONCE] for first in range(0, len(order), SCREENED_AT_ONCE))
-    for loaded in load_batches(dataset, parts, workers or 0):
-        skipped |= loaded.skipped
-        for index in _correct(loaded, model, device, batcher):
-            partner = next((i for i in waiting if dataset.labels[i] != dataset.labels[index]), None)
-            if partner is None:
-                waiting.append(index)
-                continue
-            waiting.remove(partner)
-            pairs.append(Pair(partner, index))
-            if len(pairs) == count:
-                return pairs, skipped
-    found = (
-        f"{count} pairs were asked for, but the {len(dataset)} images give only {len(pairs)} pairs of correctly "
-        "classified images of different classes"
-    )
-    if not pairs:
-        right = (
-            "are all of one class" if waiting else "are none: do the labels and --weights belong together?"
-        )
-        raise SrdLabError(f"{found}; those classified correctly {right}")
-    raise SrdLabError(f"{found}; ask for fewer with --pairs")
-
-
-def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Batcher) -> list[int]:
-    def predict(some: Sequence[Sample]) -> list[int]:
-        with torch.no_grad():
-            return model(torch.stack([sample.image for sample in some]).to(device)).argmax(1).tolist()
-
-    predicted = [label for part in batcher.run(predict, loaded.samples) for label in part]
-    found = zip(loaded.indices, loaded.samples, predicted, strict=True)
-    return [index for index, sample, label in found if sample.label == label]
 
 
 def attack_explainer(method: str, start: str) -> Explainer:

@@ -24,7 +24,8 @@ from attacks.ensemble import WHITE_BOX, Ensemble
 from attacks.probe import Probe
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Explainer
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from attacks.entry import read_entry
 from attacks.robustness_report import UNRANKING
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.summary import interval_text
-from srd_lab.types import SrdLabError
 
 HEADER = (
     "rank",

@@ -26,9 +26,10 @@ from attacks.objective import Eq10
 from attacks.optimiser import Adam
 from attacks.scores import as_read, ssim_for
 from attacks.surrogate import Surrogate
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 SCORES = ("ssim", "pcc", "ssim_target", "pcc_target")
 

@@ -21,14 +21,15 @@ from attacks.manipulation import SCORES, Manipulation
 from attacks.objective import Eq10
 from attacks.pair_study import PairStudy
 from srd_lab import render
-from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import FIGURE_4
-from srd_lab.command import csv_text, publish, text_table
 from srd_lab.data import skipped_report
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.options import options_of
-from srd_lab.tracking import Run
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.settings import options_of
+from srd_lab.runs.tracking import Run
+from srd_lab.types import Explainer
 
 PICTURES = 6
 LEGEND = """

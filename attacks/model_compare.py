@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from attacks.model_objective import Cases, MapObjective
 from attacks.scores import as_read, similarity
-from srd_lab.backprop import split_normalisation
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.normalise import split_normalisation
+from srd_lab.types import Explainer
 
 
 @dataclass(frozen=True)

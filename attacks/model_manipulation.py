@@ -46,11 +46,12 @@ from torch import Tensor, nn
 
 from attacks.model_compare import shown_maps
 from attacks.model_objective import Cases, MapObjective
-from srd_lab.checks import check_model
 from srd_lab.data import Loaded, load_batches, skipped_report
+from srd_lab.engine.preconditions import check_model
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
 from srd_lab.runtime import generator
-from srd_lab.types import Dataset, Explainer, SrdLabError
+from srd_lab.types import Dataset, Explainer
 
 KEEPS = ("labels", "outputs")
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from attacks.scores import top_pixels
 from srd_lab import maps
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC
-from srd_lab.types import SrdLabError
 
 
 class Cases(NamedTuple):

@@ -22,17 +22,19 @@ from attacks.model_manipulation import ModelManipulation
 from attacks.model_objective import Active, Cases, CentreOfMass, Location, MapObjective, TopK
 from attacks.model_tables import LEGEND, Maps, table, verdicts
 from srd_lab import render
-from srd_lab.backprop import split_normalisation
 from srd_lab.catalogue import FIGURE_4
-from srd_lab.command import csv_text, data_for, network_for, progress, publish, text_table, weights_sums
 from srd_lab.data import load_batches, load_data, skipped_report
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.summary import few_note
 from srd_lab.models import input_size
-from srd_lab.options import options_of
+from srd_lab.normalise import split_normalisation
 from srd_lab.registry import make_explainer
+from srd_lab.runs.inputs import data_for, network_for, weights_sums
+from srd_lab.runs.report import csv_text, progress, publish, text_table
+from srd_lab.runs.settings import options_of
+from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, generator, pick_device
-from srd_lab.tracking import Run
-from srd_lab.types import Dataset, Sample, SrdLabError
+from srd_lab.types import Dataset, Sample
 
 OBJECTIVES = ("location", "top-k", "centre-of-mass", "active")
 OTHERS = ("gradient", "guided_backprop", "grad_input", "lrp_zplus", "gradcam", "srd")

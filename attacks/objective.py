@@ -35,8 +35,8 @@ from torch import Tensor
 
 from attacks.scores import SHARE, as_read, scores_of, ssim_for, top_pixels
 from srd_lab import maps
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC
-from srd_lab.types import SrdLabError
 
 OUTPUT_TERMS = ("probabilities", "logits")
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attacks.budget import Budget
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 BETAS = (0.9, 0.999)  # Adam's defaults, as in both papers' code
 EPSILON = 1e-8

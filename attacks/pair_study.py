@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attacks.experiment import draw_pairs
-from srd_lab.command import data_for, network_for, weights_sums
+from srd_lab.data.draw import draw_pairs
 from srd_lab.methods.smoothed import plain_name
+from srd_lab.runs.inputs import data_for, network_for, weights_sums
 from srd_lab.runtime import Batcher, pick_device
 
 PIXELS_AT_ONCE = 48 * 64 * 64  # on a CPU; an accelerator takes 16 times as many

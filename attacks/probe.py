@@ -13,9 +13,10 @@ from attacks.budget import Budget
 from attacks.objective import Combined
 from attacks.scores import SCORES, similarity
 from attacks.surrogate import SURROGATES, Surrogate
-from srd_lab.checks import check_target
+from srd_lab.engine.preconditions import check_target
+from srd_lab.errors import SrdLabError
 from srd_lab.runtime import Batcher
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 NEAR = 0.03  # of the mean score: surrogates that are no better than this
 

@@ -13,9 +13,9 @@ from attacks.scores import SCORES
 from attacks.statistics import Difference, against, area, breaking_budget, explanation_rate
 from attacks.thresholds import TAU
 from srd_lab import render
-from srd_lab.command import csv_text, publish, text_table
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.tracking import Run
+from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.tracking import Run
 
 if TYPE_CHECKING:
     from attacks.robustness_study import Subject

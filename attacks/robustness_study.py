@@ -28,13 +28,14 @@ from attacks.robustness_experiment import DRAWS, Experiment, images_of, transfer
 from attacks.robustness_report import Report
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
-from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import ATTACKABLE, FIGURE_4
-from srd_lab.command import progress
 from srd_lab.data import skipped_report
-from srd_lab.options import options_of
-from srd_lab.tracking import Run
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.report import progress
+from srd_lab.runs.settings import options_of
+from srd_lab.runs.tracking import Run
+from srd_lab.types import Explainer
 
 PROBED = 4  # images that decide which surrogate is differentiated
 MOST, LEAST = (

@@ -16,8 +16,8 @@ from typing import Self
 
 from torch import nn
 
-from srd_lab.intercept import SmoothModel
-from srd_lab.types import SrdLabError
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from attacks.experiment import attack_explainer
 from attacks.gates import GATED, Gates, check_gates
 from attacks.robustness_experiment import images_of
 from attacks.scores import SCORES, similarity
-from srd_lab.backprop import normalisation_scale
+from srd_lab.errors import SrdLabError
 from srd_lab.models import load_model, weights_file
-from srd_lab.options import options_of
+from srd_lab.normalise import normalisation_scale
+from srd_lab.runs.settings import options_of
 from srd_lab.runtime import Batcher, full_precision, pick_device
-from srd_lab.types import SrdLabError
 
 USED = 0.75  # of the budget, by some image: else a larger one is claimed than was used
 AGREES = 2e-3  # scores of float32 maps on other hardware

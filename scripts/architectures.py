@@ -22,12 +22,14 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from srd_lab.command import command_errors, progress, text_table
+from srd_lab.cli.errors import command_errors
+from srd_lab.cli.options import WeightsFile
 from srd_lab.data import batch, load_data
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.srd import LEAKS, SRD
 from srd_lab.models import load_model
-from srd_lab.options import WeightsFile, weights_of
-from srd_lab.types import SrdLabError
+from srd_lab.runs.report import progress, text_table
+from srd_lab.runs.settings import weights_of
 
 FAMILIES = (
     *("alexnet", "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),

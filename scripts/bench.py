@@ -32,12 +32,13 @@ from apop import record, replay
 from apop.experiment import Experiment
 from attacks.experiment import attack_explainer
 from attacks.objective import Eq10, Reference, View
-from srd_lab.command import text_table
+from srd_lab.cli.options import WeightsFile
 from srd_lab.data import load_batches, load_data
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.models import load_model
-from srd_lab.options import WeightsFile, weights_of
 from srd_lab.registry import make_explainer
+from srd_lab.runs.report import text_table
+from srd_lab.runs.settings import weights_of
 from srd_lab.runtime import keep_freed_memory, pick_device
 
 Work = Callable[[], object]

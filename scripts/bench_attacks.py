@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from attacks.attack import Attack
 from attacks.budget import Budget
 from attacks.ensemble import OBJECTIVES, Ensemble
-from attacks.experiment import attack_explainer, draw_pairs
+from attacks.experiment import attack_explainer
 from attacks.manipulation import Manipulation
 from attacks.objective import KeepClass
 from attacks.probe import probe
 from attacks.scores import similarity
 from attacks.surrogate import Surrogate
-from srd_lab.command import text_table
 from srd_lab.data import batch, load_data
-from srd_lab.intercept import SmoothModel
+from srd_lab.data.draw import draw_pairs
+from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.models import input_size, load_model
+from srd_lab.runs.report import text_table
 from srd_lab.types import Explainer
 
 MSE, BOX = 1e-3, 8 / 255

@@ -35,8 +35,7 @@ import torchvision
 from torch import Tensor, nn
 
 from srd_lab import maps
-from srd_lab.backprop import split_normalisation
-from srd_lab.command import text_table
+from srd_lab.cli.options import WeightsFile
 from srd_lab.data import batch, load_data
 from srd_lab.metrics import explained
 from srd_lab.metrics.complexity import Sparseness
@@ -45,8 +44,10 @@ from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.localisation import PointingGame
 from srd_lab.metrics.robustness import Stability
 from srd_lab.models import load_model
-from srd_lab.options import WeightsFile, weights_of
+from srd_lab.normalise import split_normalisation
 from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.runs.report import text_table
+from srd_lab.runs.settings import weights_of
 from srd_lab.runtime import keep_freed_memory
 
 # without those whose maps would take most of the time

@@ -25,9 +25,9 @@ from attacks.budget import to_8_bits
 from attacks.experiment import attack_explainer
 from attacks.scores import SCORES, similarity
 from attacks.thresholds import FILE
-from srd_lab.command import text_table
 from srd_lab.data import load_data
 from srd_lab.models import SCENES_NETWORKS, load_model
+from srd_lab.runs.report import text_table
 from srd_lab.runtime import generator
 from srd_lab.types import Sample
 

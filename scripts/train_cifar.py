@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srd_lab.data import load_batches, load_data
+from srd_lab.errors import SrdLabError
 from srd_lab.models import Classifier, load_model
 from srd_lab.models.cifar import CIFAR_NETWORKS, CIFAR_STATISTICS, cifar_network
 from srd_lab.runtime import full_precision, generator, pick_device
-from srd_lab.types import SrdLabError
 
 PADDING = 4
 BATCH = 128

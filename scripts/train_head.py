@@ -45,14 +45,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from srd_lab.command import command_errors, text_table
+from srd_lab.cli.errors import command_errors
 from srd_lab.data import NON_RGB, load_data, skipped_report
 from srd_lab.data.pictures import Picture, PictureFolder, SkippedFile, decode, fit, upright
+from srd_lab.errors import SrdLabError
 from srd_lab.models import FAMILIES, Classifier, input_size, load_model, read_state
 from srd_lab.models.files import fill
 from srd_lab.models.imagenet import Head, torchvision_names, vgg_network
+from srd_lab.runs.report import text_table
 from srd_lab.runtime import derived_seed, fast_layout, full_precision, generator, pick_device
-from srd_lab.types import SrdLabError
 
 NOTE = "Accuracies are those on the held-out images in the list, and not on ImageNet's validation set."
 BATCH = 128

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from srd_lab.data import load_data
+    from srd_lab.errors import SrdLabError
     from srd_lab.methods.srd import SRD
     from srd_lab.models import load_model
     from srd_lab.registry import EXPLAINERS, METRICS, explain
-    from srd_lab.types import SrdLabError
 
 _HOME = {
     "EXPLAINERS": "srd_lab.registry",
     "METRICS": "srd_lab.registry",
     "SRD": "srd_lab.methods.srd",
-    "SrdLabError": "srd_lab.types",
+    "SrdLabError": "srd_lab.errors",
     "explain": "srd_lab.registry",
     "load_data": "srd_lab.data",
     "load_model": "srd_lab.models",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 CHANNELS = ("sum", "abs_sum", "max_abs")
 

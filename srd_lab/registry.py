@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from srd_lab.backprop import split_normalisation
-from srd_lab.checks import check_input
+from srd_lab.engine.preconditions import check_input
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
 from srd_lab.methods.cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
@@ -23,7 +23,8 @@ from srd_lab.metrics.explained import Metric
 from srd_lab.metrics.faithfulness import Deletion, Fidelity, Infidelity, Insertion, LeRF, MoRF
 from srd_lab.metrics.localisation import AttributionLocalization, PointingGame
 from srd_lab.metrics.robustness import MaxSensitivity, NoisePCC, NoiseSSIM, Randomization, Stability
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.normalise import split_normalisation
+from srd_lab.types import Explainer
 
 EXPLAINERS: dict[str, Explainer] = {
     "gradient": Gradient(),

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 _NO_MEMORY = (
     "out of memory",

@@ -9,14 +9,6 @@ if TYPE_CHECKING:  # the command line imports this module, and must start quickl
     from torch import Tensor, nn
 
 
-class SrdLabError(Exception):
-    """What was wrong, what was expected, and what to do: one line, shown to the user as it stands."""
-
-
-class OtherWork(SrdLabError):
-    """What is stored in a run is not of the work to do: going on with it makes no sense, and leaves it as it was."""
-
-
 @dataclass(frozen=True)
 class Sample:
     """One image of a data set.

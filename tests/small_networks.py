@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from attacks import ensemble, flags, robustness_study
 from attacks.gates import Gates
 from srd_lab import render
-from srd_lab.checks import check_target
-from srd_lab.cli import main
-from srd_lab.intercept import SmoothModel
+from srd_lab.cli.main import main
+from srd_lab.engine.preconditions import check_target
+from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.methods.gradient import Gradient
 from srd_lab.models import Classifier
-from srd_lab.tracking import Run
+from srd_lab.runs.tracking import Run
 from srd_lab.types import Explainer
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import get_overridable_functions, resolve_name
 
-from srd_lab.affine import GATES, SELECTIONS
-from srd_lab.calls import ACTIVATIONS, IN_PLACE_ACTIVATIONS, LAYERS, MAX_POOLS
-from srd_lab.held import HELD
+from srd_lab.engine.affine import GATES, SELECTIONS
+from srd_lab.engine.held_constant import HELD
+from srd_lab.engine.spellings import ACTIVATIONS, IN_PLACE_ACTIVATIONS, LAYERS, MAX_POOLS
+from srd_lab.errors import SrdLabError
 from srd_lab.registry import make_explainer
-from srd_lab.types import SrdLabError
 
 Step = Callable[[Tensor], Any]
 DECOMPOSING = ("srd", "lrp_epsilon", "lrp_zplus", "lrp_gamma", "excitation_backprop")

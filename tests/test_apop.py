@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 import apop
 from apop import ActivationPattern, binarize, experiment, record, replay
-from apop.cli import apop as command
-from apop.experiment import Experiment, Hits, draw_images, in_top, metric_name, replay_input, wilson
-from srd_lab.backprop import split_normalisation
-from srd_lab.batches import joined
+from apop.experiment import Experiment, Hits, in_top, metric_name, replay_input, wilson
+from srd_lab.cli.apop import apop as command
 from srd_lab.data import batch, load_data
+from srd_lab.data.draw import draw_images
+from srd_lab.errors import SrdLabError
 from srd_lab.models import load_model
-from srd_lab.types import SrdLabError
+from srd_lab.normalise import split_normalisation
+from srd_lab.runs.batches import joined
 
 # --- networks whose calls are hard to follow --------------------------------------------------------------
 

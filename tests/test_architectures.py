@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from srd_lab import rules
-from srd_lab.backprop import tensors_in
-from srd_lab.encoder import SRDTrace
-from srd_lab.layout import Channels
+from srd_lab.engine import rules
+from srd_lab.engine.channels import Channels
+from srd_lab.engine.spellings import tensors_in
+from srd_lab.engine.srd_trace import SRDTrace
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.averaged import IntegratedGradients
 from srd_lab.methods.gradient import Gradient, GuidedBackprop
 from srd_lab.methods.lrp import LRPZPlus
 from srd_lab.methods.srd import SRD
-from srd_lab.types import SrdLabError
 
 WHOLE = SRD(encoder="", start="ones")
 

@@ -19,13 +19,14 @@ from attacks.experiment import at_equal_perturbation, common_reach, perturbation
 from attacks.manipulation import noise_at_equal_mse, similarity
 from attacks.objective import Reference
 from srd_lab import maps
-from srd_lab.backprop import normalisation_scale
 from srd_lab.catalogue import ATTACKABLE, METHODS
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC, SSIM
 from srd_lab.models import Classifier
+from srd_lab.normalise import normalisation_scale
 from srd_lab.registry import make_explainer
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
 

@@ -17,9 +17,10 @@ from attacks.backdoor import SOFT, Backdoor, Planted, check
 from attacks.branch import Branched, checkers
 from attacks.budget import Budget
 from attacks.scores import similarity
+from srd_lab.errors import SrdLabError
 from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 SIDE = 24
 METHODS: dict[str, dict[str, Any]] = {

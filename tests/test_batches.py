@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from srd_lab import batches
-from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.data import SkippedFile
+from srd_lab.errors import OtherWork, SrdLabError
+from srd_lab.runs import batches
+from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.tracking import FolderRun
 from srd_lab.runtime import Batcher
-from srd_lab.tracking import FolderRun
-from srd_lab.types import OtherWork, Sample, SrdLabError
+from srd_lab.types import Sample
 
 INDICES = [3, 4, 8, 9, 11, 12, 20]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attacks.budget import LEGACY_MSE, Budget, mean_square, to_8_bits
 from attacks.scores import SCORES, as_read, more_scores, scores_of, similarity, ssim_for, top_pixels
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 SHAPE = (3, 2, 2)
 SCALE = 1 / torch.tensor(STD, dtype=torch.float64).view(1, 3, 1, 1)

@@ -14,13 +14,13 @@ from test_methods import Mixed, chain, normalised, pixels
 from torch import Tensor, nn
 
 from srd_lab import maps
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.lrp import ExcitationBackprop
 from srd_lab.registry import EXPLAINERS, make_explainer
-from srd_lab.types import SrdLabError
 
 CAMS = {
     "gradcam": GradCAM,

@@ -27,11 +27,12 @@ from attacks.certificates import (
     top_count,
 )
 from srd_lab.data import batch, load_data
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.cam import GradCAM
 from srd_lab.models import load_model
 from srd_lab.render.certificate import certificate_plot
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 NORMAL = NormalDist()
 

@@ -17,15 +17,16 @@ import torch
 from click.testing import CliRunner, Result
 
 from attacks import manipulation_study as study
-from attacks.experiment import draw_pairs
-from srd_lab import environment
-from srd_lab.cli import main
+from srd_lab.cli.main import main
 from srd_lab.data import load_data
+from srd_lab.data.draw import draw_pairs
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.gradient import Gradient
 from srd_lab.models import WEIGHTS, load_model
+from srd_lab.runs import environment
+from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher
-from srd_lab.tracking import Run
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.types import Sample
 
 TINY = ("attack", "--attack", "eq10", "--pairs", "4", "--steps", "3", "--batch-size", "2", "--device", "cpu")
 

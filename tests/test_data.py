@@ -16,7 +16,7 @@ from srd_lab.data import SOURCES, batch, load_data, scenes
 from srd_lab.data.imagenet import ImageNetFolder, class_names, wnids
 from srd_lab.data.pictures import SkippedFile, decode, fit
 from srd_lab.data.scenes import BANDS, CLASSES, DISTRACTORS, LENGTHS, SHAPES, SIZE, Scenes
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 # --- scenes -------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from srd_lab.data import Loaded, load_batches, load_data, loading, skipped_report
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Sample
 
 WORKERS = 0, 1, 2
 

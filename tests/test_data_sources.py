@@ -22,7 +22,8 @@ from PIL import Image
 from srd_lab.data import SkippedFile, load_data
 from srd_lab.data.cifar import CIFAR10_CLASSES
 from srd_lab.data.imagenet import index_of, wnids
-from srd_lab.types import Dataset, Sample, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Dataset, Sample
 
 SHARED = Path(__file__).parents[2] / "shared" / "assets"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="there is no folder ../shared/assets")

@@ -45,11 +45,12 @@ from attacks.optimiser import PGD, unit
 from attacks.probe import NEAR, probe
 from attacks.scores import SCORES, similarity, top_pixels
 from attacks.surrogate import SURROGATES, Surrogate
-from srd_lab.backprop import normalisation_scale
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC, SSIM
+from srd_lab.normalise import normalisation_scale
 from srd_lab.registry import make_explainer
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 GRADIENT = make_explainer("gradient", channels="abs_sum")
 TIMES_INPUT = make_explainer("grad_input")

@@ -18,7 +18,7 @@ from attacks.entry import read_entry
 from attacks.leaderboard import Leaderboard, leaderboard, reason
 from attacks.scores import SCORES
 from attacks.verification import verify
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 METHODS = ("gradient", "sobel")
 PASSED = {"passed": {"class": True, "weights": True, "faithful": True}}

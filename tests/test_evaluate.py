@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from srd_lab import load_data, load_model, render
 from srd_lab.catalogue import METHODS, METRICS, TABLE_2
-from srd_lab.cli import main
+from srd_lab.cli.main import main
+from srd_lab.errors import SrdLabError
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.explaining import Classes
 from srd_lab.evaluation.study import PICTURES
@@ -32,7 +33,6 @@ from srd_lab.registry import METRICS as SCORES
 from srd_lab.reproduce.evaluation import activation_of
 from srd_lab.reproduce.paper import paper
 from srd_lab.runtime import Batcher
-from srd_lab.types import SrdLabError
 
 Rows = list[dict[str, str]]
 SOME = ("--model", "resnet18", "--methods", "gradient,srd,gradcam,random", "--images", "7")

@@ -35,10 +35,10 @@ from attacks.robustness_experiment import Experiment, transfer
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
 from attacks.thresholds import TAU
-from srd_lab.batches import Arrays, Item
 from srd_lab.data import load_data
 from srd_lab.models import load_model
 from srd_lab.registry import make_explainer
+from srd_lab.runs.batches import Arrays, Item
 from srd_lab.types import Explainer, Sample
 
 BUDGET = Budget.named("l2", 2.0)

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab.calls import Call, in_place
-from srd_lab.intercept import Interceptor, SmoothModel
+from srd_lab.engine.interceptor import Interceptor
+from srd_lab.engine.softplus import in_place
+from srd_lab.engine.spellings import Call
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.srd import SRD
-from srd_lab.types import SrdLabError
 
 Function = Callable[[Tensor], Tensor]
 

@@ -13,10 +13,10 @@ import torch
 from test_methods import bounds, chain, normalised, pixels
 from torch import Tensor, nn
 
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.gradient import GradInput
 from srd_lab.methods.lrp import ExcitationBackprop, LRPEpsilon, LRPGamma, LRPZPlus
-from srd_lab.types import SrdLabError
 
 STYLES = ("modules", "shared_inplace", "functional")
 TARGETS = (2, 0)

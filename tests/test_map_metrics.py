@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics import summary
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.types import SrdLabError
 
 Metric = Sparseness | Roughness
 BOTH = pytest.mark.parametrize("metric", [Sparseness(), Roughness()], ids=["sparseness", "roughness"])

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from srd_lab import catalogue
 from srd_lab.data import batch, load_data
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
 from srd_lab.methods.gradient import Deconvnet, Gradient, GradInput, GuidedBackprop
 from srd_lab.methods.lrp import LRPZPlus
@@ -29,7 +30,7 @@ from srd_lab.methods.srd import SRD
 from srd_lab.models import Classifier, load_model
 from srd_lab.registry import EXPLAINERS, METRICS, explain, make_explainer
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 METHODS = tuple(EXPLAINERS)
 LOW, HIGH = ([n for n, m in catalogue.METHODS.items() if m.resolution == size] for size in ("low", "high"))

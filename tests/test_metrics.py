@@ -15,6 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
 from srd_lab import catalogue, maps
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.gradient import Gradient, GradInput
 from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.metrics.faithfulness import Deletion, Fidelity, Infidelity, Insertion, LeRF, MoRF
@@ -29,7 +30,6 @@ from srd_lab.metrics.robustness import (
 )
 from srd_lab.registry import EXPLAINERS, METRICS
 from srd_lab.runtime import generator
-from srd_lab.types import SrdLabError
 
 NAMES = tuple(METRICS)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import srd_lab
 from srd_lab import data, maps
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.gradient import Gradient, GradInput
 from srd_lab.metrics import explained as explained_module
 from srd_lab.metrics import faithfulness, robustness
@@ -25,7 +26,7 @@ from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.metrics.faithfulness import Deletion, Fidelity, Infidelity, Insertion, LeRF, MoRF
 from srd_lab.metrics.localisation import AttributionLocalization, PointingGame
 from srd_lab.metrics.robustness import NoisePCC, NoiseSSIM, Randomization, Stability
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 NAMES = tuple(PIECES)
 EVERY = pytest.mark.parametrize("name", NAMES)

@@ -22,10 +22,11 @@ from attacks.model_study import ModelStudy
 from attacks.model_tables import table, verdicts
 from srd_lab import load_model
 from srd_lab.data import Loaded
+from srd_lab.errors import SrdLabError
 from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
-from srd_lab.tracking import FolderRun
-from srd_lab.types import Explainer, Sample, SrdLabError
+from srd_lab.runs.tracking import FolderRun
+from srd_lab.types import Explainer, Sample
 
 SIDE = 16
 

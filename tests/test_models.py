@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srd_lab.data import batch, load_data
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.cam import GradCAM
 from srd_lab.methods.lrp import LRPZPlus
 from srd_lab.methods.srd import SRD
@@ -43,7 +44,6 @@ from srd_lab.models import (
 from srd_lab.models.cifar import CIFAR_NETWORKS, CIFAR_STATISTICS, Block, CifarResNet
 from srd_lab.models.classifier import Colour, last_parameter
 from srd_lab.models.imagenet import Head, torchvision_names, vgg_head
-from srd_lab.types import SrdLabError
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 

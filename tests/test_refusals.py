@@ -12,9 +12,9 @@ from small_networks import OPTIONS
 from torch import Tensor, nn
 
 import srd_lab
+from srd_lab.errors import SrdLabError
 from srd_lab.models import Classifier
 from srd_lab.registry import EXPLAINERS, make_explainer
-from srd_lab.types import SrdLabError
 
 RUN = [name for name in EXPLAINERS if name != "random"]  # what runs the model
 

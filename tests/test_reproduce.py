@@ -24,8 +24,7 @@ from torch import Tensor
 
 from apop.experiment import Experiment, Hits
 from attacks.experiment import at_equal_perturbation
-from srd_lab import batches, options
-from srd_lab.cli import main
+from srd_lab.cli.main import main
 from srd_lab.data import batch, load_data
 from srd_lab.data.imagenet import wnids
 from srd_lab.methods.srd import SRD
@@ -43,10 +42,11 @@ from srd_lab.reproduce.paper import (
     report,
 )
 from srd_lab.reproduce.patterns import Figure6
-from srd_lab.tracking import Run
+from srd_lab.runs import batches, settings
+from srd_lab.runs.tracking import Run
 
 SHARED = Path(__file__).parents[2] / "shared"
-PAPER = json.loads((Path(options.__file__).parent / "reproduce" / "paper.json").read_text())
+PAPER = json.loads((Path(batches.__file__).parents[1] / "reproduce" / "paper.json").read_text())
 NETWORKS = ("vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 OTHERS = "data: scenes, not the ImageNet validation set; networks made for it"
 UNSAID = (
@@ -641,9 +641,9 @@ def test_the_papers_networks_are_the_default(
     seen = []
 
     def look(ctx: click.Context, command: str, *_: object) -> None:
-        seen.append((command, ctx.params["models"], options.given_settings(ctx).get("models")))
+        seen.append((command, ctx.params["models"], settings.given_settings(ctx).get("models")))
 
-    monkeypatch.setattr("srd_lab.reproduce.cli.tracked", look)
+    monkeypatch.setattr("srd_lab.cli.reproduce.tracked", look)
     assert CliRunner().invoke(main, ["reproduce", name, *given]).exit_code == 0
     typed = ",".join(models) if "--model" in given else None
     assert seen == [(f"reproduce {name}", models, typed)]

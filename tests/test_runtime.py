@@ -16,11 +16,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from srd_lab import command
-from srd_lab.command import progress
-from srd_lab.options import Count, WeightsFile, as_setting, common_options, stored_settings, weights_of
+from srd_lab.cli import errors, tracked
+from srd_lab.cli.options import Count, WeightsFile, common_options
+from srd_lab.errors import SrdLabError
+from srd_lab.runs.report import progress
+from srd_lab.runs.settings import as_setting, stored_settings, weights_of
 from srd_lab.runtime import Batcher, is_out_of_memory, pick_device
-from srd_lab.types import SrdLabError
 
 # --- batches -----------------------------------------------------------------------------------------------
 
@@ -260,7 +261,7 @@ def test_a_signal_ends_a_command_as_ctrl_c_does_unless_it_is_ignored(name: str) 
     end = getattr(signal, name)
 
     @click.command()
-    @command.command_errors
+    @errors.command_errors
     def work() -> None:
         os.kill(os.getpid(), end)
         click.echo("went on")
@@ -315,9 +316,9 @@ def test_whatever_ends_a_run_says_how_to_go_on(
     @click.command()
     @common_options
     @click.pass_context
-    @command.command_errors
+    @errors.command_errors
     def work(ctx: click.Context, /, **_: Any) -> None:
-        command.tracked(ctx, "attack", "it", lambda settings: Fails(error, settings))
+        tracked.tracked(ctx, "attack", "it", lambda settings: Fails(error, settings))
 
     def output(*arguments: str) -> str:
         result = CliRunner().invoke(work, arguments)
@@ -328,7 +329,7 @@ def test_whatever_ends_a_run_says_how_to_go_on(
     assert output("--no-track") == f"Error: {said}; {untracked}\n"
     out = tmp_path / "out"
     assert output("--no-track", "--out", str(out)) == f"Error: {said}; the files are in {out}\n"
-    monkeypatch.setattr("srd_lab.tracking.open_run", lambda *_, **__: Known())
+    monkeypatch.setattr("srd_lab.runs.tracking.open_run", lambda *_, **__: Known())
     again = "what was finished is stored; go on with: srd-lab attack --resume abc"
     assert output() == f"Error: {said}; {again}\n"
     assert output("--tracking-uri", "sqlite:///a b.db") == (

@@ -11,8 +11,8 @@ from scipy.stats import pearsonr
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC, SSIM
-from srd_lab.types import SrdLabError
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.data import batch, load_data
-from srd_lab.intercept import SmoothModel
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.cam import GradCAM
 from srd_lab.methods.gradient import Gradient, GradInput
 from srd_lab.methods.smoothed import NORMALISE, BetaSmoothed, Smoothed, parse_explainer, plain_name
@@ -21,7 +22,7 @@ from srd_lab.methods.srd import SRD
 from srd_lab.models import load_model
 from srd_lab.registry import make_explainer
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 
 class Small(nn.Module):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.models import Classifier
 from srd_lab.registry import EXPLAINERS, make_explainer
-from srd_lab.types import SrdLabError
 
 LRP = ("lrp_zplus", "lrp_gamma", "excitation_backprop")  # by modified weights
 MODIFIED = {*LRP, "contrastive_excitation"}

@@ -13,9 +13,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.srd import SRD
 from srd_lab.models import Classifier
-from srd_lab.types import SrdLabError
 
 DATA = Path(__file__).parent / "data"
 GRAPHS = ref.toy_graphs()

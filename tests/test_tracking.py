@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
-from srd_lab import environment as record
-from srd_lab import store as mlflow_store
-from srd_lab import tracking
-from srd_lab.environment import environment
-from srd_lab.store import store_uri
-from srd_lab.tracking import Run, open_run
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.runs import environment as record
+from srd_lab.runs import store as mlflow_store
+from srd_lab.runs import tracking
+from srd_lab.runs.environment import environment
+from srd_lab.runs.store import store_uri
+from srd_lab.runs.tracking import Run, open_run
 
 
 @pytest.fixture(scope="module")

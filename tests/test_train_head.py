@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srd_lab.data import load_data
+from srd_lab.errors import SrdLabError
 from srd_lab.models import load_model, read_state
 from srd_lab.models.imagenet import Head
 from srd_lab.runtime import generator
-from srd_lab.types import SrdLabError
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 NARROW = [4, "M", 8, "M", 8, "M", 16, "M", 512, "M"]  # VGG's layout, in a hundredth of the time

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from srd_lab.data.loading import Loaded, load_batches, skipped_report
 from srd_lab.data.pictures import NON_RGB, SkippedFile
-from srd_lab.types import Dataset, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Dataset
 
 __all__ = [
     "NON_RGB",

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from srd_lab.data.pictures import Picture, SkippedFile, complaint
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -28,7 +28,8 @@ import torch
 from numpy.typing import NDArray
 
 from srd_lab.data.pictures import NON_RGB, SkippedFile, complaint, decode, spread
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Sample
 
 SIZE = 32
 SPLITS = ("train", "test")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from srd_lab.data.pictures import EXTENSIONS, Picture, PictureFolder, images_in
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 
 class ImageFolder(PictureFolder):

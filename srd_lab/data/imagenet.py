@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from srd_lab.data.boxes import boxes_of, rasterise, read_table
 from srd_lab.data.pictures import EXTENSIONS, Picture, PictureFolder, complaint, images_in
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,7 +16,7 @@ import numpy as np
 
 from srd_lab.data.imagenet import class_names, pictures_by_wnid, wnid_folders, wnids
 from srd_lab.data.pictures import Picture, PictureFolder, SkippedFile, decode_mask
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 if TYPE_CHECKING:
     from PIL import Image

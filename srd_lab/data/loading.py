@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from srd_lab.data.pictures import PictureFolder, SkippedFile
-from srd_lab.types import Dataset, Sample, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Dataset, Sample
 
 MOST_WORKERS = 4
 WORTH_WORKERS = 256  # images to decode

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Sample
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from srd_lab.types import Sample, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Sample
 
 SIZE = 64
 LENGTHS = {"train": 20_000, "val": 2_000, "test": 2_000}

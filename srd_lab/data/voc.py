@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from srd_lab.data.pictures import Picture, PictureFolder, SkippedFile, complaint, decode_mask
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srd_lab.batches import Advance, Arrays, Item
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.registry import make_explainer
-from srd_lab.types import Explainer, Sample, SrdLabError
+from srd_lab.runs.batches import Advance, Arrays, Item
+from srd_lab.types import Explainer, Sample
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
-from srd_lab.command import text_table
 from srd_lab.data.pictures import decode, fit, upright
+from srd_lab.errors import SrdLabError
 from srd_lab.models import Classifier, input_size, load_model
-from srd_lab.options import weights_of
 from srd_lab.registry import make_explainer
+from srd_lab.runs.report import text_table
+from srd_lab.runs.settings import weights_of
 from srd_lab.runtime import full_precision, pick_device
-from srd_lab.types import SrdLabError
 
 TOP = 5
 

@@ -9,21 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from apop.experiment import draw_images
 from srd_lab import registry, render
-from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.catalogue import METHODS, METRICS, title_of
-from srd_lab.command import csv_text, data_for, network_for, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
+from srd_lab.data.draw import draw_images
+from srd_lab.errors import SrdLabError
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.models import input_size
-from srd_lab.options import options_of
+from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.inputs import data_for, network_for, weights_sums
+from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.settings import options_of
+from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
-from srd_lab.tracking import Run
-from srd_lab.types import SrdLabError
 
 PICTURES = 6
 COLUMNS = 5  # of a printed table

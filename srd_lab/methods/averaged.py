@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
-from srd_lab.backprop import split_normalisation, traced
-from srd_lab.checks import check_input, check_target
-from srd_lab.intercept import Watch
-from srd_lab.recompute import recomputed
+from srd_lab.engine.attribution import traced
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.preconditions import check_input, check_target
+from srd_lab.engine.recompute import recomputed
+from srd_lab.errors import SrdLabError
+from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 Points = Callable[
     [Tensor, range], Tensor

@@ -23,55 +23,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from srd_lab import rules
-from srd_lab.backprop import traced
-from srd_lab.calls import Call, Function
-from srd_lab.checks import check_input, class_logit
-from srd_lab.encoder import End, SRDTrace
-from srd_lab.notes import TensorNotes
-from srd_lab.types import Explainer, SrdLabError
-
-
-class _LayerTrace(SRDTrace):
-    """Knows besides which torch function of the model made a layer, see :class:`srd_lab.intercept.Exchange`."""
-
-    def __init__(self, model: nn.Module, encoder: str | None) -> None:
-        # The rule is never live: the trace is wanted for the layers that it finds.
-        super().__init__(model, rules.srd_vector, encoder, with_bias=False)
-        self.made: list[tuple[int, int]] = []  # event and channel axis of every activation call
-        self.end_event = 0
-        self._made_at: TensorNotes[int] = TensorNotes()
-
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        before, version = self.events, None if first is None else first._version
-        out = super().__torch_function__(func, types, args, kwargs)
-        # .cpu() in a hook, say, hands its argument back, and nobody uses what it returned
-        if isinstance(out, Tensor) and before < self.events and (out is not first or out._version != version):
-            self._made_at.put(out, self.events)
-        return out
-
-    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
-        out = super().activate(call, x, inplace)
-        self.made.append((self.events, self.channels.of(out)))
-        return out
-
-    def ends(self, output: Tensor) -> End:
-        self.end_event = self._made_at.get(output) or 0
-        return super().ends(output)
-
-    def left(self, module: nn.Module, output: Any) -> Any:
-        events = self.events
-        out = super().left(module, output)
-        self.events = events  # what is copied here is not the model's doing
-        return out
+from srd_lab.engine import rules
+from srd_lab.engine.attribution import traced
+from srd_lab.engine.layer_trace import LayerTrace
+from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Explainer
 
 
 @dataclass(frozen=True)
@@ -79,14 +40,13 @@ class Layer:
     """A layer of a running model.
 
     output : in the graph, with its channels along dimension ``channels``; activation : along dimension 1, (N, K, h, w).
-    event, axis : which torch function of the model made it, and the dimension of its channels there.
+    event : which torch function of the model made it.
     logits : (N, classes); differentiable : whether the map must be so in x.
     """
 
     output: Tensor
     channels: int
     event: int
-    axis: int
     logits: Tensor
     differentiable: bool
 
@@ -108,16 +68,17 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
     """The layer at ``level`` of a forward pass, with its graph."""
     check_input(x, model)
     leaf, differentiable = traced(x)
-    trace = _LayerTrace(model, encoder)
+    trace = LayerTrace(model, encoder)
     with torch.enable_grad():
         try:
-            logits, _ = trace.trace(leaf)
+            logits = trace.trace(leaf)
             if level == "low":
                 end = trace.end()
-                layer = Layer(end.output, end.axis, trace.end_event, end.axis, logits, differentiable)
+                layer = Layer(end.output, end.channels, end.event or 0, logits, differentiable)
             else:
-                i = trace.high(None) if level == "high" else trace.call_index(level)
-                layer = Layer(trace.v[i], 1, *trace.made[i], logits, differentiable)
+                i = trace.high() if level == "high" else trace.call_index(level)
+                event, axis = trace.made[i]
+                layer = Layer(trace.v[i], axis, event, logits, differentiable)
             if layer.output.dim() != 4:
                 raise SrdLabError(
                     f"level {level!r} puts out shape {tuple(layer.output.shape)}, which is no map (N, K, h, w); "

@@ -22,14 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from srd_lab import maps, rules
-from srd_lab.backprop import split_normalisation
-from srd_lab.checks import check_target
-from srd_lab.intercept import Exchange, Watch
+from srd_lab import maps
+from srd_lab.engine import rules
+from srd_lab.engine.interceptor import Exchange, Watch
+from srd_lab.engine.preconditions import check_target
+from srd_lab.engine.recompute import recomputed
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.cam import Layer, layer_of
-from srd_lab.recompute import recomputed
+from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import fast_layout, is_out_of_memory
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 _ABLATED_AT_ONCE = 2**23  # numbers in the copies of a layer: 32 MiB
 _PIXELS_AT_ONCE = 32 * 224 * 224
@@ -114,9 +116,9 @@ class AblationCAM(_PassCAM):
         def run(channels: Tensor, images: Tensor) -> Tensor:
             def ablated(made: Tensor) -> Tensor:
                 copies = made if len(images) > 1 else made.repeat(len(channels), *[1] * (made.dim() - 1))
-                copies = copies.movedim(layer.axis, 1)
+                copies = copies.movedim(layer.channels, 1)
                 copies = copies.masked_fill(_one_of_each(channels, copies), 0)
-                return copies.movedim(1, layer.axis)
+                return copies.movedim(1, layer.channels)
 
             return Exchange(model, layer.event, ablated).run(images)  # type: ignore[no-any-return]
 

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab.checks import check_input, check_target
-from srd_lab.intercept import Watch
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.preconditions import check_input, check_target
+from srd_lab.errors import SrdLabError
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 
 @dataclass(frozen=True)

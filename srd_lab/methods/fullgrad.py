@@ -24,14 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srd_lab import maps, rules
-from srd_lab.affine import SHIFTS, constant_part, overwrites
-from srd_lab.backprop import split_normalisation, traced
-from srd_lab.calls import BatchNorm, Call, Convolution, Function, in_place, tensors_in
-from srd_lab.checks import check_input, class_logit
-from srd_lab.intercept import Watch
-from srd_lab.layout import Channels
-from srd_lab.notes import TensorNotes
+from srd_lab import maps
+from srd_lab.engine import rules
+from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
+from srd_lab.engine.attribution import traced
+from srd_lab.engine.geometry import BatchNorm, Convolution
+from srd_lab.engine.image_trace import ImageTrace
+from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.engine.softplus import in_place
+from srd_lab.engine.spellings import Call, Function
+from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
@@ -59,36 +61,41 @@ class FullGrad(Explainer):
         return sums if differentiable else sums.detach()
 
 
-class _Biases(Watch):
+@dataclass(frozen=True)
+class _Bias:
+    """A bias of the running model.
+
+    y : what it is in, with channels along ``axis``. bias : its value; None for that of an activation y of ``u``.
+    """
+
+    y: Tensor
+    axis: int
+    bias: Tensor | None
+    u: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        if self.bias is not None:
+            return self.bias
+        assert self.u is not None
+        (slope,) = torch.autograd.grad(self.y.sum(), self.u, create_graph=True)
+        return self.y - slope * self.u
+
+
+class _Biases(ImageTrace):
     """Notes every tensor that a bias was added to, with the bias and the axis of its channels."""
+
+    needs_activations = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.found: list[tuple[Tensor, Tensor, int]] = []
-        self.channels = Channels()
-        self._of_image: TensorNotes[bool] = TensorNotes(lasting=True)
+        self.found: list[_Bias] = []
 
-    def trace(self, fed: Tensor) -> Tensor:
-        """The logits; ``fed`` may be changed in place."""
-        self._of_image.put(fed, True)
-        return self.run(fed)  # type: ignore[no-any-return]
-
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        operands = tensors_in(args, kwargs)
-        out = super().__torch_function__(func, types, args, kwargs)
-        if any(self._of_image.get(t) for t in operands):
-            for t in tensors_in((out,)):
-                self._of_image.put(t, True)
-        return out
-
-    def note(self, y: Tensor, x: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-        """``y``, which was made of ``x`` and holds ``bias``; a copy, as what follows may overwrite it. What is made of
-        parameters alone has no bias: it is one."""
-        if bias is None or not self._of_image.get(x) or not y.requires_grad:
+    def note(self, y: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+        """``y``, which holds ``bias``; a copy, as what follows may overwrite it."""
+        if bias is None or not y.requires_grad:
             return y
-        self.found.append((y, bias, axis))
+        self.found.append(_Bias(y, axis, bias))
         return self.channels.put(y.clone(), axis)
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
@@ -96,56 +103,35 @@ class _Biases(Watch):
         return self.channels.put(self._activated(call, x, inplace, axis), axis)
 
     def _activated(self, call: Call, x: Tensor, inplace: bool, axis: int) -> Tensor:
-        if call.kind in _WITHOUT_BIAS or not self._of_image.get(x):
-            return super().activate(call, x, inplace)
+        if call.kind in _WITHOUT_BIAS:
+            return call.original(x)
         u = x.clone()
         v = call.function(u)
-        (slope,) = torch.autograd.grad(v.sum(), u, create_graph=True)
-        self.found.append((v, v - slope * u, axis))
+        self.found.append(_Bias(v, axis, None, u))
         return x.copy_(v) if inplace else v.clone()
 
     def convolution(self, conv: Convolution) -> Tensor:
-        y = super().convolution(conv)
-        return self.note(y, conv.x, None if conv.bias is None else conv.bias.view(-1, 1, 1), 1)
+        y = conv.apply(conv.x, conv.weight, conv.bias)
+        return self.note(y, None if conv.bias is None else conv.bias.view(-1, 1, 1), 1)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = super().linear(x, weight, bias)
-        self.channels.put(y, y.dim() - 1)
-        return self.note(y, x, bias, y.dim() - 1)
+        y = self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
+        return self.note(y, bias, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        return self.note(run(), norm.x, norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
+        return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
 
-    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        moving = [t for t in tensors_in(args, kwargs) if self._of_image.get(t)]
-        if not moving:
-            return super().other(function, args, kwargs)
-        x = max(moving, key=Tensor.dim)
-        axis = self.channels.of(x)
-        if function in SHIFTS and len(moving) == 1:
-            bias = constant_part(function, args, kwargs, [x])
-            if bias.dim() == x.dim() and _is_vector(bias, axis):
-                return self._shifted(function, args, kwargs, x, bias, axis)
-        out = super().other(function, args, kwargs)
-        self.channels.follow(function, args, kwargs, x, axis, out)
-        # here as well, as the padding of a convolution by name is no call of the model's
-        for t in tensors_in((out,)):
-            self._of_image.put(t, True)
-        return out
-
-    def _shifted(
-        self,
-        function: Function,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        x: Tensor,
-        bias: Tensor,
-        axis: int,
-    ) -> Tensor:
+    def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is added to a map is a bias."""
+        maps = self.maps_in(args, kwargs)
+        if function not in SHIFTS or len(maps) > 1:
+            return super().on_maps(function, args, kwargs)
+        axis, bias = self.channels.of(maps[0]), constant_part(function, args, kwargs, maps)
+        if bias.dim() != maps[0].dim() or not _is_vector(bias, axis):
+            return super().on_maps(function, args, kwargs)
         if overwrites(function, kwargs):
-            return in_place(args[0], lambda u: self.note(function(u, *args[1:], **kwargs), x, bias, axis))
-        return self.note(function(*args, **kwargs), x, bias, axis)
+            return in_place(args[0], lambda u: self.note(function(u, *args[1:], **kwargs), bias, axis))
+        return self.note(function(*args, **kwargs), bias, axis)
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
@@ -163,11 +149,11 @@ def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple
     with torch.enable_grad():
         given = normalise(leaf)
         trace = _Biases(network)
-        logits = trace.trace(given.clone())
+        logits = trace.run(given.clone())
         score = class_logit(logits, target).sum()
-        held = [given, *(y for y, _, _ in trace.found)]
+        held = [given, *(bias.y for bias in trace.found)]
+        values = [(given, 1), *((bias.value, bias.axis) for bias in trace.found)]
         slopes = torch.autograd.grad(score, held, create_graph=differentiable, allow_unused=True)
-        values = [(given, 1), *((bias, axis) for _, bias, axis in trace.found)]
         found = zip(slopes, values, strict=True)
         products = [(g * value).movedim(axis, 1) for g, (value, axis) in found if g is not None]
     return products, logits, differentiable

@@ -23,10 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from srd_lab import maps, rules
-from srd_lab.backprop import Gated, split_normalisation, traced
-from srd_lab.checks import check_input, class_logit
-from srd_lab.intercept import Watch
+from srd_lab import maps
+from srd_lab.engine import rules
+from srd_lab.engine.attribution import traced
+from srd_lab.engine.decomposed import Gated
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 
 Attribution = tuple[Tensor, Tensor]  # map (N, H, W) and logits (N, K)

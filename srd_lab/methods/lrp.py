@@ -28,14 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab import maps, rules
-from srd_lab.backprop import split_normalisation, traced
-from srd_lab.checks import check_input, check_target, class_logit
-from srd_lab.encoder import SRDTrace
-from srd_lab.level import call_index, high_call
-from srd_lab.modified import ModifiedTrace
-from srd_lab.notes import original_of
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab import maps
+from srd_lab.engine import rules
+from srd_lab.engine.attribution import traced
+from srd_lab.engine.layers import call_index, high_call
+from srd_lab.engine.lrp_trace import ModifiedTrace
+from srd_lab.engine.preconditions import check_input, check_target, class_logit
+from srd_lab.engine.record import original_of
+from srd_lab.engine.srd_trace import SRDTrace
+from srd_lab.errors import SrdLabError
+from srd_lab.normalise import split_normalisation
+from srd_lab.types import Explainer
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class LRPEpsilon(Explainer):
         normalise, network = split_normalisation(model)
         with torch.enable_grad():
             given = normalise(leaf)
-            trace = SRDTrace(network, rules.lrp_epsilon(self.epsilon), "", with_bias=False)
+            trace = SRDTrace(network, rules.lrp_epsilon(self.epsilon), with_bias=False)
             logits, _ = trace.trace(given)
             score = class_logit(logits, target)[:, None]
             signal = rules.divide(score, score + self.epsilon * rules.sign(score))

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.catalogue import outer_parts
-from srd_lab.checks import check_input, check_target
-from srd_lab.intercept import SmoothModel, Watch
-from srd_lab.recompute import recomputed
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.preconditions import check_input, check_target
+from srd_lab.engine.recompute import recomputed
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import SrdLabError
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 NORMALISE = ("max_abs", "abs_sum", "none")
 _PIXELS_AT_ONCE = 8 * 224 * 224  # of a differentiable SRD pass on VGG16, 3 GiB

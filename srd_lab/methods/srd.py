@@ -5,7 +5,7 @@ is the sum of what the PFVs of the layer before contribute to it, u_j = sum_i vh
 ``mu_ij = <vhat_ij, u_j> / ||u_j||^2`` of its relevance (Eq. 5-8; the printed Eq. 6 divides by ||vhat_ij||, which does
 not sum to 1). As one backward pass: an activation replaces its derivative by ``u R / ||u||^2`` with R = <v, G>, and
 everything affine keeps its vector-Jacobian product. Biases and shifts are shared by Eq. 11. Gates, the scale of a
-normalisation that depends on the input and attention weights are held constant (:mod:`srd_lab.held`).
+normalisation that depends on the input and attention weights are held constant (:mod:`srd_lab.engine.held_constant`).
 
 The pass starts at the encoder output with ``mu = relu(sum_k alpha_k A_k)``, alpha the spatial mean of the gradient of
 ``y_c - mean_k y_k`` (Eq. 3, 4, 9).
@@ -28,11 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srd_lab import rules
-from srd_lab.backprop import traced
-from srd_lab.checks import check_input, class_logit
-from srd_lab.encoder import End, SRDTrace
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.engine import rules
+from srd_lab.engine.attribution import traced
+from srd_lab.engine.encoder_end import End
+from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.engine.srd_trace import SRDTrace
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Explainer
 
 STARTS = ("contrastive", "gradcam", "ones")
 UNITS = ("vector", "scalar")
@@ -198,13 +200,13 @@ class _Run:
     ) -> None:
         self.method, self.leaf, self.differentiable = method, leaf, differentiable
         rule, with_bias = _RULES[method.unit, method.values], method.unit == "vector"
-        self.trace = SRDTrace(model, rule, method.encoder, with_bias, accounting)
+        self.trace = SRDTrace(model, rule, method.encoder, with_bias=with_bias, accounting=accounting)
         self.output, self.input = self.trace.trace(self.leaf)
 
     @property
     def lost(self) -> dict[str, Tensor]:
         """What the backward passes lost until now, by cause."""
-        return self.trace.switch.lost or {}
+        return self.trace.live_pass.leaks or {}
 
     def finish(self, t: Tensor) -> Tensor:
         return t if self.differentiable else t.detach()
@@ -214,7 +216,7 @@ class _Run:
         end = self.trace.end()
         r = self._start_map(end, target, self.method.start if start is None else start)
         if end.call is None:
-            front = end.output.movedim(end.axis, 1)
+            front = end.output.movedim(end.channels, 1)
             return self._inject(front, front, r, None)
         return self._at(end.call.index, r)
 
@@ -240,11 +242,11 @@ class _Run:
     def _inject(self, tensor: Tensor, reference: Tensor, r: Tensor, call: int | None) -> _Begin:
         """Signal u R / ||u||^2, so that the relevance of every position is R (per neuron, R is split as u^2 is)."""
         signal = reference * rules.divide(r[:, None], rules.squared_norm(reference))
-        self.trace.switch.lose("dead fields", lambda: r[(reference == 0).all(1)])
+        self.trace.live_pass.leak("dead fields", lambda: r[(reference == 0).all(1)])
         return _Begin(tensor, signal, r, call)
 
     def _start_map(self, end: End, target: Tensor | int | None, start: str | Tensor) -> Tensor:
-        encoded = end.output.movedim(end.axis, 1)
+        encoded = end.output.movedim(end.channels, 1)
         shape = (encoded.shape[0], *encoded.shape[2:])
         if isinstance(start, Tensor):
             if start.shape != shape:
@@ -273,7 +275,7 @@ class _Run:
         (slope,) = torch.autograd.grad(
             score.sum(), end.output, create_graph=self.differentiable, retain_graph=True
         )
-        alpha = slope.movedim(end.axis, 1).mean([*range(2, slope.dim())], keepdim=True)
+        alpha = slope.movedim(end.channels, 1).mean([*range(2, slope.dim())], keepdim=True)
         return torch.relu((alpha * encoded).sum(1))
 
     # backward passes -----------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.explained import Explained
 from srd_lab.metrics.similarity import float64
-from srd_lab.types import SrdLabError
 
 
 @dataclass(frozen=True)

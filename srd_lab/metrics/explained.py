@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
-from srd_lab.backprop import normalisation_scale, split_normalisation
+from srd_lab.errors import SrdLabError
+from srd_lab.normalise import normalisation_scale, split_normalisation
 from srd_lab.runtime import fast_layout, generator
-from srd_lab.types import Explainer, SrdLabError
+from srd_lab.types import Explainer
 
 _PIXELS_AT_ONCE = 32 * 224 * 224
 

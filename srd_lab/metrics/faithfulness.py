@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srd_lab.catalogue import BASELINES
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.explained import Explained, Images, check_counts, unscorable
 from srd_lab.metrics.similarity import float64
 from srd_lab.runtime import derived_seed
-from srd_lab.types import SrdLabError
 
 
 @dataclass(frozen=True)

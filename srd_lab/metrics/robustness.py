@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from srd_lab.errors import SrdLabError
 from srd_lab.metrics.explained import Explained, check_counts, unscorable
 from srd_lab.metrics.similarity import PCC, SSIM, float64
 from srd_lab.runtime import derived_seed
-from srd_lab.types import SrdLabError
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from srd_lab.errors import SrdLabError
 from srd_lab.models.cifar import Cifar
 from srd_lab.models.classifier import Classifier, Family, Normalise, check_classes
 from srd_lab.models.files import fill, read_state
 from srd_lab.models.imagenet import FineTuned, ImageNet
 from srd_lab.models.scenes import SCENES_NETWORKS, SCENES_STATISTICS, WEIGHTS, Scenes, scenes_network
 from srd_lab.runtime import pick_device
-from srd_lab.types import SrdLabError
 
 __all__ = [
     "SCENES_NETWORKS",

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from srd_lab.types import Dataset, SrdLabError
+from srd_lab.errors import SrdLabError
+from srd_lab.types import Dataset
 
 Colour = tuple[float, float, float]
 Statistics = tuple[Colour, Colour]  # mean and standard deviation per channel
@@ -60,6 +61,12 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(self.normalise(x))
+
+    def normalisation_and_network(self) -> tuple[nn.Module, nn.Module]:
+        """See :class:`srd_lab.normalise.Normalising`; a subclass with a forward of its own is one whole."""
+        if type(self).forward is not Classifier.forward:
+            return nn.Identity(), self
+        return self.normalise, self.network
 
     @property
     def classes(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srd_lab.types import SrdLabError
+from srd_lab.errors import SrdLabError
 
 
 def _read_npz(file: Path) -> dict[str, Any]:

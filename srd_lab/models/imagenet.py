@@ -19,8 +19,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from srd_lab.errors import SrdLabError
 from srd_lab.models.classifier import Statistics, last_parameter
-from srd_lab.types import SrdLabError
 
 
 class ImageNet:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from srd_lab.errors import SrdLabError
 from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, style, title_of
-from srd_lab.types import SrdLabError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

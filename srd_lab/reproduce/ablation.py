@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from apop.experiment import draw_images
 from apop.study import images_at_once
 from srd_lab import render
-from srd_lab.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.command import checked_networks, csv_text, data_for, network_for, text_table
 from srd_lab.data import skipped_report
+from srd_lab.data.draw import draw_images
 from srd_lab.methods.srd import SRD
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.models import input_size
-from srd_lab.options import options_of
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, publish
+from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.inputs import checked_networks, data_for, network_for
+from srd_lab.runs.report import csv_text, text_table
+from srd_lab.runs.settings import options_of
+from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
-from srd_lab.tracking import Run
 
 VARIANTS = {
     "scalar": SRD(unit="scalar"),

@@ -11,15 +11,16 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from srd_lab.catalogue import METRICS, TABLE_2, TABLE_2_METRICS, TABLE_4
-from srd_lab.command import csv_text, publish, text_table, weights_sums
 from srd_lab.data import skipped_report
+from srd_lab.errors import SrdLabError
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
-from srd_lab.options import weights_of
 from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report
+from srd_lab.runs.inputs import weights_sums
+from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.settings import weights_of
+from srd_lab.runs.tracking import Run
 from srd_lab.runtime import pick_device
-from srd_lab.tracking import Run
-from srd_lab.types import SrdLabError
 
 ACTIVATIONS = ("relu", "elu", "leaky_relu", "silu", "gelu", "tanh")
 LEGEND = (

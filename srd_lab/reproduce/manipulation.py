@@ -12,7 +12,7 @@ from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, paper, publish
-from srd_lab.tracking import Run
+from srd_lab.runs.tracking import Run
 
 SRD = "srd_ones"
 UNANSWERED = (

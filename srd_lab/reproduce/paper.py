@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from srd_lab.command import csv_text, text_table
-from srd_lab.command import publish as publish_text
 from srd_lab.metrics.summary import FEW, interval_text, summarise
-from srd_lab.options import weights_of
-from srd_lab.tracking import Run
+from srd_lab.runs.report import csv_text, text_table
+from srd_lab.runs.report import publish as publish_text
+from srd_lab.runs.settings import weights_of
+from srd_lab.runs.tracking import Run
 
 HEADER = ("", "paper", "measured [95 % interval]", "n", "paper's value")
 

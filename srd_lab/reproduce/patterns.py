@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from apop.experiment import Hits
 from apop.study import Survey, table_3
 from srd_lab import render
-from srd_lab.command import text_table
 from srd_lab.data import skipped_report
 from srd_lab.reproduce.paper import (
     Finding,
@@ -19,7 +18,8 @@ from srd_lab.reproduce.paper import (
     paper,
     publish,
 )
-from srd_lab.tracking import Run
+from srd_lab.runs.report import text_table
+from srd_lab.runs.tracking import Run
 
 WORDS = {"original": "original", "apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
 HALF = "±: half the 95 % Wilson interval"

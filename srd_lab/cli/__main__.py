@@ -1,0 +1,3 @@
+from srd_lab.cli.main import main
+
+main()

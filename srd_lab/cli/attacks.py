@@ -1,0 +1,203 @@
+"""``srd-lab attack``, ``robustness``, ``verify`` and ``leaderboard``: how far do attacks move the explanations of a
+method?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from srd_lab.cli.attack_options import (
+    BUDGET_OPTIONS,
+    EQ10_DEFAULTS,
+    EQ10_OPTIONS,
+    MANIPULATION_OPTIONS,
+    positive,
+    with_options,
+)
+from srd_lab.cli.errors import command_errors
+from srd_lab.cli.options import MethodName, batch_size_option, common_options, model_option, pairs_option
+from srd_lab.cli.tracked import tracked
+
+MEMBERS = ("dissimilarity", "combined", "top_k", "target", "mass_centre", "polish", "black_box", "transfer")
+ATTACKS = ("standard", *MEMBERS, "eq10")
+DEFAULT_ATTACKS = ("combined", "polish", "eq10")
+
+
+@click.command()
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=MethodName(("all",)),
+    default=["srd"],
+    show_default=True,
+    metavar="NAME",
+    help="Explanation method (`srd-lab methods` lists them), or all = the six of Fig. 4; repeatable.",
+)
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    type=click.Choice(ATTACKS),
+    default=DEFAULT_ATTACKS,
+    show_default=True,
+    metavar="NAME",
+    help=f"{', '.join(ATTACKS)}; repeatable. standard = all of the evaluation; eq10 alone prints its own table.",
+)
+@pairs_option
+@model_option
+@with_options(BUDGET_OPTIONS)
+@with_options(EQ10_OPTIONS)
+@batch_size_option
+@click.option(
+    "--start",
+    "starts",
+    multiple=True,
+    type=click.Choice(["ones", "contrastive", "gradcam"]),
+    default=["ones"],
+    show_default=True,
+    help="Where SRD starts; the paper attacks 'ones', which is class-agnostic. Repeatable.",
+)
+@with_options(MANIPULATION_OPTIONS)
+@common_options
+@click.pass_context
+@command_errors
+def attack(ctx: click.Context, /, **_: Any) -> None:
+    """Attack the explanations of random images and score what is left of them.
+
+    The worst case per image over several attacks, on images of 8 bits within the budget whose predicted class holds; beside
+    it, not counted, random noise of the same norm and the published attack (Eq. 10). With --manipulate-model the network
+    is changed instead of the images.
+    """
+
+    def study(settings: dict[str, Any]) -> Any:
+        from attacks.manipulation_study import ManipulationStudy
+        from attacks.model_study import OTHERS, ModelStudy
+        from attacks.robustness_study import RobustnessStudy
+
+        if settings["manipulate_model"]:
+            training = {
+                "steps": settings["train_steps"],
+                "lr": settings["train_lr"],
+                "images": settings["pairs"],
+            }
+            return ModelStudy({**settings, **training, "others": OTHERS})
+        if tuple(settings["attacks"]) == ("eq10",):
+            return ManipulationStudy(settings)
+        return RobustnessStudy({**settings, "gates": False, "curve": False, "entries": False, "certify": 0})
+
+    tracked(ctx, "attack", ctx.params["model"], study)
+
+
+@click.command()
+@click.option(
+    "--method",
+    "--methods",
+    "methods",
+    multiple=True,
+    type=MethodName(("all", "attackable")),
+    default=["srd", "lrp_zplus", "guided_backprop", "gradcam", "sobel"],
+    show_default=True,
+    metavar="NAME",
+    help="Explanation method; all = the six of Fig. 4, attackable = every one with a gradient; repeatable.",
+)
+@click.option(
+    "--pairs",
+    "--images",
+    "pairs",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Random images to attack; each has another one, whose map is a goal.",
+)
+@model_option
+@with_options(BUDGET_OPTIONS)
+@click.option(
+    "--curve/--no-curve", default=True, show_default=True, help="Also a quarter, half and twice the budget."
+)
+@click.option(
+    "--certify",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Draws of a certificate of the smoothed maps (Levine et al. 2019), on four images; 1000 makes sense, 0 = none.",
+)
+@positive("--sigma", 0.1, "Standard deviation of these draws, pixels in [0, 1].")
+@click.option(
+    "--eq10/--no-eq10",
+    "beside",
+    default=True,
+    show_default=True,
+    help="Also the published attack, not counted.",
+)
+@batch_size_option
+@common_options
+@click.pass_context
+@command_errors
+def robustness(ctx: click.Context, /, **_: Any) -> None:
+    """The standard evaluation: methods under the whole ensemble, with gates, flags, ranking and entries.
+
+    SRD is ranked from its class-specific start; the class-agnostic one, which the paper attacks, stands beside it.
+    docs/robustness.md explains the protocol.
+    """
+
+    def study(settings: dict[str, Any]) -> Any:
+        from attacks.robustness_study import RobustnessStudy
+
+        attacks = ("standard", *(("eq10",) if settings["beside"] else ()))
+        defaults = {"attacks": attacks, "starts": ("contrastive", "ones"), "gates": True, "entries": True}
+        return RobustnessStudy({**EQ10_DEFAULTS, **settings, **defaults})
+
+    tracked(ctx, "robustness", ctx.params["model"], study)
+
+
+@click.command()
+@click.argument("entry", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The network's weights file.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
+)
+@command_errors
+def verify(entry: Path, weights: Path | None, device: str) -> None:
+    """Recompute bounds, classes, maps and scores of ENTRY (an entry.json) from its images alone."""
+    from attacks.verification import verify as check
+    from srd_lab.errors import SrdLabError
+
+    problems = check(entry, weights, device)
+    for problem in problems:
+        click.echo(f"disagrees: {problem}")
+    if problems:
+        raise SrdLabError(f"{entry} does not verify; see above")
+    click.echo(f"{entry} verifies: hashes, bounds, classes, maps, scores and gates agree")
+
+
+@click.command()
+@click.argument(
+    "entries", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option(
+    "--out",
+    default="leaderboard",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where to write OUT.md and OUT.html.",
+)
+@command_errors
+def leaderboard(entries: tuple[Path, ...], out: Path) -> None:
+    """One table of ENTRIES (entry.json files) that measured the same thing."""
+    from attacks.leaderboard import leaderboard as table
+
+    found = table(entries)
+    for suffix, text in ((".md", found.markdown), (".html", found.html)):
+        out.with_name(out.name + suffix).write_text(text, encoding="utf-8")
+    click.echo(found.markdown)
+    click.echo(f"written: {out}.md and {out}.html")

@@ -1,0 +1,119 @@
+"""``srd-lab evaluate`` and ``srd-lab explain``: maps of many images, scored, and of a few, to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from srd_lab.catalogue import METHODS, METRICS
+from srd_lab.cli.errors import command_errors
+from srd_lab.cli.options import (
+    MethodName,
+    Names,
+    WeightsFile,
+    baseline_option,
+    batch_size_option,
+    common_options,
+    images_option,
+    model_option,
+)
+from srd_lab.cli.tracked import tracked
+
+
+@click.command()
+@model_option
+@click.option(
+    "--methods",
+    type=Names(("all", *METHODS), wrapped=True),
+    default="all",
+    show_default=True,
+    help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
+)
+@click.option(
+    "--metrics",
+    type=Names(("all", *METRICS)),
+    default="all",
+    show_default=True,
+    help="Metrics, comma-separated; `srd-lab methods` lists them too.",
+)
+@images_option("200")
+@click.option(
+    "--target",
+    type=click.Choice(["label", "predicted"]),
+    default="label",
+    show_default=True,
+    help="The class that is explained.",
+)
+@click.option(
+    "--reference",
+    type=MethodName(),
+    default="srd",
+    show_default=True,
+    metavar="NAME",
+    help="The method that every other is compared with.",
+)
+@baseline_option
+@batch_size_option
+@common_options
+@click.pass_context
+@command_errors
+def evaluate(ctx: click.Context, /, **_: Any) -> None:
+    """Score explanation methods on the same images and rank them.
+
+    Localisation, complexity, faithfulness and robustness of every method, with intervals, and each compared with SRD.
+    """
+    from srd_lab.evaluation.study import Evaluation
+
+    tracked(ctx, "evaluate", ctx.params["model"], Evaluation)
+
+
+@click.command()
+@click.argument(
+    "images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@model_option
+@click.option(
+    "--data",
+    default="scenes",
+    show_default=True,
+    help="What the network was made for: scenes, imagenet, cifar10, ...",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    type=WeightsFile(),
+    help="State dict (.pth, .safetensors, .npz). [default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
+)
+@click.option(
+    "--methods",
+    type=Names(("all", *METHODS), wrapped=True),
+    default="srd",
+    show_default=True,
+    help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
+)
+@click.option("--target", help="Class to explain: index, name or WordNet number. [default: the predicted]")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
+)
+@click.option(
+    "--out",
+    default="explanations",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for what is made.",
+)
+@command_errors
+def explain(images: tuple[Path, ...], **settings: Any) -> None:
+    """Explain IMAGES: overlays, raw maps, a contact sheet.
+
+    Prints the likeliest classes. For every picture OUT/NAME/METHOD.png shows where the map is positive (full
+    colour: what half a percent of its pixels exceed), and METHOD.npy is the raw map at its own resolution.
+    """
+    from srd_lab.evaluation.explaining import Explaining
+
+    Explaining(settings).run(images)

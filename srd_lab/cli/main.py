@@ -1,0 +1,99 @@
+"""``srd-lab``: the command line. Commands import what they need when they run, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from srd_lab.cli.apop import apop
+from srd_lab.cli.attacks import attack, leaderboard, robustness, verify
+from srd_lab.cli.errors import command_errors
+from srd_lab.cli.evaluation import evaluate, explain
+from srd_lab.cli.reproduce import reproduce
+from srd_lab.runs.report import text_table
+
+# Read when PyTorch is loaded. Threads that wait actively cost 5 to 15 times the time once another process holds a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="srd-lab")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
+def main(debug: bool) -> None:
+    """Find out whether a saliency explanation can be trusted.
+
+    \b
+      srd-lab attack --method srd --pairs 100    attack explanations, score what is left of them
+      srd-lab robustness                         the standard evaluation: ranking, gates, flags, entries
+      srd-lab apop --model vgg16                 predict from activation patterns alone
+      srd-lab evaluate --images 200              score and rank every method by every metric
+      srd-lab explain photo.jpg                  maps of your own pictures
+      srd-lab reproduce table3                   the paper's experiments, its numbers beside yours
+      srd-lab ui                                 look at the runs
+    """
+
+
+@main.command()
+@command_errors
+def models() -> None:
+    """List the bundled networks and how each was made."""
+    from srd_lab.models import cards
+
+    rows = [
+        [
+            card["name"],
+            card["width"],
+            f"{card['parameters']:,}",
+            f"{card['test_accuracy']:.1%}",
+            str(card["seed"]),
+            card["data"],
+            card["command"],
+        ]
+        for card in cards()
+    ]
+    click.echo(text_table(["model", "width", "parameters", "test accuracy", "seed", "data", "made by"], rows))
+    click.echo("\nWith --data imagenet:DIR, --model takes any torchvision classification network by name.")
+
+
+@main.command()
+@command_errors
+def methods() -> None:
+    """List the explanation methods and the metrics."""
+    from srd_lab.catalogue import METHODS, METRICS
+
+    rows = [
+        [name, m.title, m.paper, m.resolution, "yes" if m.attackable else "no", m.passes, m.tested]
+        for name, m in METHODS.items()
+    ]
+    header = ["method", "", "paper", "resolution", "attackable", "forward passes", "tested against"]
+    click.echo(text_table(header, rows))
+    click.echo(
+        "\nresolution: input, high = 1/8 of it, low = the encoder output. A backward pass counts as two forward ones;"
+    )
+    click.echo("K is the number of the layer's channels, a tail what lies behind the layer.\n")
+    scored = [[name, m.title, m.paper, m.scores, m.better, m.tested] for name, m in METRICS.items()]
+    click.echo(text_table(["metric", "", "paper", "what", "better", "tested against"], scored))
+
+
+@main.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]")
+@command_errors
+def ui(port: int, host: str, tracking_uri: str | None) -> None:
+    """Open the MLflow UI on the runs made here."""
+    from srd_lab.runs.store import launch_ui
+
+    launch_ui(tracking_uri, port, host)
+
+
+for command in (attack, robustness, verify, leaderboard):
+    main.add_command(command)
+main.add_command(apop)
+main.add_command(evaluate)
+main.add_command(explain)
+main.add_command(reproduce)
+
+if __name__ == "__main__":
+    main()

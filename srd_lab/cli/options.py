@@ -1,0 +1,178 @@
+"""The options that commands share, their types, and the settings that a resumed run gives back.
+
+Nothing heavy is imported here, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from srd_lab.catalogue import BASELINES, METHODS, outer_parts
+from srd_lab.runs.settings import named_file
+
+DEFAULT_MODEL = "vgg16"
+
+DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
+
+
+class WeightsFile(click.ParamType):
+    """``FILE``, or ``NAME=FILE`` for the model of that name; stays as it was typed."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not named_file(text)[1].is_file():
+            self.fail(f"there is no file {named_file(text)[1]}; expected FILE or NAME=FILE", param, ctx)
+        return text
+
+
+class Count(click.ParamType):
+    """How many: a number from 1 on, or ``all``."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        if text == "all":
+            return text
+        if not text.isdecimal() or int(text) < 1:
+            self.fail(f"{text!r} is not how many; expected a number from 1 on, or all", param, ctx)
+        return int(text)
+
+
+class Names(click.ParamType):
+    """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
+
+    wrapped : whether a wrapper such as ``smoothed(srd,0.1,64)`` is allowed too; what is inside is read later.
+    """
+
+    name = "list"
+
+    def __init__(self, allowed: Sequence[str], wrapped: bool = False) -> None:
+        self.allowed, self.wrapped = allowed, wrapped
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(outer_parts(value))
+        if wrong := [n for n in names if n not in self.allowed and not (self.wrapped and "(" in n)]:
+            self.fail(f"{wrong[0]!r} is not one of {', '.join(self.allowed)}", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+class MethodName(click.ParamType):
+    """The name of an explanation method, a wrapper around one such as ``smoothed(srd,0.1,64)``, or one of ``more``."""
+
+    name = "name"
+
+    def __init__(self, more: Sequence[str] = ()) -> None:
+        self.more = more
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip()
+        if "(" not in text and text not in (*METHODS, *self.more):
+            self.fail(f"{text!r} is not one of {', '.join((*self.more, *METHODS))}", param, ctx)
+        return text
+
+
+model_option = click.option(
+    "--model",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A bundled network, or with ImageNet data any torchvision one.",
+)
+
+pairs_option = click.option(
+    "--pairs",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Random pairs of images to attack.",
+)
+
+steps_option = click.option(
+    "--steps", default=100, show_default=True, type=click.IntRange(1), help="eq10: Adam steps at most."
+)
+
+baseline_option = click.option(
+    "--baseline",
+    default="black",
+    show_default=True,
+    type=click.Choice(BASELINES),
+    help="What fidelity sets pixels to: mean is the colour that normalisation maps to 0, minimum the smallest value "
+    "of the normalised image.",
+)
+
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1), help="Images or pairs at once. [default: by image size]"
+)
+
+
+def images_option(default: str) -> Callable[..., Any]:
+    """``--images``, a number or ``all``."""
+    return click.option(
+        "--images",
+        default=default,
+        show_default=True,
+        type=Count(),
+        help="Random images, drawn by the seed: a number, or all.",
+    )
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that runs a model over data and tracks the result."""
+    options = (
+        click.option("--data", default="scenes", show_default=True, help=DATA),
+        click.option(
+            "--weights",
+            multiple=True,
+            type=WeightsFile(),
+            help="State dict (.pth, .safetensors, .npz): FILE, or NAME=FILE for one of several models; repeatable. "
+            "[default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
+        ),
+        click.option(
+            "--non-rgb",
+            type=click.Choice(["skip", "convert"]),
+            default="skip",
+            show_default=True,
+            help="Images that are grey, CMYK or the like.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(0),
+            help="Processes that decode images; 0 = none. [default: by data and cores]",
+        ),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Decides everything that is drawn.",
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
+        ),
+        click.option("--track/--no-track", default=True, show_default=True, help="Log to MLflow."),
+        click.option(
+            "--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"
+        ),
+        click.option(
+            "--out",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="With --no-track: folder for tables and figures.",
+        ),
+        click.option(
+            "--resume", metavar="RUN_ID", help="Go on with a run that was interrupted; its settings apply."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

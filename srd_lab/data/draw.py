@@ -1,0 +1,84 @@
+"""Which images a study looks at: drawn by the seed; where they have to be classified correctly, by the network too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from srd_lab.data import Loaded, load_batches
+from srd_lab.errors import SrdLabError
+from srd_lab.runtime import Batcher, generator
+from srd_lab.types import Dataset, Sample
+
+SCREENED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image to attack and the image whose explanation it shall take on, as indices of the data set."""
+
+    original: int
+    goal: int
+
+
+def draw_pairs(
+    dataset: Dataset,
+    model: nn.Module,
+    count: int,
+    seed: int,
+    device: torch.device,
+    workers: int | None = None,
+) -> tuple[list[Pair], dict[str, str]]:
+    """``count`` random pairs of correctly classified images of different classes; no image is used twice.
+
+    Fixed by the seed, the data and the model alone. Also the files met that could not be read, name -> reason.
+    Raises SrdLabError if the data cannot give so many.
+    """
+    order = torch.randperm(len(dataset), generator=generator(seed, "pairs")).tolist()
+    waiting: list[int] = []
+    pairs: list[Pair] = []
+    skipped: dict[str, str] = {}
+    batcher = Batcher(SCREENED_AT_ONCE)
+    parts = (order[first : first + SCREENED_AT_ONCE] for first in range(0, len(order), SCREENED_AT_ONCE))
+    for loaded in load_batches(dataset, parts, workers or 0):
+        skipped |= loaded.skipped
+        for index in _correct(loaded, model, device, batcher):
+            partner = next((i for i in waiting if dataset.labels[i] != dataset.labels[index]), None)
+            if partner is None:
+                waiting.append(index)
+                continue
+            waiting.remove(partner)
+            pairs.append(Pair(partner, index))
+            if len(pairs) == count:
+                return pairs, skipped
+    found = (
+        f"{count} pairs were asked for, but the {len(dataset)} images give only {len(pairs)} pairs of correctly "
+        "classified images of different classes"
+    )
+    if not pairs:
+        right = (
+            "are all of one class" if waiting else "are none: do the labels and --weights belong together?"
+        )
+        raise SrdLabError(f"{found}; those classified correctly {right}")
+    raise SrdLabError(f"{found}; ask for fewer with --pairs")
+
+
+def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Batcher) -> list[int]:
+    def predict(some: Sequence[Sample]) -> list[int]:
+        with torch.no_grad():
+            return model(torch.stack([sample.image for sample in some]).to(device)).argmax(1).tolist()
+
+    predicted = [label for part in batcher.run(predict, loaded.samples) for label in part]
+    found = zip(loaded.indices, loaded.samples, predicted, strict=True)
+    return [index for index, sample, label in found if sample.label == label]
+
+
+def draw_images(dataset: Dataset, count: int | str, seed: int) -> list[int]:
+    """A random subset of ``count`` indices (``"all"``, or if there are not more: all), sorted; a smaller one is part
+    of a larger."""
+    count = len(dataset) if isinstance(count, str) else count
+    order = torch.randperm(len(dataset), generator=generator(seed, "images"))
+    return sorted(order[:count].tolist())

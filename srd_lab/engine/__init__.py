@@ -1,0 +1,1 @@
+"""One modified backward pass over an unmodified network."""

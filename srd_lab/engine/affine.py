@@ -1,0 +1,130 @@
+"""Which torch functions are affine in the maps that they are given, and what such a call makes of constants.
+
+Activations, convolutions, linear layers, batch norms and max pools are not here: :mod:`srd_lab.engine.spellings` has
+them.
+What is not listed here counts as not affine: a decomposition refuses it by name when relevance arrives there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srd_lab.engine.spellings import Function, tensors_in
+
+T = torch.Tensor
+_NAMESPACES = (torch, T, F, torch._C._nn, torch.linalg, torch.special)
+
+
+def _spelled(*groups: str) -> set[Function]:
+    """Every function and method of these names, in place too."""
+    names = [name for group in groups for name in group.split()]
+    spellings = [*names, *(f"{name}_" for name in names)]
+    found = {getattr(place, name, None) for place in _NAMESPACES for name in spellings}
+    return {function for function in found if callable(function)}
+
+
+GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
+DIVISIONS = _spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
+_SAMPLERS = _spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
+_IN_FIRST = DIVISIONS | _SAMPLERS  # affine in their first operand alone
+# affine in one of their operands, where the others are constants
+PRODUCTS = _IN_FIRST | _spelled(
+    "mul multiply __mul__ __rmul__ __imul__ einsum tensordot matmul __matmul__ __rmatmul__ __imatmul__ mm mv bmm",
+    "addmm addbmm baddbmm addmv addr addcmul lerp dot inner outer ger kron vdot vecdot cross multi_dot chain_matmul",
+)
+SHIFTS = _spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
+COPIES = {torch.clone, T.clone, T.contiguous, T.to}
+CASTS = _spelled("to type type_as float double half bfloat16 bool int long short byte char")
+SELECTIONS = _spelled(  # among a map's own values, as a max pool is: affine wherever the choice stays the same
+    "max min amax amin aminmax sort msort topk kthvalue median nanmedian quantile nanquantile cummax cummin",
+    "max_pool1d max_pool3d max_pool1d_with_indices max_pool3d_with_indices",
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+    "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices",
+)
+KINKS = _spelled(  # piecewise linear, and so an activation in all but its spelling, unless srd_lab.engine.spellings has it
+    "maximum minimum fmax fmin abs absolute __abs__ sign sgn heaviside threshold clamp clamp_min clamp_max clip",
+    "hardshrink softshrink rrelu",
+)
+_AFFINE = (
+    SHIFTS
+    | CASTS
+    | _spelled("sum mean cumsum diff trace sum_to_size neg negative positive __neg__ __pos__")
+    | _spelled("clone contiguous cpu cuda copy requires_grad nan_to_num")
+    | _spelled(  # arrangements
+        "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze atleast_1d atleast_2d atleast_3d",
+        "permute transpose swapaxes swapdims movedim moveaxis t adjoint rot90 flip fliplr flipud roll expand expand_as",
+        "broadcast_to broadcast_tensors repeat repeat_interleave tile chunk split split_with_sizes unsafe_chunk",
+        "unsafe_split unsafe_split_with_sizes tensor_split hsplit vsplit dsplit unbind narrow narrow_copy select",
+        "__getitem__ __iter__ __reversed__ as_strided diagonal diag diag_embed diagflat tril triu cat concat concatenate",
+        "stack hstack vstack dstack column_stack row_stack block_diag meshgrid cartesian_prod unfold fold pad",
+        "constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle",
+    )
+    | {getattr(T, name).__get__ for name in ("T", "mT", "H", "mH")}
+    | _spelled(  # at given places
+        "__setitem__ index_select index_add index_copy index_fill index_put gather take take_along_dim scatter",
+        "scatter_add select_scatter slice_scatter diagonal_scatter masked_fill masked_select masked_scatter where",
+        "zero fill max_unpool1d max_unpool2d max_unpool3d",
+    )
+    | _spelled(  # averages
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
+        "interpolate upsample upsample_nearest upsample_bilinear",
+    )
+    # in evaluation mode; srd_lab.engine.spellings.DROPPING knows when chance has a part
+    | _spelled("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout")
+)
+
+
+def is_affine(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
+) -> bool:
+    """Whether a call that is no layer is known to be affine in the maps among its operands, or to select from one."""
+    if function in PRODUCTS:
+        first = args[0] if args else kwargs.get("input")
+        return (
+            len(moving) == 1
+            and kwargs.get("rounding_mode") is None
+            and (first is moving[0] or function not in _IN_FIRST)
+        )
+    if function in SELECTIONS:
+        return len(tensors_in(args, kwargs)) == 1
+    return function in _AFFINE and kwargs.get("reduce") in (None, "add")
+
+
+def exchanged(
+    args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with the tensors of these ids exchanged, one level of lists deep."""
+
+    def one(arg: Any) -> Any:
+        return table.get(id(arg), arg)
+
+    def each(arg: Any) -> Any:
+        return type(arg)(map(one, arg)) if type(arg) in (tuple, list) else one(arg)
+
+    return tuple(map(each, args)), {name: each(arg) for name, arg in kwargs.items()}
+
+
+def constant_part(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
+) -> Tensor:
+    """What an affine call makes of zeros."""
+    return called_with(0, function, args, kwargs, moving)
+
+
+def called_with(
+    value: float, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
+) -> Tensor:
+    """What a call makes of maps that are ``value`` everywhere."""
+    with torch.no_grad():
+        args, kwargs = exchanged(args, kwargs, {id(t): torch.full_like(t, value) for t in moving})
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def overwrites(function: Function, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes its result into its first argument."""
+    name = getattr(function, "__name__", "").replace("__ipow__", "pow_")
+    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))

@@ -1,0 +1,121 @@
+"""Which axis of a tensor holds its channels.
+
+A pointwise feature vector runs along channels, and maps come as (N, C, H, W), tokens as (N, S, D), and ConvNeXt and
+Swin keep (N, H, W, C) for a while. Layers say where channels are (a convolution: axis 1; a linear layer, attention, a
+layer norm over one axis: the last), and from there the axis is followed through whatever moves it.
+
+Where nothing is known, it is axis 1 of four dimensions, and the last axis otherwise.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srd_lab.engine.affine import exchanged
+from srd_lab.engine.record import Records
+from srd_lab.engine.spellings import Function
+
+T = torch.Tensor
+_RESHAPES = {
+    *(torch.reshape, T.reshape, T.view, T.reshape_as, T.view_as, torch.flatten, T.flatten),
+    *(torch.unflatten, T.unflatten, torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze),
+}
+_PRODUCTS_OF_MATRICES = {torch.matmul, T.matmul, torch.bmm, T.bmm}
+
+
+class Channels:
+    """The channel axes of the tensors of one forward pass."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+
+    def of(self, t: Tensor) -> int:
+        """The channel axis of ``t``, >= 0."""
+        axis = self._records[t].channels
+        return _default(t.dim()) if axis is None else axis
+
+    def put(self, t: Tensor, axis: int) -> Tensor:
+        """``t``, whose channels are known to lie along ``axis``."""
+        self._records.note(t, channels=axis % t.dim())
+        return t
+
+    def follow(
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        axis: int,
+        out: Any,
+    ) -> None:
+        """``out`` is ``function(*args, **kwargs)``, and its operand ``x`` had its channels along ``axis``."""
+        if isinstance(out, tuple | list):
+            for i, part in enumerate(out):
+                self.follow(lambda *a, i=i, **k: function(*a, **k)[i], args, kwargs, x, axis, part)
+        elif isinstance(out, Tensor) and out is not x and out.dim() and x.dim():
+            if x.dim() > 4 and self._records[x].channels is None:
+                return
+            found = _followed(function, args, kwargs, x, axis, out)
+            if found is not None:
+                self.put(out, found)
+
+
+def places(t: Tensor, axis: int) -> tuple[int, ...]:
+    """Sizes of the axes of ``t`` that are positions: neither the batch nor channels."""
+    return tuple(size for i, size in enumerate(t.shape) if i not in (0, axis))
+
+
+def has_extent(t: Tensor, axis: int) -> bool:
+    """Whether ``t`` has more than one position."""
+    return max(places(t, axis), default=1) > 1
+
+
+def _default(dims: int) -> int:
+    return 1 if dims == 4 else max(dims - 1, 0)
+
+
+def _followed(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int, out: Tensor
+) -> int | None:
+    found: int | None = axis if out.dim() == x.dim() else None
+    if function in _PRODUCTS_OF_MATRICES:
+        found = out.dim() - 1
+    elif function in _RESHAPES:
+        found = _behind_reshape(tuple(x.shape), axis, tuple(out.shape))
+    elif _memory(out) is _memory(x):
+        found = _behind_view(function, args, kwargs, x, axis)
+    if found is not None:
+        return found
+    if max(x.dim(), out.dim()) > 4:  # no guess: what it becomes later on must not be taken for known
+        return None
+    return out.dim() - 1 if axis == x.dim() - 1 else _default(out.dim())
+
+
+def _memory(t: Tensor) -> Tensor:
+    return t if t._base is None else t._base
+
+
+def _behind_reshape(old: tuple[int, ...], axis: int, new: tuple[int, ...]) -> int | None:
+    """The axis of the same size with as many elements before it."""
+    before = prod(old[:axis])
+    fitting = [j for j, size in enumerate(new) if size == old[axis] and prod(new[:j]) == before]
+    return fitting[0] if fitting else None
+
+
+def _behind_view(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
+) -> int | None:
+    """The same view of a tensor that has a stride along its channels only shows where they went."""
+    strides = [int(i == axis) for i in range(x.dim())]
+    probe = torch.empty(1, device="meta").as_strided(x.shape, strides)
+    try:
+        args, kwargs = exchanged(args, kwargs, {id(x): probe})
+        strides = function(*args, **kwargs).stride()
+    except RuntimeError:  # axes that this probe cannot merge
+        return None
+    moved = [i for i, stride in enumerate(strides) if stride]
+    return moved[-1] if moved else None

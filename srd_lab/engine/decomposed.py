@@ -1,0 +1,183 @@
+"""A forward pass with a gate at every activation call, and what the live pass refuses by name when it arrives there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab.engine import rules
+from srd_lab.engine.affine import CASTS, GATES, KINKS, PRODUCTS, exchanged, is_affine, overwrites
+from srd_lab.engine.geometry import Convolution
+from srd_lab.engine.image_trace import ImageTrace
+from srd_lab.engine.live_pass import Absorb, Gate, Hold, LivePass, Refuse, ShareBias
+from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
+from srd_lab.engine.softplus import in_place
+from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, tensors_in
+from srd_lab.errors import SrdLabError
+
+_NO_GATE = "is used for more than multiplying a map by it"
+
+
+class Gated(ImageTrace):
+    """Runs a model with a gate at every activation call; ``live()`` turns the rule on for one backward pass.
+
+    What is an activation in all but its spelling (``torch.maximum``, a comparison that chooses) has no gate, and is
+    refused if the live pass arrives there.
+    """
+
+    follows_channels = False
+
+    def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
+        super().__init__(model)
+        self.live_pass = LivePass(rule)
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        check_traceable(call.name, x)
+        return super().activate(call, x, inplace) if inplace else self.activation(call, x.clone()).clone()
+
+    def activation(self, call: Call, u: Tensor) -> Tensor:
+        return self.gate(call, u, call.function(u))
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        refuse_checkpoint(self.where())
+        return conv.apply(conv.x, conv.weight, conv.bias)
+
+    def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        return Gate.apply(u, v, self.live_pass, call.index)  # type: ignore[no-untyped-call,no-any-return]
+
+    @contextmanager
+    def live(self) -> Iterator[dict[int, Tensor]]:
+        """Within: the rule is live; yields the relevance by call index, filled by the backward pass."""
+        self.live_pass.on, self.live_pass.relevance = True, {}
+        try:
+            yield self.live_pass.relevance
+        finally:
+            self.live_pass.on, self.live_pass.relevance = False, {}
+
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        compared = any(self.records[t].compared for t in tensors_in(args, kwargs))
+        if compared and torch.is_grad_enabled() and self.maps_in(args, kwargs):
+            return self.refused(function, args, kwargs, "chooses by a comparison of maps")
+        out = super().other(function, args, kwargs)
+        return self._as_comparison(out) if compared else out
+
+    def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function in KINKS:
+            return self.refused(function, args, kwargs, "is an activation by another name")
+        out = super().on_maps(function, args, kwargs)
+        return self._as_comparison(out) if _compares(function, out) else out
+
+    def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
+        """The call as it is, and an error for any live pass that arrives there."""
+
+        def guarded(t: Any) -> Any:
+            if isinstance(t, tuple | list):
+                parts = [guarded(part) for part in t]
+                return t._make(parts) if hasattr(t, "_make") else type(t)(parts)
+            return self._guarded(t, function, why) if isinstance(t, Tensor) else t
+
+        if not overwrites(function, kwargs):
+            return guarded(function(*args, **kwargs))
+        if not isinstance(args[0], Tensor):
+            raise SrdLabError(self._complaint(function, why))
+        return in_place(args[0], lambda t: guarded(function(t, *args[1:], **kwargs)))
+
+    def _as_comparison(self, out: Any) -> Any:
+        """``out``, a comparison of maps or what was made of one."""
+        for t in tensors_in((out,)):
+            self.records.note(t, compared=True)
+        return out
+
+    def _guarded(self, t: Tensor, function: Function, why: str) -> Tensor:
+        if not t.requires_grad:
+            return t
+        return Refuse.apply(t, self.live_pass, self._complaint(function, why))  # type: ignore[no-untyped-call,no-any-return]
+
+    def _complaint(self, function: Function, why: str) -> str:
+        return (
+            f"{function_name(function)} in {self.where()} {why}, and there is no rule for it; "
+            "choose another network, or a method that needs gradients only"
+        )
+
+
+class Decomposed(Gated):
+    """A gated pass whose rule accounts for everything: what lies between two activations must be affine.
+
+    Gates (a sigmoid or softmax times a map) are constants of the live pass; a live pass that meets anything else
+    which is not affine refuses it by name.
+    """
+
+    follows_channels = True
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(t.requires_grad and self.records[t].unseen for t in tensors_in(args, kwargs)):
+            raise SrdLabError(
+                f"{self.where()} runs an autograd function of its own, which cannot be seen through; write it with torch's "
+                "functions, or choose a method that needs gradients only"
+            )
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _dispatch(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in LAYERS:
+            weights = {name: value for name, value in kwargs.items() if name != "input"}
+            if self.maps_in(args[1:], weights):
+                return self.refused(func, args, kwargs, "has weights that are made of the image")
+        return super()._dispatch(func, args, kwargs)
+
+    def hold(self, t: Tensor) -> Tensor:
+        """``t`` as a factor that the live pass takes for a constant."""
+        return Hold.apply(t, self.live_pass) if t.requires_grad else t  # type: ignore[no-untyped-call,no-any-return]
+
+    def share_bias(
+        self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None = None, axis: int = 1
+    ) -> Tensor:
+        """``y``, whose layer added ``bias`` to what it made of its input ``x``; both with channels along ``axis``.
+
+        ``bias`` is a vector of channels, or of the shape of ``y`` with channels along dimension 1.
+        """
+        if not x.requires_grad:
+            return y
+        return ShareBias.apply(y, x.movedim(axis, 1), bias, conv, axis, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
+
+    def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return self._unseen(function(*args, **kwargs))
+        if function in GATES:
+            return self.as_factor(self.refused(function, args, kwargs, _NO_GATE), True)
+        if not is_affine(function, args, kwargs, self.maps_in(args, kwargs)):
+            out = self.refused(function, args, kwargs, "is neither affine nor an activation")
+            return self._as_comparison(out) if _compares(function, out) else out
+        if function in PRODUCTS:
+            overwritten = args[0] if overwrites(function, kwargs) else None
+            gates = [t for t in tensors_in(args, kwargs) if self.records[t].role == "gate"]
+            held = {id(t): self.hold(t) for t in gates if t is not overwritten}
+            args, kwargs = exchanged(args, kwargs, held)
+        out = function(*args, **kwargs)
+        return self._as_comparison(out) if _compares(function, out) else out
+
+    def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
+        """``out``, of which ``constant`` came from no map, and is lost to the live pass."""
+        return Absorb.apply(out, constant, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
+
+    def as_gate(self, t: Tensor, function: Function) -> Tensor:
+        """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
+        return self.as_factor(self._guarded(t, function, _NO_GATE), True)  # type: ignore[no-any-return]
+
+    def _unseen(self, out: Any) -> Any:
+        """``out``, made with gradients off: if it asks for them later, an autograd function made it."""
+        for t in tensors_in((out,)):
+            self.records.note(t, unseen=True)
+        return out
+
+
+def _compares(function: Function, out: Any) -> bool:
+    """Whether a call on maps made truth values of them, or whole numbers by a cast."""
+    if not isinstance(out, Tensor) or out.is_floating_point() or out.is_complex():
+        return False
+    return out.dtype == torch.bool or function in CASTS

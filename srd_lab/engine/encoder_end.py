@@ -1,0 +1,146 @@
+"""Where the encoder of a network ends: the last map before global pooling or flattening, or the last tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab.engine.channels import Channels, has_extent
+from srd_lab.engine.record import Records, original_of
+from srd_lab.engine.spellings import Call, Function
+from srd_lab.errors import SrdLabError
+
+_GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
+
+
+@dataclass(frozen=True)
+class End:
+    """Where an encoder ends.
+
+    output : its output as it was then; version : of the tensor then. channels : the axis of its channels.
+    call : the activation call that made it, None after anything else.
+    event : which torch function of the model made it, where the trace counts them.
+    """
+
+    output: Tensor
+    version: int
+    channels: int
+    call: Call | None
+    event: int | None
+
+
+class EncoderEnd:
+    """Looks for the end of the encoder while a model runs; a trace tells it what happens.
+
+    name : dotted name of the submodule that is the encoder, "" for the model itself, None to find its end.
+    """
+
+    def __init__(self, model: nn.Module, name: str | None, records: Records, channels: Channels) -> None:
+        self.name = name
+        self._module = None if name is None else find_module(model, name)
+        self._records, self._channels = records, channels
+        self._found: End | None = None
+        self._apart = False  # whether maps of several branches are pooled, each by itself
+
+    def clear(self) -> None:
+        """Let go of the output."""
+        self._found = None
+
+    def layer(self, x: Tensor, axis: int) -> None:
+        """A layer reads ``x``: where that has spatial extent, what was pooled before was a side branch, not the end."""
+        if self._module is None and has_extent(x, axis):
+            self._found, self._apart = None, False
+
+    def call(self, function: Function, first: Tensor, out: Tensor) -> None:
+        """The model called ``function`` on the map ``first``, which gave ``out``."""
+        if self._module is not None or not first.requires_grad:
+            return
+        extended = has_extent(first, self._channels.of(first))
+        if first.dim() not in (3, 4) or (first.dim() == 3 and not extended):
+            return
+        pooled = extended and out.dim() == first.dim() and not has_extent(out, self._channels.of(out))
+        flattened = 0 < out.dim() < first.dim() and out.shape[0] == first.shape[0]
+        if not (pooled or flattened or (function in _GLOBAL_POOLS and first.dim() == 4)):
+            return
+        self._records.note(out, pooled=True)
+        if self._found is None:
+            self._found = self._end(first)
+        elif extended and original_of(first) is not self._found.output and not self._records[first].pooled:
+            # a gate, say, whose pooled factor is the map's own: the later map is the end; or one branch of several
+            self._apart = not _is_made_of(first, self._found.output)
+            self._found = self._end(first)
+
+    def returned(self, module: nn.Module, output: Any) -> bool:
+        """``module`` has returned ``output``; whether it is the encoder."""
+        if module is not self._module:
+            return False
+        if not isinstance(output, Tensor):
+            raise SrdLabError(f"encoder {self.name!r} puts out {type(output).__name__}; expected one tensor")
+        self._found = self._end(output)
+        return True
+
+    def found(self, images: int) -> End:
+        """Where the encoder ended in the last pass, of so many images."""
+        if self._found is None:
+            raise SrdLabError(
+                "no end of an encoder was found (a map with spatial extent before global pooling or flattening, or "
+                "tokens before one is picked or all are averaged); "
+                'name the submodule that puts it out with encoder="..." ("" is the model itself)'
+            )
+        if self._apart:
+            raise SrdLabError(
+                "several maps are pooled, each by itself, before the logits, so that none is the encoder's output; name the "
+                'submodule to explain with encoder="..."'
+            )
+        output = self._found.output
+        if output._version != self._found.version:
+            raise SrdLabError(
+                "what was found as the encoder's output is overwritten by the model later on; name the submodule that "
+                'puts it out with encoder="..."'
+            )
+        if output.dim() < 3:
+            raise SrdLabError(
+                f"encoder {self.name!r} puts out shape {tuple(output.shape)}; expected a map "
+                "(N, C, h, w) or tokens (N, S, D): name a submodule before pooling or flattening"
+            )
+        if output.shape[0] != images:
+            raise SrdLabError(
+                f"the encoder puts out shape {tuple(output.shape)} for {images} images; expected the "
+                'batch first: name another submodule with encoder="..."'
+            )
+        return self._found
+
+    def _end(self, output: Tensor) -> End:
+        output = original_of(output)  # other branches do not pass a view
+        known = self._records[output]
+        return End(output, output._version, self._channels.of(output), known.call, known.event)
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that dotted name; a wrapper's prefix may be left out."""
+    modules = dict(model.named_modules())
+    if name in modules:
+        return modules[name]
+    matches = [module for full, module in modules.items() if full.endswith("." + name)]
+    if len(matches) != 1:
+        known = ", ".join(full for full, _ in model.named_children())
+        raise SrdLabError(
+            f"the model has no submodule {name!r}; its parts are {known} (dotted names go deeper)"
+        )
+    return matches[0]
+
+
+def _is_made_of(t: Tensor, source: Tensor) -> bool:
+    """Whether autograd's graph leads from ``t`` back to ``source``."""
+    goal, waiting, seen = source.grad_fn, [t.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is goal:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions]
+    return False

@@ -1,0 +1,199 @@
+"""Convolutions, max pools and batch norms as values: what they are made of, their transposes, and box sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from srd_lab.errors import SrdLabError
+
+
+class _Convolve(torch.autograd.Function):
+    """A convolution as a linear map of x alone.
+
+    PyTorch's own second derivative computes the weights' share too, asked for or not: 1.5 times the whole attack.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.weight, ctx.geometry, ctx.shape = weight, geometry, x.shape
+        return F.conv2d(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Spread.apply(grads[0], ctx.weight, ctx.geometry, ctx.shape), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of :class:`_Convolve`; the derivative of each is the other."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
+        ctx.weight, ctx.geometry = weight, geometry
+        return conv2d_input(shape, weight, g, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Convolve.apply(grads[0], ctx.weight, None, ctx.geometry), None, None, None
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution call: its own input and its geometry. ``weight`` is (out, in / groups, *kernel)."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def call(self) -> Tensor:
+        """The call as the model made it."""
+        return F.conv2d(self.x, self.weight, self.bias, *self.geometry)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same geometry with another input or other weights; differentiable in x, cheaply so for frozen weights."""
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return F.conv2d(x, weight, bias, *self.geometry)
+        return _Convolve.apply(x, weight, bias, self.geometry)  # type: ignore[no-untyped-call,no-any-return]
+
+    def box_sum(self, x: Tensor) -> Tensor:
+        """Sum of x (N, 1, H, W) over the positions of every receptive field."""
+        if self._pools:
+            return F.avg_pool2d(x, self._window, self.stride, self.padding, divisor_override=1)
+        return _Convolve.apply(x, self._box(x), None, self._one_group)  # type: ignore[no-untyped-call,no-any-return]
+
+    def box_spread(self, s: Tensor) -> Tensor:
+        """The transpose of :meth:`box_sum`: hand s to every position of its receptive field."""
+        if self._pools:
+            like, back = self.x[:, :1].detach(), torch.ops.aten.avg_pool2d_backward
+            return back(s, like, self._window, self.stride, self.padding, False, True, 1)  # type: ignore[no-any-return]
+        shape = (s.shape[0], 1, *self.x.shape[2:])
+        return _Spread.apply(s, self._box(s), self._one_group, shape)  # type: ignore[no-untyped-call,no-any-return]
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """stride, padding, dilation, groups."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def _window(self) -> list[int]:
+        return list(self.weight.shape[2:])
+
+    @property
+    def _pools(self) -> bool:
+        """Whether a sum pool has this geometry; it is faster than a convolution of ones, and exact on zeros anywhere."""
+        fits = all(2 * p <= k for p, k in zip(self.padding, self._window, strict=True))
+        return fits and self.dilation == (1, 1)
+
+    @property
+    def _one_group(self) -> tuple[Any, ...]:
+        return *self.geometry[:3], 1
+
+    def _box(self, like: Tensor) -> Tensor:
+        return like.new_ones(1, 1, *self.weight.shape[2:])
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """A max pool call: its input and its geometry."""
+
+    x: Tensor
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    ceil_mode: bool
+    return_indices: bool
+
+    def apply(self, x: Tensor, return_indices: bool = False) -> Any:
+        """The pooled map, with the winners' flat indices (h * W + w) if asked for."""
+        return F.max_pool2d(  # type: ignore[call-overload]
+            x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, return_indices
+        )
+
+
+def take(x: Tensor, indices: Tensor) -> Tensor:
+    """The entries of x (N, C, H, W) at flat ``indices`` (N, C, h, w): a max pool with given winners."""
+    return x.flatten(2).gather(2, indices.flatten(2)).view_as(indices)
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A batch norm call with fixed statistics: ``x * scale + shift`` per channel."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def convolution_of(
+    pad: Callable[[Tensor, list[int]], Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Convolution:
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        spans = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:], strict=True)]
+        padding = tuple(span // 2 for span in spans)
+        if any(
+            span % 2 for span in spans
+        ):  # one more row or column at the end: not a convolution's own padding
+            input, padding = pad(input, [side for n in reversed(spans) for side in (n // 2, n - n // 2)]), 0
+    return Convolution(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+
+
+def max_pool_of(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> MaxPool:
+    return MaxPool(input, kernel_size, stride or None, padding, dilation, ceil_mode, return_indices)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (tuple(value) * 2)[:2]
+
+
+def linear_of(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def batch_norm_of(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> BatchNorm:
+    if training or running_mean is None or running_var is None:
+        raise SrdLabError("batch norm uses the statistics of the batch; call model.eval() first")
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    return BatchNorm(input, scale, shift if bias is None else shift + bias)

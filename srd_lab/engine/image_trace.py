@@ -1,0 +1,86 @@
+"""A forward pass that tells maps, which are made of the image, from what is made of parameters alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab.engine.channels import Channels
+from srd_lab.engine.interceptor import Interceptor
+from srd_lab.engine.record import Records
+from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Function, recognise, tensors_in
+
+
+class ImageTrace(Interceptor):
+    """Knows of every tensor whether it is a map, and where its channels lie.
+
+    A map is what asks for a gradient, but for the parameters and what is made of them alone, which are constants: so
+    nothing that is made of the image is ever taken for a constant. Gradients have to be on.
+
+    records : what is known of the tensors of this pass. channels : where the channels of each lie.
+    """
+
+    follows_channels = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.records = Records()
+        self.channels = Channels(self.records)
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
+            self.events += 1
+            return self.as_factor(func(*args, **given), self.gate_in(args, given))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def is_map(self, t: Tensor) -> bool:
+        """Whether ``t`` is made of the image, and is no gate."""
+        return t.requires_grad and not t.is_leaf and self.records[t].role is None
+
+    def maps_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The maps among a call's operands, as often as they occur."""
+        return [t for t in tensors_in(args, kwargs) if self.is_map(t)]
+
+    def gate_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a gate is among a call's operands."""
+        return any(self.records[t].role == "gate" for t in tensors_in(args, kwargs))
+
+    def as_factor(self, out: Any, gate: bool) -> Any:
+        """``out`` of a call as a gate, or as a constant."""
+        for t in tensors_in((out,)):
+            if t.requires_grad:
+                self.records.note(t, role="gate" if gate else "constant")
+        return out
+
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        maps = self.maps_in(args, kwargs)
+        if not maps:
+            return self.as_factor(function(*args, **kwargs), self.gate_in(args, kwargs))
+        x = max(maps, key=Tensor.dim)
+        axis = self.channels.of(x) if self.follows_channels else 1
+        out = self.on_maps(function, args, kwargs)
+        if self.follows_channels:
+            self.channels.follow(function, args, kwargs, x, axis, out)
+        self.after(function, args, maps, out)
+        return out
+
+    def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What becomes of a call on maps that is no activation, layer or pool."""
+        return function(*args, **kwargs)
+
+    def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
+        """Called after :meth:`on_maps`, when it is known where the channels of ``out`` lie."""
+
+    def release(self) -> None:
+        """Let go of every tensor, so that the graph dies with whoever still needs it."""
+        self.records.clear()
+
+
+def _is_layer(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one that interception hands to a method of its own."""
+    return func in LAYERS or func in MAX_POOLS or recognise(func, args, kwargs) is not None

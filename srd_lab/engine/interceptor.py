@@ -1,0 +1,302 @@
+"""See every activation, affine and pooling call of an unmodified model while it runs.
+
+Module hooks miss functional activations and cannot tell apart the calls of a shared module, and graph rewriting
+fails on control flow; a ``TorchFunctionMode`` sees each call as it happens and leaves the model untouched.
+What a call becomes is decided by subclasses of :class:`Interceptor`, which override one method per kind of call.
+In-place activations keep their meaning: whoever holds the tensor still sees it change.
+
+Not seen by any such mode, and therefore refused: scripted modules, modules replicated to other threads
+(DataParallel) and recomputation by checkpointing. Compiled functions run uncompiled.
+
+Example
+-------
+>>> class CountActivations(Interceptor):
+...     pass
+>>> seen = CountActivations(model)
+>>> logits = seen.run(x)
+>>> [call.name for call in seen.calls]
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.backends import cuda
+from torch.overrides import TorchFunctionMode
+
+from srd_lab.engine.geometry import (
+    BatchNorm,
+    Convolution,
+    MaxPool,
+    batch_norm_of,
+    convolution_of,
+    linear_of,
+    max_pool_of,
+)
+from srd_lab.engine.preconditions import check_model
+from srd_lab.engine.record import is_one_with
+from srd_lab.engine.softplus import in_place
+from srd_lab.engine.spellings import (
+    DROPPING,
+    MAX_POOLS,
+    Call,
+    Function,
+    draws,
+    first_tensor,
+    function_name,
+    recognise,
+    tensors_in,
+)
+from srd_lab.errors import SrdLabError
+
+_ATTENTION = (
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+)
+
+_TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+
+
+class Interceptor(TorchFunctionMode):
+    """Runs a model and hands each call of interest to a method; the base class changes nothing.
+
+    A subclass overrides ``activation``, ``convolution``, ``linear``, ``batch_norm``, ``max_pool`` or ``other``.
+    Inside these methods interception is off, so they may use any torch function.
+    """
+
+    needs_activations = True
+    may_grow = False  # whether the batch may have more rows in the end
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls: list[Call] = []
+        self.events = 0  # torch functions that the model has called; not counted: what its backward hooks do
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._containers = {name.rpartition(".")[0] for name in self._names.values()}
+        self._path: list[str] = []
+        self._used: Counter[str] = Counter()
+
+    # what a subclass may override ------------------------------------------------------------------------
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        """The activation call itself, in place where the model asked for it."""
+        return in_place(x, lambda u: self.activation(call, u)) if inplace else self.activation(call, x)
+
+    def activation(self, call: Call, u: Tensor) -> Tensor:
+        """Output for pre-activation ``u``."""
+        return call.function(u)
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        return conv.call()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
+        return run()
+
+    def max_pool(self, pool: MaxPool) -> Any:
+        return pool.apply(pool.x, pool.return_indices)
+
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(*args, **kwargs)
+
+    def left(self, module: nn.Module, output: Any) -> Any:
+        """Called when ``module`` has returned ``output``; what this returns takes its place, unless None."""
+        return None
+
+    # running ------------------------------------------------------------------------------------------
+    def run(self, x: Tensor) -> Any:
+        """The model's output for ``x``; refuses what it cannot see through, before and after."""
+        check_model(self.model)
+        with _plain_torch, self._following_modules(), self:
+            output = self.model(x)
+        if not self.may_grow and isinstance(output, Tensor) and output.dim() and len(output) != len(x):
+            raise SrdLabError(
+                f"the model puts out shape {tuple(output.shape)} for {len(x)} images; expected one row per image: take "
+                "averages and copies of the batch out of forward()"
+            )
+        if self.needs_activations and not self.calls:
+            raise SrdLabError(
+                "no activation call was seen in the model; expected ReLU, LeakyReLU, ELU, SiLU, GELU, Tanh or softplus "
+                "called through torch: use an eager (not scripted, not compiled) network"
+            )
+        return output
+
+    @contextmanager
+    def _following_modules(self) -> Iterator[None]:
+        """Know which module is running, by process-wide hooks that leave the model's own hooks alone."""
+        thread = threading.get_ident()
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            if threading.get_ident() == thread and id(module) in self._names:
+                self._path.append(self._names[id(module)])
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if threading.get_ident() == thread and id(module) in self._names:
+                self._path.pop()
+                return self.left(module, output)
+            return None
+
+        handles = (
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # backward hooks of modules, which run only where gradients are on, take views of tensors and look at flags
+        if func is Tensor.view_as and args[0] is args[-1]:
+            view = func(*args)
+            is_one_with(view, args[0])
+            return view
+        self.events += getattr(func, "__name__", "") != "__get__" or func in _TURNED
+        found = recognise(func, args, kwargs)
+        if found is None:
+            return self._dispatch(func, args, kwargs)
+        kind, pure, inplace = found
+        first, rest = first_tensor(args, kwargs), args[1:]
+        kwargs = {name: value for name, value in kwargs.items() if name != "input"}
+        options = {name: value for name, value in kwargs.items() if name != "inplace"}
+        call = Call(
+            index=len(self.calls),
+            name=self._name(kwargs.get("stands_for", kind)),
+            kind=kind,
+            function=lambda u: pure(u, *rest, **options),
+            original=lambda x: func(x, *rest, **kwargs),
+        )
+        self.calls.append(call)
+        return self.activate(call, first, inplace)
+
+    def _dispatch(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.conv2d:
+            return self.convolution(convolution_of(self._pad, *args, **kwargs))
+        if func is F.linear:
+            return self.linear(*linear_of(*args, **kwargs))
+        if func is F.batch_norm and not self._is_parameter(first_tensor(args, kwargs)):
+            return self.batch_norm(batch_norm_of(*args, **kwargs), lambda: func(*args, **kwargs))
+        if func in MAX_POOLS:
+            return self.max_pool(
+                max_pool_of(*args, **{"return_indices": func is F.max_pool2d_with_indices, **kwargs})
+            )
+        if func in DROPPING and DROPPING[func](*args, **kwargs):
+            raise SrdLabError(f"dropout is active in {self.where()}; call model.eval() first")
+        if draws(func, args, kwargs):
+            raise SrdLabError(
+                f"{function_name(func)} in {self.where()} draws at random, so that the model has no one map for an image; "
+                "call model.eval() first, or take chance out of forward()"
+            )
+        return self.other(func, args, kwargs)
+
+    @cached_property
+    def _parameters(self) -> set[int]:
+        return {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+
+    def _is_parameter(self, t: Tensor) -> bool:
+        """Whether ``t`` is a weight or a view of one: standardised weights have statistics of their own."""
+        return id(t if t._base is None else t._base) in self._parameters
+
+    def _pad(self, x: Tensor, sides: list[int]) -> Tensor:
+        return self.other(F.pad, (x, sides), {})  # type: ignore[no-any-return]
+
+    def _name(self, kind: str) -> str:
+        module = self._path[-1] if self._path else ""
+        base = module if module and module not in self._containers else f"{module}.{kind}".lstrip(".")
+        self._used[base] += 1
+        return base if self._used[base] == 1 else f"{base}#{self._used[base]}"
+
+    def where(self) -> str:
+        """The running module, for messages."""
+        return (self._path[-1] if self._path else "") or type(self.model).__name__
+
+
+class _PlainTorch:
+    """Within: attention that is not fused, which can be differentiated twice, as the attack must; and compiled functions
+    run as they were written, so that their calls are seen. Torch's switches are the process's: the first thread that
+    comes in turns them, and the last that goes turns them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[bool] = []
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [enabled() for enabled, _ in _ATTENTION]
+                for _, turn in _ATTENTION:
+                    turn(turn is cuda.enable_math_sdp)
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for (_, turn), before in zip(_ATTENTION, self._before, strict=True):
+                    turn(before)
+                self._stance.__exit__(*error)
+
+
+_plain_torch = _PlainTorch()
+
+
+class Watch(Interceptor):
+    """Runs a model just as it is; what chance or the batch would decide is refused all the same."""
+
+    needs_activations = False
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        return call.original(x)
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        return conv.apply(conv.x, conv.weight, conv.bias)
+
+
+class Exchange(Watch):
+    """Runs a model in which what its torch function number ``event`` returned is exchanged for ``by`` of it.
+
+    Model and control flow are those of the run that counted ``events``; the batch may grow on the way, unless (RuntimeError)
+    the call was in place and what it overwrote is read again.
+    """
+
+    may_grow = True
+
+    def __init__(self, model: nn.Module, event: int, by: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model)
+        self.event, self.by = event, by
+        self._overwritten: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operands, before = tensors_in(args, kwargs), self.events
+        if any(t is self._overwritten for t in operands):
+            raise RuntimeError("what was exchanged is read under the name that it had before the call")
+        out = super().__torch_function__(func, types, args, kwargs)
+        if not before < self.events == self.event:
+            return out
+        made = self.by(out)
+        if any(t is out for t in operands):  # in place: whoever holds it is to see the exchange
+            if made.shape == out.shape:
+                return out.copy_(made)
+            self._overwritten = out
+        return made

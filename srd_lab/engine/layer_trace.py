@@ -1,0 +1,125 @@
+"""A trace that leaves a network as it is and keeps its layers: outputs in the graph, and which torch function made each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab.engine.encoder_end import EncoderEnd, End
+from srd_lab.engine.geometry import Convolution, MaxPool
+from srd_lab.engine.held_constant import HELD
+from srd_lab.engine.image_trace import ImageTrace
+from srd_lab.engine.layers import call_index, high_call
+from srd_lab.engine.preconditions import check_traceable
+from srd_lab.engine.spellings import Call, Function
+
+
+class LayerTrace(ImageTrace):
+    """Keeps the output of every activation call, and where the encoder ends.
+
+    v : outputs of the activation calls.
+    made : of each, which torch function of the model made it (:class:`srd_lab.engine.interceptor.Exchange`) and the axis of
+        its channels.
+    """
+
+    def __init__(self, model: nn.Module, encoder: str | None) -> None:
+        super().__init__(model)
+        self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
+        self.v: list[Tensor] = []
+        self.made: list[tuple[int, int]] = []
+        self._shape = torch.Size()
+
+    def trace(self, leaf: Tensor) -> Any:
+        """The model's output for ``leaf``."""
+        self._shape = leaf.shape
+        return self.run(leaf.clone())  # a model may change its input in place; the caller's stays as it was
+
+    def end(self) -> End:
+        """Where the encoder ended."""
+        return self.encoder.found(self._shape[0])
+
+    def call_index(self, layer: str | int) -> int:
+        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        return call_index(self.calls, layer)
+
+    def high(self) -> int:
+        """Index of the last activation call at 1/8 of the input's size."""
+        shapes = [tuple(v.movedim(axis, 1).shape) for v, (_, axis) in zip(self.v, self.made, strict=True)]
+        return high_call(shapes, self._shape)
+
+    def release(self) -> None:
+        super().release()
+        self.encoder.clear()
+        self.v.clear()
+
+    # calls ---------------------------------------------------------------------------------------------
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        before, version = self.events, None if first is None else first._version
+        out = super().__torch_function__(func, types, args, kwargs)
+        # .cpu() in a hook, say, hands its argument back, and nobody uses what it returned
+        if isinstance(out, Tensor) and before < self.events and (out is not first or out._version != version):
+            self.records.note(out, event=self.events)
+        return out
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        check_traceable(call.name, x)
+        axis = self.channels.of(x)
+        self.encoder.layer(x, axis)
+        out = super().activate(call, x, inplace)
+        self.made.append((self.events, axis))
+        self.records.note(out, call=call)
+        return self.channels.put(out, axis)
+
+    def activation(self, call: Call, u: Tensor) -> Tensor:
+        v = call.function(u)
+        self.v.append(v)
+        return v.clone()  # what follows may overwrite it
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        self.encoder.layer(conv.x, 1)
+        return conv.apply(conv.x, conv.weight, conv.bias)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.encoder.layer(x, x.dim() - 1)
+        return self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
+
+    def max_pool(self, pool: MaxPool) -> Any:
+        out = super().max_pool(pool)
+        self.encoder.call(torch.max_pool2d, pool.x, out[0] if isinstance(out, tuple) else out)
+        return out
+
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function in HELD and (maps := self.maps_in(args, kwargs)):
+            x = max(maps, key=Tensor.dim)
+            self.encoder.layer(x, self.channels.of(x))
+            out = HELD[function](self, *args, **kwargs)
+            if out is not None:
+                return out
+        return super().other(function, args, kwargs)
+
+    def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
+        if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
+            self.encoder.call(function, args[0], out)
+
+    def left(self, module: nn.Module, output: Any) -> Any:
+        events = self.events
+        out = (
+            output.clone() if self.encoder.returned(module, output) else None
+        )  # what follows may overwrite it
+        self.events = events  # what is copied here is not the model's doing
+        return out
+
+    # how normalisations and attention say where their channels lie: see srd_lab.engine.held_constant ------------
+    def hold(self, t: Tensor) -> Tensor:
+        return t
+
+    def as_gate(self, t: Tensor, function: Function) -> Tensor:
+        return t
+
+    def shifted(self, y: Tensor, x: Tensor, shift: Tensor, axis: int) -> Tensor:
+        return y + shift

@@ -1,0 +1,138 @@
+"""One modified backward pass: a rule stands in for the derivative of every activation while the pass is live.
+
+The rule is live for exactly one backward pass. Differentiating a map differentiates the forward chain too, and that
+must use the true derivatives: a rule that stayed live would give second derivatives of the wrong sign.
+
+What has no rule is refused when the live pass reaches it, and only then: what lies behind the start, feeds a gate
+alone or makes attention weights may be anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srd_lab.engine import rules
+from srd_lab.engine.geometry import Convolution
+from srd_lab.errors import SrdLabError
+
+
+class LivePass:
+    """Whether the rule is live, and the relevance it left at each call. Holds no graph between passes.
+
+    rule : what stands in for the derivative of an activation while the pass is on.
+    on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there.
+    leaks : by cause, the relevance that live passes could hand to nobody; None where it is not counted.
+    """
+
+    def __init__(self, rule: rules.Rule) -> None:
+        self.rule = rule
+        self.on = False
+        self.relevance: dict[int, Tensor] = {}
+        self.leaks: dict[str, Tensor] | None = None
+
+    def leak(self, cause: str, relevance: Callable[[], Tensor]) -> None:
+        """Count all of ``relevance()`` as leaked, where leaks are counted."""
+        if self.leaks is not None:
+            self.leaks[cause] = self.leaks.get(cause, 0) + relevance().detach().sum()
+
+
+class Gate(torch.autograd.Function):
+    """Forward: the activation's output v. Backward: the rule while live, the true derivative otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, live_pass: LivePass, index: int) -> Tensor:
+        ctx.live_pass, ctx.index = live_pass, index
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, v)
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        live_pass: LivePass = ctx.live_pass
+        if not live_pass.on or grads[0] is None:
+            return None, grads[0], None, None
+        u, v = ctx.saved_tensors
+        to_u, through_v, r = live_pass.rule(u, v, grads[0])
+        if r is not None and to_u is not None:
+            live_pass.relevance[ctx.index] = r
+            live_pass.leak("dead fields", lambda: r[(to_u == 0).all(1)])
+        return to_u, through_v, None, None
+
+
+class ShareBias(torch.autograd.Function):
+    """Forward: y as it is. Backward while live: the bias's share goes to the input x of its layer as well.
+
+    axis : the channels of y; x and a bias that is not a plain vector have theirs along dimension 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None, axis: int, live_pass: LivePass
+    ) -> Tensor:
+        ctx.live_pass, ctx.conv, ctx.axis = live_pass, conv, axis
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, bias)
+        ctx.mark_dirty(y)  # a view of y would forbid the in-place activation that often follows
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        g, share = grads[0], None
+        if ctx.live_pass.on and g is not None:
+            x, bias = ctx.saved_tensors
+            carried = rules.carried_by(bias, g.movedim(ctx.axis, 1))
+            share = rules.share_bias(x, carried, ctx.conv)
+            ctx.live_pass.leak("dead fields", lambda: carried[rules.dead_fields(x, ctx.conv)])
+        return g, share, None, None, None, None
+
+
+class Hold(torch.autograd.Function):
+    """A factor that counts as a constant while the rule is live, and as itself otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, live_pass: LivePass) -> Tensor:
+        ctx.live_pass = live_pass
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None if ctx.live_pass.on else grads[0]), None
+
+
+class Refuse(torch.autograd.Function):
+    """Forward: y. Backward: an error if a signal arrives while the rule is live."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, live_pass: LivePass, complaint: str) -> Tensor:
+        ctx.live_pass, ctx.complaint = live_pass, complaint
+        ctx.set_materialize_grads(False)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        g = grads[0]
+        if not ctx.live_pass.on or g is None:
+            return g, None, None
+        if g.any():
+            raise SrdLabError(ctx.complaint)
+        return None, None, None  # a signal of zeros is none: autograd fills them in
+
+
+class Absorb(torch.autograd.Function):
+    """Forward: y. Backward while live: what the constant part of y earns is put down as lost."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, constant: Tensor, live_pass: LivePass) -> Tensor:
+        ctx.live_pass, ctx.constant = live_pass, constant
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        g = grads[0]
+        if ctx.live_pass.on:  # an infinite constant is a mask, and earns nothing
+            ctx.live_pass.leak("constants", lambda: torch.where(g == 0, 0, ctx.constant * g))
+        return g, None, None

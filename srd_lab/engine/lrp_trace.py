@@ -1,0 +1,318 @@
+"""A forward pass with modified weights beside the real ones, for the rules of LRP that need them.
+
+Between two activations everything is affine. The z+ rule divides relevance among the positive contributions, which
+are what the weights ``w^+`` make of the activations before; the gamma rule takes ``w + gamma w^+``. Next to every tensor
+runs what the modified weights make of it, and an activation replaces its derivative by ``v G / u'``, u' being the
+modified pre-activation: its ordinary backward pass goes through the modified weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab.engine import rules
+from srd_lab.engine.affine import (
+    COPIES,
+    DIVISIONS,
+    GATES,
+    SHIFTS,
+    called_with,
+    constant_part,
+    exchanged,
+    is_affine,
+    overwrites,
+)
+from srd_lab.engine.decomposed import Decomposed
+from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
+from srd_lab.engine.spellings import Call, Function, tensors_in
+from srd_lab.errors import SrdLabError
+
+_NON_NEGATIVE = ("relu", "relu6", "softplus")
+T = torch.Tensor
+_TIMES = {torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, torch.neg, T.neg, T.neg_, torch.negative}
+_ELEMENTWISE = SHIFTS | DIVISIONS | COPIES | _TIMES
+_ADAPTIVE_MAX_POOLS = {F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices}
+_MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "tensordot"}
+_LAYERS = (
+    *(
+        "addmm",
+        "addbmm",
+        "baddbmm",
+        "addmv",
+        "addr",
+        "addcmul",
+        "addcdiv",
+        "lerp",
+        "dot",
+        "inner",
+        "outer",
+        "ger",
+    ),
+    *(
+        "kron",
+        "vdot",
+        "vecdot",
+        "linalg_vecdot",
+        "cross",
+        "linalg_cross",
+        "multi_dot",
+        "linalg_multi_dot",
+        "chain_matmul",
+    ),
+)
+_CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
+_MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
+_OVER: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
+Modify = Callable[[Tensor], Tensor]
+Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class ModifiedTrace(Decomposed):
+    """A forward pass that carries, for every tensor between two activations, what modified weights make of the same
+    activations: with ``w^+`` its positive part.
+
+    modify : what becomes of a weight; with_bias : whether biases take part, modified likewise.
+    box : the pixel box (low, high) of z^B, which the first layer always has.
+    """
+
+    def __init__(
+        self, network: nn.Module, box: tuple[Tensor, Tensor], modify: Modify, with_bias: bool = False
+    ) -> None:
+        super().__init__(network, rules.lrp_modified)
+        self.shapes: list[tuple[int, ...]] = []  # of every activation call, channels along dimension 1
+        self._axis = 1  # of the activation call that is running
+        self._modify, self._with_bias = modify, with_bias
+        self._ends = box
+        self._u: Tensor | None = None  # modified pre-activation of the running call
+        # the last linear layer: its output, its input (modified), its weights
+        self.head: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def trace(self, given: Tensor) -> Tensor:
+        fed = given.clone()  # a network may change its input in place
+        self.records.note(fed, box=self._ends)
+        return self.run(fed)  # type: ignore[no-any-return]
+
+    def release(self) -> None:
+        super().release()
+        self._u = self.head = None
+
+    def modified(self, t: Tensor) -> Tensor:
+        """What the modified weights make of t; an activation's output, and what is pooled from it, is its own."""
+        known = self.records[t]
+        if (conv := known.convolution) is not None:
+            return self._convolved(conv, conv.weight, conv.bias)
+        if known.part is None and known.overwritten:
+            raise self._unfollowed("reads a tensor of which a part was overwritten")
+        return t if known.part is None else known.part
+
+    def _unfollowed(self, what: str) -> SrdLabError:
+        return SrdLabError(
+            f"{self.where()} {what}, which this rule cannot follow; use another method on this network"
+        )
+
+    # calls ---------------------------------------------------------------------------------------------
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        if call.kind not in _NON_NEGATIVE and not (call.kind in _MAY_BE and call.value_at(-1e30) >= 0):
+            raise SrdLabError(
+                f"the rule needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
+                "use another method on this network"
+            )
+        part = self.modified(x)
+        self._u = part.clone() if part is x else part
+        self._axis = self.channels.of(x)
+        out = super().activate(call, x, inplace)
+        self.records.note(out, **_OVER)  # in place, what was noted is over
+        return self.channels.put(out, self._axis)
+
+    def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        assert self._u is not None
+        u, v = self._u.movedim(self._axis, 1), v.movedim(self._axis, 1)
+        self.shapes.append(tuple(v.shape))
+        return super().gate(call, u, v).movedim(1, self._axis)
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        y = super().convolution(conv)
+        self.records.note(y, convolution=conv)
+        return y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = super().linear(x, weight, bias)
+        x = self.modified(x)
+        part = F.linear(x, self._modify(weight), self._modified_bias(bias))
+        self.records.note(y, linear=(x, weight, bias), part=part)
+        self.head = (y, x, weight)
+        return self.channels.put(y, y.dim() - 1)
+
+    def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
+        conv, scale = self.records[norm.x].convolution, norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
+        if (box := self.records[norm.x].box) is not None:  # a normalisation of the image
+            y = run()
+            self._note(y, [end * scale + norm.shift.view_as(scale) for end in box])
+            return y
+        linear = self.records[norm.x].linear if norm.x.dim() == 2 else None
+        if conv is not None:
+            bias = _folded(conv.bias, norm)
+            part = self._convolved(conv, conv.weight * norm.scale.view(-1, 1, 1, 1), bias)
+        elif linear is not None:
+            x, weight, own = linear
+            weight = self._modify(weight * norm.scale[:, None])
+            part = F.linear(x, weight, self._modified_bias(_folded(own, norm)))
+        else:
+            shift = self._modified_bias(norm.shift)
+            shift = None if shift is None else shift.view_as(scale)
+            part = self._affine(norm.x, scale, shift, lambda x, w, b: x * w if b is None else x * w + b)
+        y = run()
+        self.records.note(y, part=part)
+        return y
+
+    def max_pool(self, pool: MaxPool) -> Any:
+        out = super().max_pool(pool)
+        self._note_winners(out, pool.x, lambda x: pool.apply(x, True)[1])
+        return out
+
+    def _note_winners(self, out: Any, x: Tensor, winners_of: Callable[[Tensor], Tensor]) -> None:
+        """What was pooled from ``x`` is what won there, in the positive part too."""
+        box = self.records[x].box
+        if box is not None or self._noted(x):
+            winners = winners_of(x.detach())
+            self._note(
+                out if isinstance(out, Tensor) else out[0],
+                [take(t, winners) for t in box or (self.modified(x),)],
+            )
+
+    def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any other affine operation does to the positive parts what it does to the values; a gate is one factor for
+        both. What is refused is refused in the positive parts too, where the live pass goes."""
+        run = super().on_maps
+        tensors = tensors_in(args, kwargs)
+        name = getattr(function, "__name__", "")
+        if function in GATES:
+            return run(function, args, kwargs)
+        if function in _ADAPTIVE_MAX_POOLS:
+            out, size = run(function, args, kwargs), args[1] if len(args) > 1 else kwargs["output_size"]
+            winners_of = partial(F.adaptive_max_pool2d, output_size=size, return_indices=True)
+            self._note_winners(out, tensors[0], lambda x: winners_of(x)[1])
+            return out
+        if not is_affine(function, args, kwargs, self.maps_in(args, kwargs)):
+            return run(function, args, kwargs)  # refused
+        noted = any(map(self._noted, tensors))
+        if noted or not any(self.records[t].box for t in tensors):
+            if name == "__setitem__":
+                raise self._unfollowed("writes into a part of a tensor")
+            moving, constant = self.maps_in(args, kwargs), not self._gated(tensors)
+            affine = function in _ELEMENTWISE and is_affine(function, args, kwargs, moving)
+            if affine and constant and len(moving) == 1:
+                return self._stretched(function, args, kwargs, moving[0])
+            if name in _LAYERS or (name in _CHOICES and noted):
+                return self.refused(function, args, kwargs, "is a layer or a pool of its own")
+            if name.startswith(("sub", "rsub", "__rsub")) and len(moving) > 1:
+                return self.refused(function, args, kwargs, "takes a map off another")
+            product = name in _MATRIX_PRODUCTS and constant
+            if not product and not noted:
+                return run(function, args, kwargs)
+            of_constants = self._modify if product else self.modified
+            tables = [{id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}]
+        else:
+            bounds = {id(t): self.records[t].box or (t, t) for t in tensors}
+            tables = [{key: ends[i] for key, ends in bounds.items()} for i in (0, 1)]
+        mirrored = [_mirror(function, args, kwargs, table) for table in tables]
+        out = run(function, args, kwargs)
+        if _made_tensors(out):
+            self._note(out, [self._alike(function, *given) for given in mirrored])
+        return out
+
+    def _alike(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call on what stands for its maps."""
+        if not self.maps_in(args, kwargs):
+            return function(*args, **kwargs)
+        return super().on_maps(function, args, kwargs)
+
+    def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
+        out = super().refused(function, args, kwargs, why)
+        for t in tensors_in((out,)):
+            self.records.note(t, **_OVER)  # in place, what was noted is over: the live pass is to go here
+        return out
+
+    def _gated(self, tensors: list[Tensor]) -> bool:
+        """Whether a factor is no plain constant, but made of maps: a gate, or a comparison."""
+        return any(self.records[t].compared or self.records[t].role == "gate" for t in tensors)
+
+    def _stretched(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> Tensor:
+        """A number times a map plus another: folded into the convolution before it, as batch norm is, or by itself."""
+        shift = constant_part(function, args, kwargs, [x])
+        scale = called_with(1, function, args, kwargs, [x]) - shift
+        folded, plain = self._folding(x, scale, shift), not self._noted(x) and not shift.any()
+        part = x if folded else self.modified(x)  # now, as the call may be in place
+        out: Tensor = super().on_maps(function, args, kwargs)
+        if folded:
+            self.records.note(out, convolution=folded)
+        elif (scale < 0).any():
+            return self._guarded(out, function, "turns the sign of a map")
+        elif not plain:
+            added = self._modified_bias(shift)
+            self.records.note(out, part=part * scale if added is None else part * scale + added)
+        return out
+
+    def _folding(self, x: Tensor, scale: Tensor, shift: Tensor) -> Convolution | None:
+        """The convolution that made ``x``, with ``x * scale + shift`` folded in; None if these are not one per channel."""
+        conv = self.records[x].convolution
+        if conv is None or scale.shape != x.shape:
+            return None
+        by, plus = scale[0, :, 0, 0], shift[0, :, 0, 0]
+        if not all((t == v.view(1, -1, 1, 1)).all() for t, v in ((scale, by), (shift, plus))):
+            return None
+        bias = plus if conv.bias is None else conv.bias * by + plus
+        return replace(conv, weight=conv.weight * by.view(-1, 1, 1, 1), bias=bias)
+
+    # positive parts ------------------------------------------------------------------------------------
+    def _noted(self, t: Tensor) -> bool:
+        return self.records[t].convolution is not None or self.records[t].part is not None
+
+    def _note(self, out: Any, mirrored: list[Any]) -> None:
+        outs = (out,) if isinstance(out, Tensor) else out
+        columns = [(m,) if isinstance(m, Tensor) else m for m in mirrored]
+        for t, *parts in zip(outs, *columns, strict=True):
+            if len(parts) == 1:
+                self.records.note(t, part=parts[0])
+            else:
+                self.records.note(t, box=(torch.minimum(*parts), torch.maximum(*parts)))
+
+    def _modified_bias(self, bias: Tensor | None) -> Tensor | None:
+        return self._modify(bias) if self._with_bias and bias is not None else None
+
+    def _convolved(self, conv: Convolution, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._affine(conv.x, weight, self._modified_bias(bias), conv.apply)
+
+    def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None, run: Affine) -> Tensor:
+        """z^B where x is made of the image alone, modified weights above."""
+        box = self.records[x].box
+        if box is None:
+            return run(self.modified(x), self._modify(weight), bias)
+        low, high = run(box[0], weight.clamp_min(0), None), run(box[1], weight.clamp_max(0), None)
+        return run(x, weight, None) - low - high
+
+
+def _folded(bias: Tensor | None, norm: BatchNorm) -> Tensor:
+    return norm.shift if bias is None else bias * norm.scale + norm.shift
+
+
+def _mirror(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with every tensor exchanged; what it would overwrite is copied first."""
+    args, kwargs = exchanged(args, kwargs, table)
+    return ((args[0].clone(), *args[1:]) if overwrites(function, kwargs) else args), kwargs
+
+
+def _made_tensors(out: Any) -> bool:
+    outs = out if isinstance(out, tuple | list) else (out,)
+    return bool(outs) and all(isinstance(t, Tensor) and t.requires_grad for t in outs)

@@ -1,0 +1,113 @@
+"""What is refused before anything is computed: models that cannot be followed, wrong inputs, wrong targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from srd_lab.errors import SrdLabError
+
+
+def refuse_checkpoint(name: str) -> None:
+    """Refuse a call whose forward pass will be run again, unseen, during the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and hooks[0].__module__ == checkpoint.__name__:
+        raise SrdLabError(
+            f"{name!r} is checkpointed, and its recomputation cannot be seen; switch checkpointing off"
+        )
+
+
+def check_traceable(name: str, x: Tensor) -> None:
+    """Refuse an activation call of that name on ``x`` through which nothing can be traced."""
+    if not torch.is_grad_enabled():
+        raise SrdLabError(
+            f"activation {name!r} runs with gradients off (no_grad or reentrant checkpointing inside the model), "
+            "so nothing can be traced through it; switch that off"
+        )
+    refuse_checkpoint(name)
+    if x.dim() < 2:
+        raise SrdLabError(
+            f"activation {name!r} runs on shape {tuple(x.shape)}; expected images along the first axis and "
+            "one more axis at least"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose calls cannot be followed or whose output depends on the batch or on chance."""
+    for name, module in model.named_modules():
+        where = name or type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SrdLabError(
+                f"{where} is a scripted module, whose calls cannot be seen; pass the eager network it was made from"
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise SrdLabError(
+                f"{where} is {type(module).__name__}, which runs copies elsewhere; pass its .module instead"
+            )
+        if type(module).__name__ == "OptimizedModule":
+            raise SrdLabError(
+                f"{where} is a compiled module, whose calls cannot be seen; pass its ._orig_mod instead"
+            )
+        if module._compiled_call_impl is not None:
+            raise SrdLabError(
+                f"{where} was compiled in place, so that its calls cannot be seen; pass it as it was before .compile()"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise SrdLabError(f"batch norm {where} uses the statistics of the batch; call model.eval() first")
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise SrdLabError(f"dropout {where} is active; call model.eval() first")
+
+
+def check_input(x: Tensor, model: nn.Module | None = None) -> None:
+    """Refuse anything but a finite float32 / float64 batch (N, C, H, W), of the model's own dtype."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise SrdLabError(
+            f"the input must be a non-empty batch of images (N, C, H, W), got {shape}; add a batch axis with x[None]"
+        )
+    if x.dtype not in (torch.float32, torch.float64):
+        raise SrdLabError(
+            f"the input must be float32 or float64, got {x.dtype}; scale pixels to [0, 1] and call x.float()"
+        )
+    own = None if model is None else next((p for p in model.parameters() if p.is_floating_point()), None)
+    if own is not None and own.dtype != x.dtype:
+        raise SrdLabError(
+            f"the input is {x.dtype}, but the model's weights are {own.dtype}; bring both to one dtype with .to(...)"
+        )
+    if not torch.isfinite(x).all():
+        raise SrdLabError("the input holds NaN or infinite values; expected finite pixels")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise SrdLabError("no gradient can be taken in torch.inference_mode; use torch.no_grad instead")
+
+
+def check_target(target: Tensor | int | None, logits: Tensor) -> Tensor:
+    """Class indices (N,) on the logits' device; ``None`` is the predicted class, one index serves all images."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise SrdLabError(
+            f"the model's output must be logits (N, K), got {got}; wrap a model that returns more in one that returns these"
+        )
+    n, classes = logits.shape
+    if target is None:
+        return logits.detach().argmax(1)
+    index = torch.as_tensor(target, device=logits.device)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise SrdLabError(f"targets must be integer class indices, got {index.dtype}")
+    if index.dim() == 0:
+        index = index.expand(n)
+    if index.shape != (n,):
+        raise SrdLabError(f"expected one target per image, shape ({n},), got {tuple(index.shape)}")
+    if int(index.min()) < 0 or int(index.max()) >= classes:
+        raise SrdLabError(
+            f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}"
+        )
+    return index.long()
+
+
+def class_logit(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """The logit (N,) of every image's class, see :func:`check_target`."""
+    classes = check_target(target, logits)
+    return logits.gather(1, classes[:, None])[:, 0]

@@ -1,0 +1,106 @@
+"""All that is known of the tensors of a running model: one record each.
+
+A record tells facts about the tensor (where its channels lie) and facts about its value (which convolution made it). The
+latter are void once the value was changed in place. Backward hooks of modules put views in the place of tensors, which
+share the record of the tensor that they are all of.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from srd_lab.engine.geometry import Convolution
+from srd_lab.engine.spellings import Call
+
+_ORIGINALS = WeakTensorKeyDictionary()
+
+
+def is_one_with(view: Tensor, original: Tensor) -> None:
+    """``view`` is all of ``original`` under another name: backward hooks of modules put such views in its place."""
+    _ORIGINALS[view] = original
+
+
+def original_of(t: Tensor) -> Tensor:
+    """What ``t`` is one with; ``t`` itself if nothing."""
+    while (original := _ORIGINALS.get(t)) is not None:
+        t = original
+    return t
+
+
+def _stays(default: Any) -> Any:
+    """A fact about the tensor, whatever its value becomes."""
+    return field(default=default, metadata={"stays": True})
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one tensor; None and False where nothing is.
+
+    About the tensor:
+    channels : the axis of its channels. ahead : it is the image, or what normalising makes of it.
+
+    About its value:
+    role : None for a map; "gate" for what multiplies maps and no more, "constant" for what is made of parameters alone.
+    compared : a comparison of maps made it. unseen : it was made with gradients off.
+    call : the activation call that made it. event : which torch function of the model did, counted from 1.
+    pooled : it was pooled from maps.
+    convolution : the convolution that made it, but for a copy.
+    linear : the linear layer that made it: input (modified), weight, bias.
+    part : what modified weights make of the same activations. box : bounds of a tensor made of the image alone.
+    overwritten : it was changed in place after its convolution or part was known.
+    """
+
+    channels: int | None = _stays(None)
+    ahead: bool = _stays(False)
+    role: Literal["gate", "constant"] | None = None
+    compared: bool = False
+    unseen: bool = False
+    call: Call | None = None
+    event: int | None = None
+    pooled: bool = False
+    convolution: Convolution | None = None
+    linear: tuple[Tensor, Tensor, Tensor | None] | None = None
+    part: Tensor | None = None
+    box: tuple[Tensor, Tensor] | None = None
+    overwritten: bool = False
+
+
+_NOTHING = Record()
+_STAYS = tuple(f.name for f in fields(Record) if f.metadata.get("stays"))
+
+
+class Records:
+    """The records of the tensors of one forward pass; a tensor's goes when the tensor does."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Record]] = {}
+
+    def __getitem__(self, tensor: Tensor) -> Record:
+        """What is known of ``tensor`` as it is now."""
+        tensor = original_of(tensor)
+        found = self._known.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            return _NOTHING
+        _, version, record = found
+        return record if version == tensor._version else _after_change(record)
+
+    def note(self, tensor: Tensor, **facts: Any) -> None:
+        """Add facts, by the names of :class:`Record`."""
+        record = replace(self[tensor], **facts)
+        tensor = original_of(tensor)
+        self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, record)
+
+    def clear(self) -> None:
+        """Let go of every tensor that a record holds."""
+        self._known.clear()
+
+
+def _after_change(record: Record) -> Record:
+    staying = {name: getattr(record, name) for name in _STAYS}
+    known = record.part is not None or record.convolution is not None
+    return Record(**staying, overwritten=record.overwritten or known)

@@ -1,0 +1,135 @@
+"""What replaces the derivative of an activation, and how a bias is carried, in one modified backward pass.
+
+G is the signal that runs backwards: the relevance of a tensor t is <t, G> over channels. A rule answers, for an
+activation with pre-activation u, output v and incoming G_v, what goes to u. Affine operations keep their ordinary
+vector-Jacobian product. All rules are plain differentiable tensor code: an attack differentiates through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from srd_lab.engine.geometry import Convolution
+
+
+class Passed(NamedTuple):
+    """What a rule passes on.
+
+    to_u : signal at the pre-activation, past the activation's own derivative; or None.
+    through_v : signal still to go through the activation's own derivative; or None.
+    relevance : (N, ...) relevance of this activation layer, or None where the rule has no such notion.
+    """
+
+    to_u: Tensor | None
+    through_v: Tensor | None
+    relevance: Tensor | None = None
+
+
+Rule = Callable[[Tensor, Tensor, Tensor], Passed]
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b with 0 wherever b is 0, in the value and in every derivative."""
+    return a / b.masked_fill(b == 0, torch.inf)
+
+
+def squared_norm(t: Tensor) -> Tensor:
+    """||t||^2 over channels, (N, 1, ...)."""
+    return (t * t).sum(1, keepdim=True)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> over channels, (N, 1, ...)."""
+    return (a * b).sum(1, keepdim=True)
+
+
+def srd_vector(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2."""
+    r = inner(v, g)
+    return Passed(u * divide(r, squared_norm(u)), None, r.squeeze(1))
+
+
+def srd_vector_post(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """Ablation of Fig. 7: the reference vector is the post-activation, G_u = v R / ||v||^2."""
+    r = inner(v, g)
+    return Passed(v * divide(r, squared_norm(v)), None, r.squeeze(1))
+
+
+def srd_scalar(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """Ablation of Fig. 7: every neuron on its own, which is LRP-0 (Bach et al. 2015)."""
+    r = v * g
+    return Passed(divide(r, u), None, r.sum(1))
+
+
+def srd_scalar_post(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """Ablation: every neuron on its own, measured by its post-activation value."""
+    r = v * g
+    return Passed(divide(r, v), None, r.sum(1))
+
+
+def guided(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """Guided backprop (Springenberg et al. 2015): only positive signals go on, through the derivative."""
+    return Passed(None, g * (g > 0))
+
+
+def deconvnet(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """Deconvnet (Zeiler & Fergus 2014): positive signals go on, whether the activation was active or not."""
+    return Passed(g * (g > 0), None)
+
+
+def lrp_epsilon(epsilon: float) -> Rule:
+    """LRP-epsilon (Bach et al. 2015): a neuron's relevance over its pre-activation, held off zero."""
+
+    def rule(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+        r = v * g
+        return Passed(divide(r, u + epsilon * sign(u)), None, r.sum(1))
+
+    return rule
+
+
+def lrp_modified(u: Tensor, v: Tensor, g: Tensor) -> Passed:
+    """LRP z+ and gamma (Montavon et al. 2017, 2019): u is the pre-activation that the modified weights make.
+
+    A field of which hardly anything is left counts as dead: on a softplus surrogate what a ReLU would make 0 is 1e-30,
+    say, and while its shares would still be numbers, their derivatives overflow.
+    """
+    r = v * g
+    dead = u.abs() < torch.finfo(u.dtype).tiny ** (1 / 3)  # 2e-13 in float32
+    return Passed(divide(r, u.masked_fill(dead, 0)), None, r.sum(1))
+
+
+def sign(t: Tensor) -> Tensor:
+    """1 where t >= 0 and -1 elsewhere, without a derivative."""
+    return torch.where(t >= 0, 1.0, -1.0).to(t)
+
+
+def carried_by(bias: Tensor, g: Tensor) -> Tensor:
+    """<bias, g> over channels, (N, 1, ...): what a bias earns. It is a vector of channels or has the shape of g."""
+    if bias.dim() > 1:
+        return inner(bias, g)
+    return torch.einsum("nc...,c->n...", g, bias).unsqueeze(1)
+
+
+def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> Tensor:
+    """Signal that a bias adds at the input x of its layer (Eq. 11), ``carried`` being what the bias earns.
+
+    Every position i of a receptive field takes the share ||x_i|| / sum_k ||x_k|| of the bias, along x_i.
+    ``conv`` is the geometry of the receptive fields; None is one position (1x1 convolution, normalisation, linear
+    layer, a constant added to a map). Zero padding has norm 0 and takes nothing; a dead field passes nothing on.
+    """
+    square = squared_norm(x)
+    if conv is None:
+        return x * divide(carried, square)
+    inverse = torch.rsqrt(square.masked_fill(square == 0, torch.inf))
+    norm = square * inverse
+    return x * (inverse * conv.box_spread(divide(carried, conv.box_sum(norm))))
+
+
+def dead_fields(x: Tensor, conv: Convolution | None) -> Tensor:
+    """Where :func:`share_bias` finds nobody to carry a bias: bool (N, 1, ...) over the layer's output."""
+    square = squared_norm(x)
+    return (square if conv is None else conv.box_sum(square)) == 0

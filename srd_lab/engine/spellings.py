@@ -1,0 +1,205 @@
+"""What an intercepted call is: activations in every spelling, convolutions, max pools, batch norms, linear layers.
+
+The tables and parsers that turn a torch function with its arguments into one of these, and the operations that every
+pass needs on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import resolve_name
+
+from srd_lab.engine.softplus import smooth_clip, smooth_relu
+
+Function = Callable[..., Any]
+
+
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
+    """The tensors among a call's arguments, one level of lists deep."""
+    leaves = (*args, *(kwargs or {}).values())
+    flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, tuple | list) else (leaf,))]
+    return [t for t in flat if isinstance(t, Tensor)]
+
+
+T = torch.Tensor
+
+_PURE: dict[str, tuple[Function, ...]] = {
+    "relu": (F.relu, torch.relu, T.relu),
+    "leaky_relu": (F.leaky_relu,),
+    "relu6": (F.relu6,),
+    "hardtanh": (F.hardtanh,),
+    "elu": (F.elu,),
+    "selu": (F.selu, torch.selu),
+    "celu": (F.celu, torch.celu),
+    "prelu": (F.prelu, torch.prelu, T.prelu),
+    "silu": (F.silu,),
+    "mish": (F.mish,),
+    "hardswish": (F.hardswish,),
+    "gelu": (F.gelu,),
+    "tanh": (F.tanh, torch.tanh, T.tanh),
+    "softplus": (F.softplus,),
+    "smooth_relu": (smooth_relu,),
+    "smooth_clip": (smooth_clip,),
+}
+
+_IN_PLACE: dict[str, tuple[Function, ...]] = {
+    "relu": (F.relu_, torch.relu_, T.relu_),
+    "leaky_relu": (F.leaky_relu_,),
+    "hardtanh": (F.hardtanh_,),
+    "elu": (F.elu_,),
+    "selu": (F.selu_, torch.selu_),
+    "celu": (F.celu_, torch.celu_),
+    "tanh": (torch.tanh_, T.tanh_),
+}
+
+ACTIVATIONS = {function: kind for kind, functions in _PURE.items() for function in functions}
+
+IN_PLACE_ACTIVATIONS = {function: kind for kind, functions in _IN_PLACE.items() for function in functions}
+
+_CLAMPS = {
+    *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
+    *(torch.clamp_min, T.clamp_min, torch.clamp_min_, T.clamp_min_),
+}
+
+_THRESHOLDS = {F.threshold, F.threshold_, torch.threshold}  # type: ignore[attr-defined]
+
+LAYERS = (F.conv2d, F.linear, F.batch_norm)
+
+MAX_POOLS = (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)
+
+_DROPOUTS: set[Function] = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.dropout_, torch.feature_dropout, torch.alpha_dropout),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One activation call.
+
+    index : position in call order, from 0.
+    name : dotted name of the module that made it; a functional call adds the function's name, the second and
+        further calls of one module add ``#2``, ``#3`` ...
+    kind : ``relu``, ``silu`` ...
+    function : the activation as a pure function of the pre-activation.
+    original : the call as the model made it, in place or not.
+    """
+
+    index: int
+    name: str
+    kind: str
+    function: Callable[[Tensor], Tensor]
+    original: Callable[[Tensor], Tensor]
+
+    def value_at(self, u: float) -> float:
+        """The activation at one number; whoever else intercepts does not see this."""
+        with torch._C.DisableTorchFunction():
+            return float(self.function(torch.tensor(u, dtype=torch.float64)))
+
+
+def function_name(function: Function) -> str:
+    """Readable name of an intercepted function, such as ``torch.Tensor.mul``."""
+    return resolve_name(function) or getattr(function, "__name__", repr(function))
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["input"]  # type: ignore[no-any-return]
+
+
+def recognise(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Function, bool] | None:
+    """Kind of an activation call, its pure function, and whether it is in place; None for any other call."""
+    if func in ACTIVATIONS:
+        return ACTIVATIONS[func], func, bool(kwargs.get("inplace", False))
+    if func in IN_PLACE_ACTIVATIONS:
+        return IN_PLACE_ACTIVATIONS[func], _PURE[IN_PLACE_ACTIVATIONS[func]][0], True
+    kind: str | None = None
+    if func in _CLAMPS:
+        kind = _kind_of_clamp(*args[1:], **kwargs)
+    elif func in _THRESHOLDS:
+        kind = _kind_of_threshold(*args[1:], **kwargs)
+    if kind is None:
+        return None
+    pure: Function = torch.clamp if func in _CLAMPS else torch.threshold
+    return kind, pure, bool(kwargs.get("inplace", func.__name__.endswith("_")))
+
+
+def _kind_of_clamp(min: Any = None, max: Any = None, **other: Any) -> str | None:
+    if isinstance(min, int | float) and isinstance(max, int | float):
+        return "hardtanh"
+    return "relu" if max is None and isinstance(min, int | float) and min == 0 else None
+
+
+def _kind_of_threshold(threshold: Any, value: Any, *other: Any, **others: Any) -> str | None:
+    return "relu" if threshold == value == 0 else None
+
+
+def _is_training(
+    input: Tensor,
+    p: float = 0.5,
+    train: bool = True,
+    *other: Any,
+    training: bool | None = None,
+    **others: Any,
+) -> bool:
+    """Whether a dropout call drops anything: ``train`` is torch's name for it, ``training`` is that of functional."""
+    return p > 0 and (train if training is None else training)
+
+
+def _attention_drops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *other: Any,
+    **others: Any,
+) -> bool:
+    """Whether a call of scaled_dot_product_attention drops anything."""
+    return dropout_p > 0
+
+
+def _heads_drop(*args: Any, training: bool = True, **others: Any) -> bool:
+    """Whether a call of multi_head_attention_forward drops anything; its probability is the eleventh argument."""
+    probability = others["dropout_p"] if "dropout_p" in others else args[10]
+    return training and probability > 0
+
+
+# what decides whether chance has a part in a call
+DROPPING: dict[Function, Callable[..., bool]] = {
+    **dict.fromkeys(_DROPOUTS, _is_training),
+    F.scaled_dot_product_attention: _attention_drops,
+    F.multi_head_attention_forward: _heads_drop,
+}
+
+_NAMES_OF_CHANCE = (
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "normal_"),
+    *("bernoulli", "bernoulli_", "multinomial", "poisson", "binomial", "uniform_", "random_", "exponential_"),
+    *(
+        "geometric_",
+        "cauchy_",
+        "log_normal_",
+        "gumbel_softmax",
+        "fractional_max_pool2d",
+        "fractional_max_pool3d",
+    ),
+    *("fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices"),
+)
+
+_DRAWING = {getattr(place, n) for place in (torch, T, F) for n in _NAMES_OF_CHANCE if hasattr(place, n)}
+
+_RRELUS = {F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_}
+
+
+def draws(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws from the process's random numbers; a generator that is given is the model's own affair."""
+    if func in _RRELUS:
+        return bool(kwargs.get("training", len(args) > 3 and args[3]))
+    return func in _DRAWING and kwargs.get("generator") is None

@@ -1,0 +1,217 @@
+"""SRD's trace of a model: gates, bias shares, where the encoder ends and where the input begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab.engine import rules
+from srd_lab.engine.affine import COPIES, SHIFTS, constant_part, is_affine, overwrites
+from srd_lab.engine.decomposed import Decomposed
+from srd_lab.engine.encoder_end import EncoderEnd, End
+from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
+from srd_lab.engine.held_constant import HELD
+from srd_lab.engine.layers import call_index, high_call
+from srd_lab.engine.record import original_of
+from srd_lab.engine.spellings import Call, Function, tensors_in
+
+_SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
+_NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
+# of colours, to normalise each
+_SLICING = {"__getitem__", "unsqueeze", "select", "narrow", "chunk", "split", "unbind"}
+
+
+class SRDTrace(Decomposed):
+    """A forward pass that can be decomposed backwards.
+
+    encoder : dotted module name, "" for the model itself, None to find it.
+    with_bias : whether biases, shifts of normalisations and added constants are shared (Eq. 11).
+    accounting : whether live passes put down what is lost, for one image at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: rules.Rule,
+        encoder: str | None = None,
+        *,
+        with_bias: bool,
+        accounting: bool = False,
+    ) -> None:
+        super().__init__(model, rule)
+        self.u: list[Tensor] = []  # channels along dimension 1, here and in v
+        self.v: list[Tensor] = []
+        self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
+        self._axis = 1  # of the activation call that is running
+        self._with_bias = with_bias
+        self._input: Tensor | None = None  # what the network proper is fed with, once normalised
+        self._at_input = True
+        self._read: list[Tensor] = []  # what the network proper has read of the image and its normalisation
+        self._shape = torch.Size()
+        if accounting:
+            self.live_pass.leaks = {}
+
+    def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
+        """Output of the model and the tensor that input relevance refers to: what a leading normalisation made of
+        leaf; leaf itself where there is none, or more than one."""
+        self._shape = leaf.shape
+        fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
+        self.records.note(fed, ahead=True)
+        output = self.run(fed)
+        if self._input is None or any(original_of(t) is not self._input for t in self._read):
+            return output, leaf
+        return output, self._input
+
+    def end(self) -> End:
+        """Where the encoder ended in the last trace."""
+        return self.encoder.found(self._shape[0])
+
+    def call_index(self, layer: str | int) -> int:
+        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        return call_index(self.calls, layer)
+
+    def high(self, last: int | None) -> int:
+        """Index of the last activation call at 1/8 of the input's size, none behind the call ``last``."""
+        calls = self.u if last is None else self.u[: last + 1]
+        return high_call([tuple(u.shape) for u in calls], self._shape)
+
+    def release(self) -> None:
+        super().release()
+        self.encoder.clear()
+        for kept in (self.u, self.v, self._read):
+            kept.clear()
+        self._input = None
+
+    # calls ---------------------------------------------------------------------------------------------
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        self._axis = self.channels.of(x)
+        self._layer(x, self._axis)
+        out = super().activate(call, x, inplace)
+        self.records.note(out, call=call)
+        return self.channels.put(out, self._axis)
+
+    def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        u, v = u.movedim(self._axis, 1), v.movedim(self._axis, 1)
+        self.u.append(u)
+        self.v.append(v)
+        return super().gate(call, u, v).movedim(1, self._axis)
+
+    def convolution(self, conv: Convolution) -> Tensor:
+        self._layer(conv.x, 1)
+        y = super().convolution(conv)
+        if conv.bias is not None and self._with_bias:
+            y = self.share_bias(y, conv.x, conv.bias, conv)
+        self.records.note(y, convolution=conv)
+        return y
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        last = x.dim() - 1
+        self._layer(x, last)
+        y = F.linear(x, weight, bias)
+        if bias is not None and self._with_bias and last:
+            y = self.share_bias(y, x, bias, axis=last)
+        return self.channels.put(y, last)
+
+    def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
+        self._leave_input(norm.x)
+        y = self.channels.put(run(), 1)
+        if not self._with_bias:
+            return y
+        conv = self.records[norm.x].convolution
+        return self.share_bias(y, norm.x if conv is None else conv.x, norm.shift, conv)
+
+    def max_pool(self, pool: MaxPool) -> Any:
+        self._leave_input(pool.x)
+        out = super().max_pool(pool)
+        self.encoder.call(F.max_pool2d, pool.x, out[0] if isinstance(out, tuple) else out)
+        return out
+
+    def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if function in HELD and (maps := self.maps_in(args, kwargs)):
+            x = max(maps, key=Tensor.dim)
+            self._layer(x, self.channels.of(x))
+            out = HELD[function](self, *args, **kwargs)
+            if out is not None:
+                return out
+        return super().other(function, args, kwargs)
+
+    def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        maps = self.maps_in(args, kwargs)
+        if self._with_bias and function in SHIFTS and len(maps) == 1:
+            return self._shift(function, args, kwargs, maps[0])
+        out = super().on_maps(function, args, kwargs)
+        if self.live_pass.leaks is not None and is_affine(function, args, kwargs, maps):
+            return self._account(function, args, kwargs, maps, out)
+        return out
+
+    def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
+        self._follow_input(function, maps, out)
+        x = max(maps, key=Tensor.dim)
+        if function in COPIES and (conv := self.records[x].convolution) is not None:
+            self.records.note(out, convolution=conv)
+        if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
+            self.encoder.call(function, args[0], out)
+
+    # constants -----------------------------------------------------------------------------------------
+    def shifted(self, y: Tensor, x: Tensor, shift: Tensor, axis: int) -> Tensor:
+        """``y + shift``, the shift shared along the vectors of ``x``; all have their channels along ``axis``."""
+        out = y + shift
+        if not self._with_bias:
+            return out
+        return self.share_bias(out, x.expand(out.shape), shift.expand(out.shape).movedim(axis, 1), axis=axis)
+
+    def _shift(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
+        """A constant belongs to the vector that it is added to, as the shift of a batch norm does."""
+        axis = self.channels.of(x)
+        carrier = x.clone() if overwrites(function, kwargs) else x
+        shift = constant_part(function, args, kwargs, [x])
+        out = super().on_maps(function, args, kwargs)
+        if out.dim() > x.dim():
+            return out  # type: ignore[no-any-return]
+        return self.share_bias(out, carrier.expand(out.shape), shift.movedim(axis, 1), axis=axis)
+
+    def _account(
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        moving: list[Tensor],
+        out: Any,
+    ) -> Any:
+        """``out`` of an affine call, its constant part put down as lost: a class token put in front, say."""
+        if not isinstance(out, Tensor) or not out.requires_grad or overwrites(function, kwargs):
+            return out
+        constant = constant_part(function, args, kwargs, moving)
+        return self.absorb(out, constant) if constant.any() else out
+
+    # where things begin and end --------------------------------------------------------------------------
+    def left(self, module: nn.Module, output: Any) -> Any:
+        # what follows may overwrite the encoder's output
+        return output.clone() if self.encoder.returned(module, output) else None
+
+    def _follow_input(self, function: Function, moving: list[Tensor], out: Any) -> None:
+        """A shift or scale ahead of the first layer is normalisation: the input is what it puts out."""
+        name = getattr(function, "__name__", "")
+        ahead = [t for t in moving if self.records[t].ahead]
+        if not self._at_input or len(ahead) < len(moving) or name not in _NORMALISING | _SLICING:
+            self._read += ahead
+            return
+        for t in tensors_in((out,)):
+            self.records.note(t, ahead=True)
+        if isinstance(out, Tensor) and out.shape == self._shape and name in _NORMALISING:
+            self._input = out
+
+    def _leave_input(self, x: Tensor) -> None:
+        """``x`` goes into the network proper."""
+        self._at_input = False
+        if self.records[x].ahead:
+            self._read.append(x)
+
+    def _layer(self, x: Tensor, axis: int) -> None:
+        """A layer reads ``x``."""
+        self._leave_input(x)
+        self.encoder.layer(x, axis)

@@ -1,0 +1,1 @@
+"""Runs: tracking, store, batches, settings, reports."""

@@ -1,0 +1,193 @@
+"""A study's work batch by batch: each is stored once it is done, and a resumed run goes on where the last one ended.
+
+::
+
+    def score(some, advance):
+        x = torch.stack([item.sample.image for item in some])
+        ...
+        advance(len(some))
+        return {"name": np.array([item.sample.name for item in some]), "gini": gini}
+
+    parts = in_batches(child, dataset, indices, settings, score, Batcher(50), label="srd")
+    table = joined(list(parts))  # table["gini"] (N,), table["seconds"], skipped_in(table)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from srd_lab.data import Loaded, load_batches, skipped_report
+from srd_lab.errors import OtherWork, SrdLabError
+from srd_lab.runs.report import progress
+from srd_lab.runs.tracking import Run
+from srd_lab.runtime import Batcher
+from srd_lab.types import Dataset, Sample
+
+Arrays = dict[str, np.ndarray]
+Advance = Callable[[int], None]
+ADDED = ("files", "skipped", "seconds")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to work on: its number in the study; one sample, or several that belong together, and their indices."""
+
+    number: int
+    indices: tuple[int, ...]
+    samples: tuple[Sample, ...]
+
+    @property
+    def index(self) -> int:
+        return self.indices[0]
+
+    @property
+    def sample(self) -> Sample:
+        return self.samples[0]
+
+
+def in_batches(
+    run: Run,
+    dataset: Dataset,
+    items: Sequence[int] | Sequence[tuple[int, ...]],
+    settings: dict[str, Any],
+    work: Callable[[Sequence[Item], Advance], Arrays],
+    batcher: Batcher,
+    *,
+    label: str = "",
+    steps: int = 1,
+) -> Iterator[Arrays]:
+    """The arrays of every batch, in order: those that an interrupted session stored, and fresh ones, which are stored.
+
+    items : what is worked on: indices of ``dataset``, or tuples of indices that belong together.
+    settings : ``resume`` (whether there may be stored batches) and ``workers`` (that decode ahead).
+    work : makes arrays of some items, whose first axis is the item, and tells ``advance`` the steps that it did;
+        an item with a file that cannot be used is left out. The result must not depend on what else is in a batch.
+    batcher : how many items at once; free to differ from that of the earlier session.
+    label, steps : of the progress bar; steps per item.
+
+    To a batch's arrays are added ``files``, the names of all that it was to read; ``skipped`` (K, 2), names and reasons
+    of those that could not be used; and ``seconds`` () of work. A batch without any image has these alone.
+
+    Raises SrdLabError where a stored batch is of other files, and after the last batch if not one image is left.
+    """
+    groups = [item if isinstance(item, tuple) else (int(item),) for item in items]
+    stored = _stored(run) if settings["resume"] else {}
+    plan = _plan(len(groups), batcher.size, stored)
+    if strange := set(stored) - {first for first, _ in plan}:
+        raise _other(run, stored[min(strange)])
+    to_read = [
+        [index for group in groups[first:last] for index in group]
+        for first, last in plan
+        if first not in stored
+    ]
+    arriving = load_batches(dataset, to_read, settings["workers"])
+    skipped: dict[str, str] = {}
+    anything = False
+    with progress(len(groups) * steps, label) as move:
+        for first, last in plan:
+            part, bar = groups[first:last], _Bar(move, len(groups[first:last]) * steps)
+            files = np.array([dataset.name(index) for group in part for index in group])
+            if first in stored:
+                arrays = run.load_arrays(stored[first])
+                if not np.array_equal(arrays.get("files", []), files):
+                    raise _other(run, stored[first])
+            else:
+                began = time.perf_counter()
+                loaded = next(arriving)
+                arrays = _worked(work, bar, batcher, _items(first, part, loaded))
+                arrays |= {
+                    "files": files,
+                    "skipped": np.array(list(loaded.skipped.items()), "U").reshape(-1, 2),
+                    "seconds": np.array(time.perf_counter() - began),
+                }
+                run.save_arrays(f"batches/{first:05d}-{last - 1:05d}.npz", arrays)
+            bar.fill()
+            anything |= bool(set(arrays) - set(ADDED))
+            skipped |= skipped_in(arrays)
+            yield arrays
+    if not anything:
+        raise SrdLabError(f"not one image is left; {skipped_report(skipped)}")
+
+
+def _worked(
+    work: Callable[[Sequence[Item], Advance], Arrays], bar: Advance, batcher: Batcher, items: list[Item]
+) -> Arrays:
+    return joined(batcher.run(lambda some: work(some, bar), items))
+
+
+def joined(parts: Sequence[Arrays]) -> Arrays:
+    """The arrays of consecutive batches as one; what is (N, S) and of different lengths S is filled up with NaN, and
+    single numbers (the seconds) are added up."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _joined([part[name] for part in parts if name in part]) for name in names}
+
+
+def skipped_in(arrays: Arrays) -> dict[str, str]:
+    """Name -> reason of the files that could not be used."""
+    return {str(name): str(reason) for name, reason in arrays["skipped"]}
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    if parts[0].ndim == 0:
+        return np.sum(parts)
+    if parts[0].ndim != 2:
+        return np.concatenate(parts)
+    width = max(part.shape[1] for part in parts)
+    fill = [((0, 0), (0, width - part.shape[1])) for part in parts]
+    return np.concatenate(
+        [np.pad(p, f, constant_values=np.nan) if f[1][1] else p for p, f in zip(parts, fill, strict=True)]
+    )
+
+
+def _stored(run: Run) -> dict[int, str]:
+    """The paths of the stored batches by their first item."""
+    return {int(PurePosixPath(path).stem.partition("-")[0]): path for path in run.list("batches")}
+
+
+def _plan(count: int, size: int, stored: dict[int, str]) -> list[tuple[int, int]]:
+    """First and one past the last item of every batch: the stored ones, and between them parts of at most ``size``."""
+    plan, first = [], 0
+    while first < count:
+        if first in stored:
+            last = int(PurePosixPath(stored[first]).stem.partition("-")[2]) + 1
+        else:
+            last = min([first + size, count, *(start for start in stored if start > first)])
+        plan.append((first, last))
+        first = last
+    return plan
+
+
+def _items(first: int, part: Sequence[tuple[int, ...]], loaded: Loaded) -> list[Item]:
+    """The items of which every file could be read."""
+    samples = dict(zip(loaded.indices, loaded.samples, strict=True))
+    return [
+        Item(number, group, tuple(samples[index] for index in group))
+        for number, group in enumerate(part, first)
+        if all(index in samples for index in group)
+    ]
+
+
+def _other(run: Run, path: str) -> OtherWork:
+    return OtherWork(f"run {run.id} was made with other images in batch {path}; start a new run")
+
+
+class _Bar:
+    """A batch's share of a progress bar: never more than that, also where work is done twice for lack of memory."""
+
+    def __init__(self, move: Advance, steps: int) -> None:
+        self._move, self._left = move, steps
+
+    def __call__(self, steps: int) -> None:
+        done = min(steps, self._left)
+        self._left -= done
+        self._move(done)
+
+    def fill(self) -> None:
+        """All of it: the batch is done, or was before, or some of it was skipped."""
+        self(self._left)

@@ -1,0 +1,395 @@
+"""Where a run's settings, numbers and files go: an MLflow store, or a plain folder.
+
+::
+
+    with open_run("attack", "srd, 100 pairs", {"steps": 200, **environment()}) as run:
+        with run.child("srd", {"method": "srd"}) as part:
+            part.save_arrays("parts/000.npz", {"ssim": ssim})
+            part.log_metrics({"ssim": float(ssim.mean())})
+        print(run.where)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import tempfile
+import time
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from urllib.parse import quote
+
+import numpy as np
+
+from srd_lab.errors import OtherWork, SrdLabError
+from srd_lab.runs.store import EXPERIMENT, Store, local_folder, open_store, store_uri
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow.entities import Run as StoredRun
+
+_LONGEST_PARAM = 6000
+_NOT_FINITE = "not_finite"
+_AS_BEFORE = "as before"
+
+Params = Mapping[str, object]
+Traces = Mapping[str, tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]]
+Names = list[str]  # a method of Run is called ``list``
+
+
+# --- files of a run -----------------------------------------------------------------------------------
+
+
+class Files(Protocol):
+    """Named contents; names are relative, with forward slashes."""
+
+    def write(self, path: str, content: bytes) -> None: ...
+
+    def read(self, path: str) -> bytes: ...
+
+    def names(self, folder: str) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """Files below ``folder``. A write is seen whole or not at all, even if the process is killed."""
+
+    folder: Path
+
+    def write(self, path: str, content: bytes) -> None:
+        place = self.folder / path
+        part = place.with_name(f".{place.name}.{os.getpid()}.part")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            part.replace(place)
+        except OSError as error:
+            raise SrdLabError(f"cannot write {place}: {error.strerror}") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def read(self, path: str) -> bytes:
+        try:
+            return (self.folder / path).read_bytes()
+        except OSError as error:
+            raise SrdLabError(f"cannot read {self.folder / path}: {error.strerror}") from None
+
+    def names(self, folder: str) -> list[str]:
+        found = (self.folder / folder).glob("[!.]*")
+        return sorted(item.relative_to(self.folder).as_posix() for item in found if item.is_file())
+
+
+@dataclass(frozen=True)
+class ServerFiles:
+    """The artifacts of a run whose store is a server or a cloud bucket."""
+
+    store: Store
+    run_id: str
+
+    def write(self, path: str, content: bytes) -> None:
+        target = PurePosixPath(path)
+        with tempfile.TemporaryDirectory() as folder, self.store.errors():
+            local = Path(folder, target.name)
+            local.write_bytes(content)
+            parent = None if target.parent == PurePosixPath() else str(target.parent)
+            self.store.client.log_artifact(self.run_id, str(local), parent)
+
+    def read(self, path: str) -> bytes:
+        with tempfile.TemporaryDirectory() as folder, self.store.errors():
+            return Path(self.store.client.download_artifacts(self.run_id, path, folder)).read_bytes()
+
+    def names(self, folder: str) -> list[str]:
+        with self.store.errors():
+            found = self.store.client.list_artifacts(self.run_id, folder or None)
+        return sorted(item.path for item in found if not item.is_dir)
+
+
+# --- runs ---------------------------------------------------------------------------------------------
+
+
+class Run(ABC):
+    """One run of a command, or (``child``) one method's share of it; a context manager.
+
+    It ends FINISHED, KILLED on a KeyboardInterrupt, as it was before on OtherWork, FAILED on any other exception (which goes
+    on), and takes children that are still open along.
+
+    id : the store's id; "" without tracking.
+    where : one line: how to see the run.
+    params : what is stored; on resume the settings to go on with.
+    """
+
+    id: str
+    where: str
+    params: dict[str, str]
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._children: list[Run] = []
+        self._open = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close("FINISHED")
+            return
+        with contextlib.suppress(SrdLabError):  # a store that just broke must not hide the first error
+            if isinstance(error, OtherWork):
+                self._close(_AS_BEFORE)
+            else:
+                self._close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+
+    def _close(self, status: str) -> None:
+        for child in self._children:
+            child._close(status)
+        if self._open:
+            self._open = False
+            self._end(status)
+
+    def child(self, name: str, params: Params | None = None) -> Run:
+        """The part called ``name``: found if this run has one (so on resume), else made.
+
+        Raises SrdLabError if it was made with other values for ``params``.
+        """
+        part = self._child(name, params or {})
+        self._children.append(part)
+        return part
+
+    @abstractmethod
+    def log_metrics(self, values: Mapping[str, float]) -> None:
+        """Store final numbers; one that is not finite is left out and named in the tag ``not_finite``."""
+
+    @abstractmethod
+    def log_traces(self, traces: Traces) -> None:
+        """Store curves, name -> (steps (S,), values (S,)); storing the same again changes nothing.
+
+        Points that are not finite are left out and the curve is named in the tag ``not_finite``.
+        """
+
+    @abstractmethod
+    def _child(self, name: str, params: Params) -> Run: ...
+
+    @abstractmethod
+    def _end(self, status: str) -> None: ...
+
+    def save_text(self, path: str, text: str) -> None:
+        """Store a text as file ``path`` (relative, forward slashes), replacing what was there."""
+        self._files.write(_checked(path), text.encode())
+
+    def save_bytes(self, path: str, content: bytes) -> None:
+        """Store ``content`` as file ``path`` (relative, forward slashes), replacing what was there."""
+        self._files.write(_checked(path), content)
+
+    def save_arrays(self, path: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Store arrays as the compressed npz file ``path``, replacing what was there."""
+        if objects := [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]:
+            raise SrdLabError(f"{path}: {objects[0]!r} holds Python objects; give numbers or strings")
+        buffer = io.BytesIO()
+        named: dict[str, Any] = dict(arrays)
+        np.savez_compressed(buffer, **named)
+        self._files.write(_checked(path), buffer.getvalue())
+
+    def save_figure(self, path: str, figure: Figure) -> None:
+        """Draw a matplotlib figure as file ``path`` in the format of its suffix (png, pdf, svg)."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=PurePosixPath(path).suffix.lstrip(".") or "png")
+        self._files.write(_checked(path), buffer.getvalue())
+
+    def load_text(self, path: str) -> str:
+        """What ``save_text`` stored. Raises SrdLabError if there is no such file."""
+        return self._files.read(_checked(path)).decode()
+
+    def load_arrays(self, path: str) -> dict[str, np.ndarray]:
+        """What ``save_arrays`` stored. Raises SrdLabError if there is no such file or it is damaged."""
+        content = self._files.read(_checked(path))
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise SrdLabError(f"file {path} of run {self.id} is damaged ({error}); remove it") from None
+
+    def list(self, folder: str = "") -> Names:
+        """Paths of the files directly in ``folder``, sorted; empty if there is no such folder."""
+        return self._files.names(_checked(folder) if folder else "")
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: of ``smoothed(srd,0.1,64)/pcc`` it is ``smoothed-srd-0.1-64/pcc``."""
+    return re.sub(r"[^\w. :/-]+", "-", name.replace(")", ""), flags=re.ASCII)
+
+
+class MlflowRun(Run):
+    """A run in an MLflow store."""
+
+    def __init__(self, store: Store, stored: StoredRun, where: str) -> None:
+        self.id = stored.info.run_id
+        folder = local_folder(stored.info.artifact_uri)
+        super().__init__(FolderFiles(folder) if folder else ServerFiles(store, self.id))
+        self.where = where
+        self.params = dict(stored.data.params)
+        self._store = store
+        self._start = stored.info.start_time
+        self._before = stored.info.status
+        self._not_finite = set(filter(None, stored.data.tags.get(_NOT_FINITE, "").split(", ")))
+
+    def add_params(self, params: Params) -> None:
+        """Store what is not stored yet; raises SrdLabError where a value differs from the stored one."""
+        texts = {key: _param_text(value) for key, value in params.items()}
+        for key, text in texts.items():
+            if self.params.get(key, text) != text:
+                raise SrdLabError(
+                    f"run {self.id} was made with {key} = {self.params[key]}, not {text}; "
+                    "leave the setting out, or start a new run"
+                )
+        new = {key: text for key, text in texts.items() if key not in self.params}
+        self._store.log_params(self.id, new)
+        self.params |= new
+
+    def log_metrics(self, values: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        points = [(metric_name(name), float(value), now, 0) for name, value in values.items()]
+        self._log(points)
+
+    def log_traces(self, traces: Traces) -> None:
+        # MLflow drops a point that repeats one in key, step, value and time: hence no clock here.
+        self._log(
+            [
+                (metric_name(name), float(value), self._start + int(step), int(step))
+                for name, (steps, values) in traces.items()
+                for step, value in zip(steps, values, strict=True)
+            ]
+        )
+
+    def _log(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        self._store.log_metrics(self.id, [point for point in points if math.isfinite(point[1])])
+        if lost := {point[0] for point in points if not math.isfinite(point[1])} - self._not_finite:
+            self._not_finite |= lost
+            self._store.set_tag(self.id, _NOT_FINITE, ", ".join(sorted(self._not_finite)))
+
+    def _child(self, name: str, params: Params) -> Run:
+        found = self._store.find_child(self.id, name)
+        stored = found or self._store.create_run(name, parent=self.id)
+        return _started(MlflowRun(self._store, stored, self.where), params)
+
+    def _end(self, status: str) -> None:
+        ended = self._before if self._before != "RUNNING" else "FAILED"
+        self._store.set_status(self.id, ended if status == _AS_BEFORE else status)
+
+
+class FolderRun(Run):
+    """A run without tracking: its files in a folder, with ``run.json`` (params, metrics) and ``traces.csv``.
+
+    Without a folder the files live in a temporary one that goes when the run ends.
+    """
+
+    def __init__(self, command: str, name: str, params: Params, folder: Path | None) -> None:
+        self._temporary = tempfile.TemporaryDirectory() if folder is None else None
+        self._folder = Path(self._temporary.name) if self._temporary else Path(str(folder))
+        super().__init__(FolderFiles(self._folder))
+        self.id = ""
+        self.where = f"the files are in {folder}" if folder else "nothing is kept (no tracking, no --out)"
+        self.params = {key: _param_text(value) for key, value in params.items()}
+        self._about: dict[str, Any] = {"command": command, "name": name, "status": "RUNNING"}
+        self._metrics: dict[str, float] = {}
+        self._traces: dict[tuple[str, int], float] = {}
+        self._not_finite: set[str] = set()
+        self._write_about()
+
+    def log_metrics(self, values: Mapping[str, float]) -> None:
+        values = {metric_name(name): float(value) for name, value in values.items()}
+        self._metrics |= {name: value for name, value in values.items() if math.isfinite(value)}
+        self._not_finite |= {name for name, value in values.items() if not math.isfinite(value)}
+        self._write_about()
+
+    def log_traces(self, traces: Traces) -> None:
+        for name, (steps, values) in ((metric_name(name), trace) for name, trace in traces.items()):
+            for step, value in zip(steps, values, strict=True):
+                if math.isfinite(value):
+                    self._traces[name, int(step)] = float(value)
+                else:
+                    self._not_finite.add(name)
+        table = io.StringIO()
+        rows = ((name, step, value) for (name, step), value in sorted(self._traces.items()))
+        csv.writer(table, lineterminator="\n").writerows([("name", "step", "value"), *rows])
+        self.save_text("traces.csv", table.getvalue())
+        self._write_about()
+
+    def _write_about(self) -> None:
+        content = {"params": self.params, "metrics": self._metrics, _NOT_FINITE: sorted(self._not_finite)}
+        self.save_text("run.json", json.dumps(self._about | content, indent=1) + "\n")
+
+    def _child(self, name: str, params: Params) -> Run:
+        folder = self._folder / quote(name, safe=" ,+=()")
+        part = FolderRun(self._about["command"], name, params, folder)
+        part.where = self.where
+        return part
+
+    def _end(self, status: str) -> None:
+        self._about["status"] = status
+        self._write_about()
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+def open_run(
+    command: str,
+    name: str,
+    params: Params,
+    *,
+    track: bool = True,
+    tracking_uri: str | None = None,
+    experiment: str = EXPERIMENT,
+    out: Path | None = None,
+    resume: str | None = None,
+) -> Run:
+    """Start the run of ``command``, or go on with run ``resume``; use it as a context manager.
+
+    track : False writes to the folder ``out`` (or nowhere) and does not import mlflow.
+    tracking_uri : wins over MLFLOW_TRACKING_URI, which wins over ``mlflow.db`` in the working directory.
+    params : on resume those given must equal the stored ones; the others are read from ``run.params``.
+
+    Raises SrdLabError if the store cannot be used, or ``resume`` is not a run of ``command`` in it.
+    """
+    if not track:
+        if resume:
+            raise SrdLabError("only a tracked run can be resumed; leave --no-track or --resume out")
+        return FolderRun(command, name, params, out)
+    store = open_store(store_uri(tracking_uri), experiment, command)
+    stored = store.get_run(resume) if resume else store.create_run(name)
+    return _started(MlflowRun(store, stored, store.where(stored)), params)
+
+
+def _started(run: MlflowRun, params: Params) -> MlflowRun:
+    run.add_params(params)
+    run._store.set_status(run.id, "RUNNING")  # it may have ended before and be resumed
+    return run
+
+
+def _param_text(value: object) -> str:
+    """``str(value)``; beyond MLflow's limit a digest replaces the end, so that equal still means equal."""
+    text = str(value)
+    if len(text) <= _LONGEST_PARAM:
+        return text
+    end = f"... ({len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()})"
+    return text[: _LONGEST_PARAM - len(end)] + end
+
+
+def _checked(path: str) -> str:
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise SrdLabError(f"{path!r} is not a path inside a run; give one like 'parts/000.npz'")
+    return str(parts)
