@@ -25,8 +25,9 @@ from attacks.objective import Combined, KeepClass, Objective, Reference, View, g
 from attacks.optimiser import PGD, Optimiser, unit
 from attacks.scores import SCORES, as_read, ssim_for
 from attacks.surrogate import Surrogate
-from srd_lab.engine.preconditions import check_input, check_target
+from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target
 from srd_lab.metrics.similarity import PCC
 from srd_lab.normalise import normalisation_scale
 from srd_lab.runtime import generator

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from attacks.branch import Branched, checkers
 from attacks.budget import Budget
 from attacks.scores import as_read, similarity
-from srd_lab.engine.preconditions import check_input, check_model, check_target
+from srd_lab.engine.preconditions import check_input, check_model
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target
 from srd_lab.metrics.similarity import PCC
 from srd_lab.models.classifier import Classifier
 from srd_lab.normalise import normalisation_scale, split_normalisation

@@ -27,8 +27,8 @@ from attacks.budget import Budget
 from attacks.objective import Reference
 from attacks.optimiser import unit
 from attacks.scores import SCORES
-from srd_lab.engine.preconditions import check_target
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target
 from srd_lab.normalise import normalisation_scale
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer

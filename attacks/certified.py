@@ -27,7 +27,7 @@ from attacks.certificates import SparsifiedCertificate, rms255
 from attacks.objective import Dissimilarity, KeepClass, TopK
 from attacks.scores import as_read, top_pixels
 from attacks.surrogate import Surrogate
-from srd_lab.engine.preconditions import check_target
+from srd_lab.logits import check_target, class_logits
 from srd_lab.methods.smoothed import Smoothed
 from srd_lab.types import Explainer
 
@@ -69,7 +69,7 @@ def both_sides(
     """
     x = to_8_bits(x)
     with torch.no_grad():
-        target = check_target(None, model(x))
+        target = check_target(None, class_logits(model(x)))
     certificate = SparsifiedCertificate(explainer, sigma=sigma, draws=draws, seed=seed)
     overlap = certificate.certify(model, x, target, RADII)
     tick = on_step or (lambda steps: None)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from attacks.scores import similarity
 from attacks.thresholds import TAU
-from srd_lab.engine.preconditions import check_target
+from srd_lab.logits import check_target
 from srd_lab.methods.controls import Random, Sobel
 from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Deletion, Insertion

@@ -13,7 +13,7 @@ from attacks.budget import Budget, to_8_bits
 from attacks.manipulation import noise_at_equal_mse
 from attacks.objective import Reference
 from attacks.scores import SCORES
-from srd_lab.engine.preconditions import check_target
+from srd_lab.logits import check_target
 from srd_lab.normalise import normalisation_scale
 from srd_lab.types import Explainer
 

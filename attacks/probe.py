@@ -13,8 +13,8 @@ from attacks.budget import Budget
 from attacks.objective import Combined
 from attacks.scores import SCORES, similarity
 from attacks.surrogate import SURROGATES, Surrogate
-from srd_lab.engine.preconditions import check_target
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target
 from srd_lab.runtime import Batcher
 from srd_lab.types import Explainer
 

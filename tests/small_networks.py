@@ -19,8 +19,8 @@ from attacks import ensemble, flags, robustness_study
 from attacks.gates import Gates
 from srd_lab import render
 from srd_lab.cli.main import main
-from srd_lab.engine.preconditions import check_target
 from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.logits import check_target
 from srd_lab.methods.gradient import Gradient
 from srd_lab.models import Classifier
 from srd_lab.runs.tracking import Run

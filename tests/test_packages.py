@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 DISTRIBUTED = ("srd_lab", "attacks", "apop")
 
 # From the ground up: what each may import, besides itself and the ground.
-GROUND = {f"srd_lab.{name}" for name in ("errors", "types", "runtime", "maps", "normalise", "catalogue")}
+GROUND = {
+    f"srd_lab.{name}" for name in ("errors", "types", "runtime", "maps", "logits", "normalise", "catalogue")
+}
 METHODS = {"srd_lab.engine", "srd_lab.methods", "srd_lab.metrics", "srd_lab.registry"}
 INPUTS = {"srd_lab.data", "srd_lab.models", "srd_lab.render"}
 EXPERIMENTS = METHODS | INPUTS | {"srd_lab.runs"}

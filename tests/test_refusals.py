@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -164,16 +164,112 @@ def test_pixels_of_another_range_are_refused_where_the_model_normalises(x: Tenso
     )
 
 
-@pytest.mark.parametrize("name", ["srd", "srd_low"])
-def test_one_logit_has_no_contrast_and_two_of_it_have(name: str, x: Tensor) -> None:
-    """The map would be zero; the advice is tried: of y and -y each class has its map, and one of them is not zero."""
-    one = Net(lambda s, x: plain(s, x)[:, :1])
-    with pytest.raises(
-        SrdLabError, match=r"the model has one logit; let it put out torch\.cat\(\[-y, y\], 1\)"
-    ):
-        make_explainer(name).explain(one, x, 0)
-    assert make_explainer(name, start="ones").explain(one, x, 0).any()
-    two = Net(lambda s, x: torch.cat([-one(x), one(x)], 1))
-    found = [make_explainer(name).explain(two, x, target) for target in (0, 1)]
+class OneLogit(nn.Module):
+    """A network for two classes: one logit, as (N, 1) or (N,), or the two that stand for it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.c, self.d = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.fc, self.kind = nn.Linear(6, 1), kind
+        if kind == "two":
+            weight, bias = self.fc.weight.detach(), self.fc.bias.detach()
+            self.fc = nn.Linear(6, 2)
+            self.fc.weight.data, self.fc.bias.data = torch.cat([-weight, weight]), torch.cat([-bias, bias])
+        self.double().eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(F.relu(self.d(F.relu(self.c(x)))).mean((2, 3)))
+        return y[:, 0] if self.kind == "flat" else y
+
+
+@pytest.mark.parametrize("kind", ["one", "flat"])
+@pytest.mark.parametrize("name", RUN)
+def test_one_logit_is_that_of_class_1_and_its_negative_that_of_class_0(
+    name: str, kind: str, x: Tensor
+) -> None:
+    explainer = make_explainer(name, **OPTIONS.get(name, {}))
+    for target in (0, 1, None):
+        expected, two = explainer.explain_with_logits(OneLogit("two"), x, target)
+        found, logits = explainer.explain_with_logits(OneLogit(kind), x, target)
+        torch.testing.assert_close(logits, two)
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_contrast_of_one_logit_is_no_longer_zero(x: Tensor) -> None:
+    found = [make_explainer("srd").explain(OneLogit("one"), x, target) for target in (0, 1)]
     assert any(map_.any() for map_ in found)
     assert not torch.equal(*found)
+
+
+def test_one_logit_behind_no_linear_layer_is_refused_by_rules_that_modify_weights(x: Tensor) -> None:
+    model = Net(lambda s, x: s.features(x).mean((1, 2, 3)))
+    assert make_explainer("srd").explain(model, x, 1).any()
+    with pytest.raises(SrdLabError, match=r"a network with one logit must end in a linear layer"):
+        make_explainer("lrp_zplus").explain(model, x, 1)
+
+
+class Output(dict[str, Any]):
+    """What some libraries put out: a mapping whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Named(NamedTuple):
+    aux: Tensor
+    logits: Tensor
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "a tuple": lambda y: (y, y.sum()),
+    "a list": lambda y: [y, None],
+    "under logits": lambda y: {"loss": y.sum(), "logits": y},
+    "one tensor in a mapping": lambda y: {"out": y, "name": "it"},
+    "an object": lambda y: Output(loss=None, logits=y),
+    "a named tuple": lambda y: Named(y.sum(), y),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("name", RUN)
+def test_logits_are_found_in_structured_outputs(name: str, output: str, x: Tensor) -> None:
+    model = Net(lambda s, x: OUTPUTS[output](plain(s, x)))
+    torch.testing.assert_close(explain(name, model, x), explain(name, Net(plain), x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_holds_no_logits_is_named_and_the_advice_works(name: str, x: Tensor) -> None:
+    model = Net(lambda s, x: dict.fromkeys(("mask", "score"), plain(s, x)))
+    with pytest.raises(
+        SrdLabError,
+        match=r"must be logits \(N, K\), got a dict of 'mask', 'score'; pass a module whose forward\(\) returns them alone",
+    ):
+        explain(name, model, x)
+    wrapped = Net(lambda s, x: (model(x)["score"], "first in a tuple"))
+    torch.testing.assert_close(explain(name, wrapped, x), explain(name, Net(plain), x))
+
+
+WRONG_TARGETS = {
+    "a class by name": "cat",
+    "names": ["cat", "dog"],
+    "ragged": [[1], [2, 3]],
+    "none inside": [1, None],
+    "too large to be a class": 2**70,
+}
+
+
+@pytest.mark.parametrize("target", WRONG_TARGETS)
+def test_targets_that_are_no_classes_are_one_line(target: str, x: Tensor) -> None:
+    with pytest.raises(
+        SrdLabError, match=r"\Atargets must be class indices, one per image or one for all, got [^\n]*\Z"
+    ):
+        make_explainer("gradient").explain(Net(plain), x, WRONG_TARGETS[target])  # type: ignore[arg-type]
+
+
+def test_an_array_of_pixels_gets_the_right_advice(x: Tensor) -> None:
+    with pytest.raises(SrdLabError, match=r"got ndarray; give torch\.from_numpy\(x\)"):
+        srd_lab.explain(Net(plain), x.numpy(), 1)  # type: ignore[arg-type]
+    srd_lab.explain(Net(plain), torch.from_numpy(x.numpy()), 1)
+    with pytest.raises(SrdLabError, match=r"got list; give a torch\.Tensor"):
+        srd_lab.explain(Net(plain), [[1.0]], 1)  # type: ignore[arg-type]

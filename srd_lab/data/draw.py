@@ -10,6 +10,7 @@ from torch import nn
 
 from srd_lab.data import Loaded, load_batches
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import class_logits
 from srd_lab.runtime import Batcher, generator
 from srd_lab.types import Dataset, Sample
 
@@ -69,7 +70,8 @@ def draw_pairs(
 def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Batcher) -> list[int]:
     def predict(some: Sequence[Sample]) -> list[int]:
         with torch.no_grad():
-            return model(torch.stack([sample.image for sample in some]).to(device)).argmax(1).tolist()
+            logits = class_logits(model(torch.stack([sample.image for sample in some]).to(device)))
+            return logits.argmax(1).tolist()
 
     predicted = [label for part in batcher.run(predict, loaded.samples) for label in part]
     found = zip(loaded.indices, loaded.samples, predicted, strict=True)

@@ -56,6 +56,7 @@ from srd_lab.engine.spellings import (
     tensors_in,
 )
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import class_logits
 
 _ATTENTION = (
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
@@ -75,7 +76,6 @@ class Interceptor(TorchFunctionMode):
     """
 
     needs_activations = True
-    may_grow = False  # whether the batch may have more rows in the end
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -121,17 +121,22 @@ class Interceptor(TorchFunctionMode):
         check_model(self.model)
         with _plain_torch, self._following_modules(), self:
             output = self.model(x)
-        if not self.may_grow and isinstance(output, Tensor) and output.dim() and len(output) != len(x):
-            raise SrdLabError(
-                f"the model puts out shape {tuple(output.shape)} for {len(x)} images; expected one row per image: take "
-                "averages and copies of the batch out of forward()"
-            )
         if self.needs_activations and not self.calls:
             raise SrdLabError(
                 "no activation call was seen in the model; expected ReLU, LeakyReLU, ELU, SiLU, GELU, Tanh or softplus "
                 "called through torch: use an eager (not scripted, not compiled) network"
             )
-        return output
+        return self.finished(output, len(x))
+
+    def finished(self, output: Any, images: int) -> Any:
+        """The class logits in what the model has put out, a row for each of so many images."""
+        logits = class_logits(output)
+        if isinstance(logits, Tensor) and logits.dim() and len(logits) != images:
+            raise SrdLabError(
+                f"the model puts out shape {tuple(logits.shape)} for {images} images; expected one row per image: take "
+                "averages and copies of the batch out of forward()"
+            )
+        return logits
 
     @contextmanager
     def _following_modules(self) -> Iterator[None]:
@@ -278,12 +283,13 @@ class Exchange(Watch):
     the call was in place and what it overwrote is read again.
     """
 
-    may_grow = True
-
     def __init__(self, model: nn.Module, event: int, by: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model)
         self.event, self.by = event, by
         self._overwritten: Tensor | None = None
+
+    def finished(self, output: Any, images: int) -> Any:
+        return class_logits(output)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

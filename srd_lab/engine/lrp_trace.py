@@ -33,6 +33,7 @@ from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
 from srd_lab.engine.spellings import Call, Function, tensors_in
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import is_among
 
 _NON_NEGATIVE = ("relu", "relu6", "softplus")
 T = torch.Tensor
@@ -102,6 +103,26 @@ class ModifiedTrace(Decomposed):
     def release(self) -> None:
         super().release()
         self._u = self.head = None
+
+    def finished(self, output: Any, images: int) -> Any:
+        logits = super().finished(output, images)
+        if isinstance(logits, Tensor) and logits.dim() == 2 and not is_among(logits, output):
+            self._of_two_classes(logits)
+        return logits
+
+    def _of_two_classes(self, logits: Tensor) -> None:
+        """``logits`` were made of one, y, as -y and y: as a last linear layer of twice the weights would."""
+        head = None if self.head is None else self.head[0]
+        linear = None if head is None or head.shape[1:] != (1,) else self.records[head].linear
+        if head is None or linear is None or not torch.equal(head[:, 0], logits[:, 1]):
+            raise SrdLabError(
+                "a network with one logit must end in a linear layer for this rule; use another method on this network"
+            )
+        x, weight, bias = linear
+        weight, bias = torch.cat([-weight, weight]), None if bias is None else torch.cat([-bias, bias])
+        part = F.linear(x, self._modify(weight), self._modified_bias(bias))
+        self.records.note(logits, linear=(x, weight, bias), part=part)
+        self.head = (logits, x, weight)
 
     def modified(self, t: Tensor) -> Tensor:
         """What the modified weights make of t; an activation's output, and what is pooled from it, is its own."""

@@ -64,10 +64,8 @@ def check_model(model: nn.Module) -> None:
 def check_input(x: Tensor, model: nn.Module | None = None) -> None:
     """Refuse anything but a finite float32 / float64 batch (N, C, H, W), of the model's own dtype."""
     if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise SrdLabError(
-            f"the input must be a non-empty batch of images (N, C, H, W), got {shape}; add a batch axis with x[None]"
-        )
+        got, cure = _not_images(x)
+        raise SrdLabError(f"the input must be a non-empty batch of images (N, C, H, W), got {got}; {cure}")
     if x.dtype not in (torch.float32, torch.float64):
         raise SrdLabError(
             f"the input must be float32 or float64, got {x.dtype}; scale pixels to [0, 1] and call x.float()"
@@ -83,31 +81,12 @@ def check_input(x: Tensor, model: nn.Module | None = None) -> None:
         raise SrdLabError("no gradient can be taken in torch.inference_mode; use torch.no_grad instead")
 
 
-def check_target(target: Tensor | int | None, logits: Tensor) -> Tensor:
-    """Class indices (N,) on the logits' device; ``None`` is the predicted class, one index serves all images."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise SrdLabError(
-            f"the model's output must be logits (N, K), got {got}; wrap a model that returns more in one that returns these"
+def _not_images(x: object) -> tuple[str, str]:
+    """What was given instead of images, and what to do."""
+    if not isinstance(x, Tensor):
+        cure = (
+            "torch.from_numpy(x)" if type(x).__name__ == "ndarray" else "a torch.Tensor of pixels in [0, 1]"
         )
-    n, classes = logits.shape
-    if target is None:
-        return logits.detach().argmax(1)
-    index = torch.as_tensor(target, device=logits.device)
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise SrdLabError(f"targets must be integer class indices, got {index.dtype}")
-    if index.dim() == 0:
-        index = index.expand(n)
-    if index.shape != (n,):
-        raise SrdLabError(f"expected one target per image, shape ({n},), got {tuple(index.shape)}")
-    if int(index.min()) < 0 or int(index.max()) >= classes:
-        raise SrdLabError(
-            f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}"
-        )
-    return index.long()
-
-
-def class_logit(logits: Tensor, target: Tensor | int | None) -> Tensor:
-    """The logit (N,) of every image's class, see :func:`check_target`."""
-    classes = check_target(target, logits)
-    return logits.gather(1, classes[:, None])[:, 0]
+        return type(x).__name__, f"give {cure}"
+    cure = "add a batch axis with x[None]" if x.dim() == 3 else "bring it to this shape"
+    return str(tuple(x.shape)), "give one image at least" if 0 in x.shape else cure

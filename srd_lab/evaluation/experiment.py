@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import class_logits
 from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.registry import make_explainer
 from srd_lab.runs.batches import Advance, Arrays, Item
@@ -42,7 +43,7 @@ class Experiment:
         labels = torch.tensor([sample.label for sample in samples], device=device)
         with torch.no_grad():
             model(x)  # the first pass at a size is slower
-            seconds, logits = _timed(lambda: model(x), device)
+            seconds, logits = _timed(lambda: class_logits(model(x)), device)
         predicted = logits.argmax(1)
         target = labels if self.target == "label" else predicted
         indices = [item.index for item in items]

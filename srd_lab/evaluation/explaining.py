@@ -15,6 +15,7 @@ from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
 from srd_lab.data.pictures import decode, fit, upright
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import class_logits, probabilities
 from srd_lab.models import Classifier, input_size, load_model
 from srd_lab.registry import make_explainer
 from srd_lab.runs.report import text_table
@@ -38,7 +39,9 @@ class Explaining:
         self.methods = {method: make_explainer(method) for method in asked}
         self.out: Path = settings["out"]
         with torch.no_grad():
-            count = self.model(torch.zeros(1, 3, self.size, self.size, device=self.device)).shape[1]
+            count = class_logits(
+                self.model(torch.zeros(1, 3, self.size, self.size, device=self.device))
+            ).shape[1]
         self.classes = Classes.of(data, count)
         self.target = None if settings["target"] is None else self.classes.index(settings["target"])
 
@@ -61,11 +64,11 @@ class Explaining:
     def _explain(self, file: Path, folder: Path, image: Tensor) -> render.SheetRow:
         x = image[None].to(self.device)
         with torch.no_grad():
-            probabilities = torch.softmax(self.model(x).cpu().double(), 1)[0]
-        top = probabilities.topk(min(TOP, len(probabilities)))
+            likely = probabilities(self.model(x)).cpu().double()[0]
+        top = likely.topk(min(TOP, len(likely)))
         target = int(top.indices[0]) if self.target is None else self.target
         explained = self.classes.name(target)
-        click.echo(f"{file}: explained for {explained}, probability {float(probabilities[target]):.3f}\n")
+        click.echo(f"{file}: explained for {explained}, probability {float(likely[target]):.3f}\n")
         lines = [
             [self.classes.name(int(i)), f"{float(p):.3f}", str(int(i))]
             for p, i in zip(top.values, top.indices, strict=True)

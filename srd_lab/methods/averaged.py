@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.engine.attribution import traced
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.preconditions import check_input, check_target
+from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.recompute import recomputed
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target
 from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer

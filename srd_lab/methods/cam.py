@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import traced
 from srd_lab.engine.layer_trace import LayerTrace
-from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import class_logit
 from srd_lab.types import Explainer
 
 
@@ -56,7 +57,11 @@ class Layer:
 
     def slope(self, score: Tensor) -> Tensor:
         """The derivative of ``score`` by the activation, (N, K, h, w)."""
-        (slope,) = torch.autograd.grad(score, self.output, create_graph=self.differentiable)
+        (slope,) = torch.autograd.grad(
+            score, self.output, create_graph=self.differentiable, allow_unused=True
+        )
+        if slope is None:
+            raise SrdLabError("the layer has no part in the logits; name another one with level= or encoder=")
         return slope.movedim(self.channels, 1)
 
     def finish(self, t: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.engine import rules
 from srd_lab.engine.interceptor import Exchange, Watch
-from srd_lab.engine.preconditions import check_target
 from srd_lab.engine.recompute import recomputed
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target
 from srd_lab.methods.cam import Layer, layer_of
 from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import fast_layout, is_out_of_memory

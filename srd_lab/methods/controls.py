@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.preconditions import check_input, check_target
+from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
 

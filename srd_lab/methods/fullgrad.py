@@ -30,9 +30,10 @@ from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
 from srd_lab.engine.attribution import traced
 from srd_lab.engine.geometry import BatchNorm, Convolution
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
+from srd_lab.logits import class_logit
 from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 

@@ -28,7 +28,8 @@ from srd_lab.engine import rules
 from srd_lab.engine.attribution import traced
 from srd_lab.engine.decomposed import Gated
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.engine.preconditions import check_input
+from srd_lab.logits import class_logit
 from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 

@@ -33,10 +33,11 @@ from srd_lab.engine import rules
 from srd_lab.engine.attribution import traced
 from srd_lab.engine.layers import call_index, high_call
 from srd_lab.engine.lrp_trace import ModifiedTrace
-from srd_lab.engine.preconditions import check_input, check_target, class_logit
+from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.record import original_of
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target, class_logit
 from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 

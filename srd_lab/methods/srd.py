@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import traced
 from srd_lab.engine.encoder_end import End
-from srd_lab.engine.preconditions import check_input, class_logit
+from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import check_target, class_logit
 from srd_lab.types import Explainer
 
 STARTS = ("contrastive", "gradcam", "ones")
@@ -81,6 +82,8 @@ class SRD(Explainer):
     ) -> tuple[Tensor, Tensor]:
         """Signed relevance (N, h, w) at ``level``; (N, H, W) at the input; the model's output, from one forward pass."""
         with _tracing(self, model, x) as run:
+            if not isinstance(run.output, Tensor):
+                check_target(target, run.output)
             begin = run.begin(target, None)
             return run.at_level(begin, self.level), run.finish(run.output)
 
@@ -266,11 +269,6 @@ class _Run:
             )
         score = class_logit(self.output, target)
         if start == "contrastive":
-            if self.output.shape[1] == 1:
-                raise SrdLabError(
-                    'start="contrastive" compares a class with the others, and the model has one logit; let it put out '
-                    'torch.cat([-y, y], 1) for its logit y, or use start="ones"'
-                )
             score = score - self.output.mean(1)
         (slope,) = torch.autograd.grad(
             score.sum(), end.output, create_graph=self.differentiable, retain_graph=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.errors import SrdLabError
+from srd_lab.logits import class_logits, probabilities
 from srd_lab.normalise import normalisation_scale, split_normalisation
 from srd_lab.runtime import fast_layout, generator
 from srd_lab.types import Explainer
@@ -72,16 +74,22 @@ class Images:
         """Random numbers of image ``i``."""
         return generator(seed, *names, self.keys[i])
 
-    def logits(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
+    def logits(
+        self,
+        i: int,
+        variants: Callable[[range], Tensor],
+        count: int,
+        read: Callable[[Any], Tensor] = class_logits,
+    ) -> Tensor:
         """Logits (count, K) of ``count`` normalised variants of image ``i``, made and run some at a time. The network may
-        change them in place: ``variants`` gives copies."""
+        change them in place: ``variants`` gives copies. ``read`` makes them of the network's output."""
         network = split_normalisation(self.model)[1]
         at_once = max(1, _PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
         parts = (range(first, min(count, first + at_once)) for first in range(0, count, at_once))
         with torch.no_grad():
             layout = self._layout(network)
             return torch.cat(
-                [network(variants(some).contiguous(memory_format=layout)).double() for some in parts]
+                [read(network(variants(some).contiguous(memory_format=layout))).double() for some in parts]
             )
 
     def _layout(self, network: nn.Module) -> torch.memory_format:
@@ -102,7 +110,8 @@ class Images:
 
     def probabilities(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
         """Probability (count,) of the explained class."""
-        return torch.softmax(self.logits(i, variants, count), 1)[:, int(self.target[i])]
+        found = self.logits(i, variants, count, partial(probabilities, dtype=torch.float64))
+        return found[:, int(self.target[i])]
 
 
 @dataclass(frozen=True)

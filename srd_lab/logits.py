@@ -1,0 +1,106 @@
+"""The class logits in what a model puts out, and the classes that are explained.
+
+A model with one logit y tells two classes apart: class 1 has the logit y and class 0 its negative, so that whatever is
+explained, attacked or scored works on ``[-y, y]``. Its probabilities are those of the sigmoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srd_lab.errors import SrdLabError
+
+
+def class_logits(output: Any) -> Any:
+    """The logits (N, K), K >= 2, in the output of a model.
+
+    output : logits (N, K), (N, 1) or (N,); a tuple or list that begins with them; a mapping or an object that has them
+        under ``logits``, or a mapping with one tensor. Anything else is handed back as it is.
+    """
+    found = _tensor_in(output)
+    if not isinstance(found, Tensor) or found.dim() not in (1, 2) or found[:1].numel() != 1:
+        return found
+    y = found.reshape(-1, 1)
+    return torch.cat([-y, y], 1)
+
+
+def is_among(logits: Tensor, output: Any) -> bool:
+    """Whether ``logits`` are what the model put out, and not two made of one."""
+    return _tensor_in(output) is logits
+
+
+def probabilities(output: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The probabilities (N, K) of the classes: softmax of the logits, sigmoid of one logit.
+
+    output : see :func:`class_logits`. dtype : to compute in; None is that of the logits.
+    """
+    logits = class_logits(output)
+    one = _tensor_in(output).numel() == len(logits)
+    return torch.softmax(
+        logits / 2 if one else logits, 1, dtype
+    )  # the softmax of -y/2, y/2 is the sigmoid of y
+
+
+def check_target(target: Any, logits: Any) -> Tensor:
+    """Class indices (N,) on the logits' device.
+
+    target : class indices, one per image or one for all; None is the predicted class. logits : (N, K).
+
+    Raises SrdLabError for what is no logits (N, K) and for what is no class of theirs.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise SrdLabError(
+            f"the model's output must be logits (N, K), got {_described(logits)}; pass a module whose forward() returns "
+            "them alone, first in a tuple, or under 'logits'"
+        )
+    n, classes = logits.shape
+    if target is None:
+        return logits.detach().argmax(1)
+    try:
+        index = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise SrdLabError(
+            f"targets must be class indices, one per image or one for all, got {target!r:.60}; give an int, a list of "
+            f"{n} ints, or None for the predicted classes"
+        ) from None
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise SrdLabError(f"targets must be integer class indices, got {index.dtype}")
+    if index.dim() == 0:
+        index = index.expand(n)
+    if index.shape != (n,):
+        raise SrdLabError(f"expected one target per image, shape ({n},), got {tuple(index.shape)}")
+    if int(index.min()) < 0 or int(index.max()) >= classes:
+        raise SrdLabError(
+            f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}"
+        )
+    return index.long()
+
+
+def class_logit(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """The logit (N,) of every image's class, see :func:`check_target`."""
+    classes = check_target(target, logits)
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def _tensor_in(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    tensors = [t for t in output.values() if isinstance(t, Tensor)] if isinstance(output, Mapping) else []
+    return tensors[0] if len(tensors) == 1 else output
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(repr, output))}"
+    return f"a {type(output).__name__}"
