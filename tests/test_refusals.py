@@ -273,3 +273,58 @@ def test_an_array_of_pixels_gets_the_right_advice(x: Tensor) -> None:
     srd_lab.explain(Net(plain), torch.from_numpy(x.numpy()), 1)
     with pytest.raises(SrdLabError, match=r"got list; give a torch\.Tensor"):
         srd_lab.explain(Net(plain), [[1.0]], 1)  # type: ignore[arg-type]
+
+
+def zeroed(y: Tensor) -> Tensor:
+    y = y.clone()
+    y[y < 0] = 0
+    return y
+
+
+@torch.no_grad()
+def positive(y: Tensor) -> Tensor:
+    return y > 0
+
+
+def tried(name: str, model: nn.Module, x: Tensor) -> tuple[Tensor | None, str]:
+    """The map, or why there is none."""
+    try:
+        return explain(name, model, x), ""
+    except SrdLabError as error:
+        return None, str(error)
+
+
+RELUS_BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
+    "maximum": lambda y: torch.maximum(y, torch.zeros_like(y)),
+    "fmax": lambda y: torch.fmax(y, torch.zeros_like(y)),
+    "minus minimum": lambda y: y - torch.minimum(y, torch.zeros_like(y)),
+    "where": lambda y: torch.where(y > 0, y, torch.zeros_like(y)),
+    "times a mask": lambda y: y * (y > 0),
+    "times a float mask": lambda y: y * (y > 0).to(y),
+    "times a heaviside": lambda y: y * torch.heaviside(y.detach(), torch.zeros_like(y)),
+    "masked_fill": lambda y: y.masked_fill(y < 0, 0.0),
+    "indexed by a mask": zeroed,
+    "half of abs": lambda y: (y + y.abs()) / 2,
+    "abs, in place": lambda y: (y + y.clone().abs_()) / 2,
+    "clamp at a tensor": lambda y: y.clamp(min=torch.zeros_like(y)),
+    "clamp_min at a tensor": lambda y: torch.clamp_min(y, torch.zeros((), dtype=y.dtype)),
+    "times half of one plus sign": lambda y: y * (1 + torch.sign(y)) / 2,
+    "times a detached mask": lambda y: y * (y.detach() > 0).to(y.dtype),
+    "times a mask of data": lambda y: y * (y.data > 0),
+    "times a mask without gradients": lambda y: y * positive(y),
+    "minus a detached minimum": lambda y: y - (y.detach() * 1.0).clamp(max=torch.zeros_like(y)),
+}
+
+
+@pytest.mark.parametrize("relu", RELUS_BY_HAND)
+@pytest.mark.parametrize(
+    "name",
+    ["guided_backprop", "deconvnet", "srd", "lrp_epsilon", "lrp_zplus", "lrp_gamma", "excitation_backprop"],
+)
+def test_a_relu_by_hand_is_an_activation_or_refused(name: str, relu: str, x: Tensor) -> None:
+    model = Net(lambda s, x: s.head(RELUS_BY_HAND[relu](s.d(F.relu(s.c(x))))))
+    found, refusal = tried(name, model, x)
+    if found is None:
+        assert "there is no rule for it" in refusal or "cannot follow" in refusal
+        return
+    torch.testing.assert_close(found, explain(name, Net(plain), x))

@@ -49,6 +49,9 @@ KINKS = _spelled(  # piecewise linear, and so an activation in all but its spell
     "maximum minimum fmax fmin abs absolute __abs__ sign sgn heaviside threshold clamp clamp_min clamp_max clip",
     "hardshrink softshrink rrelu",
 )
+LIKE = _spelled(  # take a map's shape and nothing else
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor size dim",
+)
 _AFFINE = (
     SHIFTS
     | CASTS

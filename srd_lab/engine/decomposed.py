@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.affine import CASTS, GATES, KINKS, PRODUCTS, exchanged, is_affine, overwrites
+from srd_lab.engine.affine import CASTS, GATES, KINKS, LIKE, PRODUCTS, exchanged, is_affine, overwrites
 from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.live_pass import Absorb, Gate, Hold, LivePass, Refuse, ShareBias
@@ -59,17 +59,28 @@ class Gated(ImageTrace):
             self.live_pass.on, self.live_pass.relevance = False, {}
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        compared = any(self.records[t].compared for t in tensors_in(args, kwargs))
-        if compared and torch.is_grad_enabled() and self.maps_in(args, kwargs):
-            return self.refused(function, args, kwargs, "chooses by a comparison of maps")
-        out = super().other(function, args, kwargs)
-        return self._as_comparison(out) if compared else out
+        known = [self.records[t] for t in tensors_in(args, kwargs)]
+        compared, maps = any(of.compared for of in known), self.maps_in(args, kwargs)
+        if compared and maps and torch.is_grad_enabled():
+            out = self.refused(function, args, kwargs, "chooses by a comparison of maps")
+        else:
+            out = super().other(function, args, kwargs)
+        detached = any(of.detached for of in known)
+        chooses = compared or (detached and function in KINKS)
+        chooses |= bool(maps or detached) and _compares(function, out)
+        for t in tensors_in((out,)):
+            if t.requires_grad:
+                continue  # guarded, where it is not affine
+            if chooses:
+                self.records.note(t, compared=True)
+            elif detached or (maps and function not in LIKE):
+                self.records.note(t, detached=True)
+        return out
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in KINKS:
             return self.refused(function, args, kwargs, "is an activation by another name")
-        out = super().on_maps(function, args, kwargs)
-        return self._as_comparison(out) if _compares(function, out) else out
+        return super().on_maps(function, args, kwargs)
 
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         """The call as it is, and an error for any live pass that arrives there."""
@@ -80,17 +91,16 @@ class Gated(ImageTrace):
                 return t._make(parts) if hasattr(t, "_make") else type(t)(parts)
             return self._guarded(t, function, why) if isinstance(t, Tensor) else t
 
-        if not overwrites(function, kwargs):
+        if function is not Tensor.__setitem__ and not overwrites(function, kwargs):
             return guarded(function(*args, **kwargs))
         if not isinstance(args[0], Tensor):
             raise SrdLabError(self._complaint(function, why))
-        return in_place(args[0], lambda t: guarded(function(t, *args[1:], **kwargs)))
 
-    def _as_comparison(self, out: Any) -> Any:
-        """``out``, a comparison of maps or what was made of one."""
-        for t in tensors_in((out,)):
-            self.records.note(t, compared=True)
-        return out
+        def changed(t: Tensor) -> Any:
+            out = function(t, *args[1:], **kwargs)
+            return guarded(t if out is None else out)
+
+        return in_place(args[0], changed)
 
     def _guarded(self, t: Tensor, function: Function, why: str) -> Tensor:
         if not t.requires_grad:
@@ -151,15 +161,13 @@ class Decomposed(Gated):
         if function in GATES:
             return self.as_factor(self.refused(function, args, kwargs, _NO_GATE), True)
         if not is_affine(function, args, kwargs, self.maps_in(args, kwargs)):
-            out = self.refused(function, args, kwargs, "is neither affine nor an activation")
-            return self._as_comparison(out) if _compares(function, out) else out
+            return self.refused(function, args, kwargs, "is neither affine nor an activation")
         if function in PRODUCTS:
             overwritten = args[0] if overwrites(function, kwargs) else None
             gates = [t for t in tensors_in(args, kwargs) if self.records[t].role == "gate"]
             held = {id(t): self.hold(t) for t in gates if t is not overwritten}
             args, kwargs = exchanged(args, kwargs, held)
-        out = function(*args, **kwargs)
-        return self._as_comparison(out) if _compares(function, out) else out
+        return function(*args, **kwargs)
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
         """``out``, of which ``constant`` came from no map, and is lost to the live pass."""

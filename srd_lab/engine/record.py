@@ -46,7 +46,8 @@ class Record:
 
     About its value:
     role : None for a map; "gate" for what multiplies maps and no more, "constant" for what is made of parameters alone.
-    compared : a comparison of maps made it. unseen : it was made with gradients off.
+    compared : a comparison of maps made it. detached : it is made of maps, and asks for no gradient.
+    unseen : it was made with gradients off.
     call : the activation call that made it. event : which torch function of the model did, counted from 1.
     pooled : it was pooled from maps.
     convolution : the convolution that made it, but for a copy.
@@ -59,6 +60,7 @@ class Record:
     ahead: bool = _stays(False)
     role: Literal["gate", "constant"] | None = None
     compared: bool = False
+    detached: bool = False
     unseen: bool = False
     call: Call | None = None
     event: int | None = None
