@@ -9,3 +9,7 @@ class SrdLabError(Exception):
 
 class OtherWork(SrdLabError):
     """What is stored in a run is not of the work to do: going on with it makes no sense, and leaves it as it was."""
+
+
+class SrdLabWarning(UserWarning):
+    """What a user should know of a result: one line, shown once."""

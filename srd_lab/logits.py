@@ -80,6 +80,12 @@ def check_target(target: Any, logits: Any) -> Tensor:
     return index.long()
 
 
+def check_logits(logits: Any) -> Tensor:
+    """``logits``, refused where they are no (N, K); see :func:`check_target`."""
+    check_target(None, logits)
+    return logits  # type: ignore[no-any-return]
+
+
 def class_logit(logits: Tensor, target: Tensor | int | None) -> Tensor:
     """The logit (N,) of every image's class, see :func:`check_target`."""
     classes = check_target(target, logits)

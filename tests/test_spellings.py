@@ -289,11 +289,7 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
         "torch.addmm in|ends in a linear layer",
     ),
     "branches": (apart, {*CAMS, "srd", "srd_low"}, "several maps are pooled, each by itself"),
-    "a tuple": (
-        lambda s, x: (plain(s, x), None),
-        set(EXPLAINERS) - {"srd", "srd_high", "srd_low", "lrp_epsilon"},
-        "must be logits",
-    ),
+    "logits among others": (lambda s, x: (None, plain(s, x)), set(EXPLAINERS), "must be logits"),
     "recomputation": (
         lambda s, x: head(s, F.relu(checkpoint(s.d, F.relu(s.c(x)), use_reentrant=False))),
         {"srd", "srd_low", "lrp_zplus", "lrp_epsilon"},

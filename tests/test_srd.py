@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import SrdLabError, SrdLabWarning
 from srd_lab.methods.srd import SRD
 from srd_lab.models import Classifier
 
@@ -308,8 +308,10 @@ def test_levels_name_layers_of_the_same_pass() -> None:
         SrdLabError, match=r"no activation call is named 'layer9'.*the calls are: relu, layer1"
     ):
         SRD(level="layer9").explain(model, x)
-    with pytest.raises(SrdLabError, match=r"no activation has 1/8 of the input's size, \(1, 1\).*level="):
-        SRD(level="high").explain(VGGLike(), pixels(1, 3, 8, 8))
+    with pytest.warns(
+        SrdLabWarning, match=r"has 1/8 of the input's size, \(1, 1\); the nearest has \(4, 4\).*level="
+    ):
+        assert SRD(level="high").explain(VGGLike(), pixels(1, 3, 8, 8)).shape == (1, 4, 4)
     with pytest.raises(SrdLabError, match=r"no relevance reaches 'classifier.1'.*behind"):
         SRD(level="classifier.1").explain(VGGLike(), pixels(1, 3, 8, 8))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import SrdLabError, SrdLabWarning
 
 _SAID_IN_A_LINE = (SrdLabError, KeyboardInterrupt, MemoryError, OSError, RuntimeError, ImportError)
 
@@ -24,7 +25,7 @@ def command_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         debug = click.get_current_context().find_root().params.get("debug", False)
-        with _terminated_like_interrupted():
+        with _terminated_like_interrupted(), _warnings_in_a_line():
             try:
                 return function(*args, **kwargs)
             except _SAID_IN_A_LINE as error:
@@ -43,6 +44,23 @@ def _in_a_line(error: BaseException) -> str:
         return "interrupted"
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{line} ({type(error).__name__}; --debug shows where)"
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """What the user should know is said once, as a note."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, SrdLabWarning):
+            click.echo(f"Note: {message}", err=True)
+        else:
+            plain(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+        warnings.filterwarnings("once", category=SrdLabWarning)
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

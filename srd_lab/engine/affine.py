@@ -29,6 +29,7 @@ def _spelled(*groups: str) -> set[Function]:
 
 GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
 DIVISIONS = _spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
+_SUMS_OF_PRODUCTS = _spelled("addmm addbmm baddbmm addmv addr addcmul addcdiv lerp")
 _SAMPLERS = _spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
 _IN_FIRST = DIVISIONS | _SAMPLERS  # affine in their first operand alone
 # affine in one of their operands, where the others are constants
@@ -48,6 +49,9 @@ SELECTIONS = _spelled(  # among a map's own values, as a max pool is: affine whe
 KINKS = _spelled(  # piecewise linear, and so an activation in all but its spelling, unless srd_lab.engine.spellings has it
     "maximum minimum fmax fmin abs absolute __abs__ sign sgn heaviside threshold clamp clamp_min clamp_max clip",
     "hardshrink softshrink rrelu",
+)
+_FILLS = SHIFTS | _spelled(  # with a number that is given
+    "pad constant_pad_nd masked_fill index_fill fill where nan_to_num tril triu"
 )
 LIKE = _spelled(  # take a map's shape and nothing else
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor size dim",
@@ -95,6 +99,15 @@ def is_affine(
     if function in SELECTIONS:
         return len(tensors_in(args, kwargs)) == 1
     return function in _AFFINE and kwargs.get("reduce") in (None, "add")
+
+
+def brings_constants(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], maps: list[Tensor]
+) -> bool:
+    """Whether what an affine call puts out may hold something that is made of no map."""
+    if function in PRODUCTS - _SUMS_OF_PRODUCTS or not is_affine(function, args, kwargs, maps):
+        return False
+    return function in _FILLS or len(maps) < len(tensors_in(args, kwargs))
 
 
 def exchanged(

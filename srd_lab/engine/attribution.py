@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from srd_lab.errors import SrdLabError, SrdLabWarning
+
+ON_LEAK = ("error", "warn")
 
 
 def traced(x: Tensor) -> tuple[Tensor, bool]:
@@ -13,3 +20,29 @@ def traced(x: Tensor) -> tuple[Tensor, bool]:
     """
     differentiable = x.requires_grad and torch.is_grad_enabled()
     return (x if differentiable else x.detach().requires_grad_()), differentiable
+
+
+def check_conserved(
+    started: Tensor, arrived: Tensor, leaks: Mapping[str, Tensor], on_leak: str, eps: float
+) -> None:
+    """Refuse a map that holds less or more relevance than it should: an operation was taken for what it is not.
+
+    started, arrived : relevance of a batch, of any shapes. leaks : by cause, what is known to have gone to nobody.
+    on_leak : "error" or "warn". eps : relative rounding of the coarsest numbers on the way.
+
+    Raises SrdLabError, or warns, where their difference is more than rounding: 1e4 times eps, 2 % at most. What is not
+    finite shows by itself, and passes.
+    """
+    started, arrived = started.detach(), arrived.detach()
+    total, size = started.sum(), started.abs().sum() + arrived.abs().sum()
+    unexplained = total - arrived.sum() - sum(leaks.values())
+    if not unexplained.abs() > min(1e4 * eps, 0.02) * size:
+        return
+    share = float(unexplained / started.abs().sum())
+    said = (
+        f"{share:.1%} of the relevance that started did not arrive, for no known reason: the model does something that the "
+        "rule does not fit; use another method on it, and please report the model"
+    )
+    if on_leak == "error":
+        raise SrdLabError(said)
+    warnings.warn(said, SrdLabWarning, stacklevel=2)

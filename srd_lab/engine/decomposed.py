@@ -52,7 +52,7 @@ class Gated(ImageTrace):
     @contextmanager
     def live(self) -> Iterator[dict[int, Tensor]]:
         """Within: the rule is live; yields the relevance by call index, filled by the backward pass."""
-        self.live_pass.on, self.live_pass.relevance = True, {}
+        self.live_pass.on, self.live_pass.relevance, self.live_pass.leaks = True, {}, {}
         try:
             yield self.live_pass.relevance
         finally:
@@ -170,7 +170,7 @@ class Decomposed(Gated):
         return function(*args, **kwargs)
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
-        """``out``, of which ``constant`` came from no map, and is lost to the live pass."""
+        """``out``, of which ``constant`` came from no map: what that earns in the live pass is counted as leaked."""
         return Absorb.apply(out, constant, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
 
     def as_gate(self, t: Tensor, function: Function) -> Tensor:

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from srd_lab.engine.channels import Channels
 from srd_lab.engine.interceptor import Interceptor
+from srd_lab.engine.layers import Place
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Function, recognise, tensors_in
+
+_EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class ImageTrace(Interceptor):
@@ -20,7 +23,11 @@ class ImageTrace(Interceptor):
     nothing that is made of the image is ever taken for a constant. Gradients have to be on.
 
     records : what is known of the tensors of this pass. channels : where the channels of each lie.
+    maps : if ``keeps_maps``, every map of four dimensions with its version then.
+    eps : relative rounding of the coarsest numbers on the way.
     """
+
+    keeps_maps = False
 
     follows_channels = True
 
@@ -28,6 +35,8 @@ class ImageTrace(Interceptor):
         super().__init__(model)
         self.records = Records()
         self.channels = Channels(self.records)
+        self.maps: list[tuple[Tensor, int]] = []
+        self.eps = 0.0
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -36,7 +45,12 @@ class ImageTrace(Interceptor):
         if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
             self.events += 1
             return self.as_factor(func(*args, **given), self.gate_in(args, given))
-        return super().__torch_function__(func, types, args, kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(out, Tensor) and out.dtype in _EPS:
+            self.eps = max(self.eps, _EPS[out.dtype])
+        if self.keeps_maps and isinstance(out, Tensor) and out.dim() == 4 and self.is_map(out):
+            self.maps.append((out, out._version))
+        return out
 
     def is_map(self, t: Tensor) -> bool:
         """Whether ``t`` is made of the image, and is no gate."""
@@ -79,6 +93,15 @@ class ImageTrace(Interceptor):
     def release(self) -> None:
         """Let go of every tensor, so that the graph dies with whoever still needs it."""
         self.records.clear()
+        self.maps.clear()
+
+    def places(self) -> list[Place]:
+        """The maps that were kept and not overwritten, by their place among ``maps``."""
+        return [
+            Place(i, tuple(t.movedim(self.channels.of(t), 1).shape), t.grad_fn)
+            for i, (t, version) in enumerate(self.maps)
+            if t._version == version
+        ]
 
 
 def _is_layer(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

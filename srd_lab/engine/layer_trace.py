@@ -11,9 +11,10 @@ from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import Convolution, MaxPool
 from srd_lab.engine.held_constant import HELD
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.layers import call_index, high_call
+from srd_lab.engine.layers import Place, call_index, high
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.spellings import Call, Function
+from srd_lab.errors import SrdLabError
 
 
 class LayerTrace(ImageTrace):
@@ -30,11 +31,14 @@ class LayerTrace(ImageTrace):
         self.v: list[Tensor] = []
         self.made: list[tuple[int, int]] = []
         self._shape = torch.Size()
+        self._fed: Any = None  # the image's node in autograd's graph
 
     def trace(self, leaf: Tensor) -> Any:
         """The model's output for ``leaf``."""
         self._shape = leaf.shape
-        return self.run(leaf.clone())  # a model may change its input in place; the caller's stays as it was
+        fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
+        self._fed = fed.grad_fn
+        return self.run(fed)
 
     def end(self) -> End:
         """Where the encoder ended."""
@@ -44,15 +48,28 @@ class LayerTrace(ImageTrace):
         """Index of an activation call by index, by name, or by the submodule whose last call it is."""
         return call_index(self.calls, layer)
 
-    def high(self) -> int:
-        """Index of the last activation call at 1/8 of the input's size."""
+    def high(self, logits: Tensor) -> tuple[Tensor, int, int]:
+        """The last map at 1/8 of the input's size that all paths to the logits pass: the output of an activation call, or
+        another one where none is such a map; with the axis of its channels, and which torch function made it."""
         shapes = [tuple(v.movedim(axis, 1).shape) for v, (_, axis) in zip(self.v, self.made, strict=True)]
-        return high_call(shapes, self._shape)
+        calls = [Place(i, shape, self.v[i].grad_fn) for i, shape in enumerate(shapes)]
+        found = high(calls, self._shape, logits.grad_fn, self._fed)
+        if found is not None:
+            event, axis = self.made[found]
+            return self.v[found], axis, event
+        found = high(self.places(), self._shape, logits.grad_fn, self._fed)
+        if found is None:
+            raise SrdLabError(
+                "no map with spatial extent is passed by all paths to the logits; name a layer with level="
+            )
+        map_ = self.maps[found][0]
+        return map_, self.channels.of(map_), self.records[map_].event or 0
 
     def release(self) -> None:
         super().release()
         self.encoder.clear()
         self.v.clear()
+        self._fed = None
 
     # calls ---------------------------------------------------------------------------------------------
     def __torch_function__(

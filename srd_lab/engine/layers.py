@@ -1,11 +1,27 @@
-"""Which activation call a name or a resolution stands for."""
+"""Which layer of a running model a name or a resolution stands for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
 
 from srd_lab.engine.spellings import Call
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import SrdLabError, SrdLabWarning
+
+
+@dataclass(frozen=True)
+class Place:
+    """A map of a running model: its shape (N, C, h, w), and the node of autograd's graph that made it.
+
+    index : where its owner finds it again.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    node: Any
 
 
 def call_index(calls: Sequence[Call], layer: str | int) -> int:
@@ -33,10 +49,63 @@ def call_index(calls: Sequence[Call], layer: str | int) -> int:
     return within[-1]
 
 
-def high_call(shapes: Sequence[tuple[int, ...]], image: Sequence[int]) -> int:
-    """Index of the last map (N, C, h, w) at 1/8 of the size of images (N, C, H, W), as 28 is of 224."""
-    size = tuple(-(-side // 8) for side in image[2:])
-    fitting = [i for i, shape in enumerate(shapes) if len(shape) == 4 and shape[2:] == size]
+def high(places: Sequence[Place], image: Sequence[int], top: Any, bottom: Any) -> int | None:
+    """The index of the last map at 1/8 of the size of images (N, C, H, W), as 28 is of 224, that all paths pass through
+    between two nodes of autograd's graph: a residual branch holds part of the relevance only. None if there is no such map.
+
+    Where none has exactly that size, the nearest has to do, and a warning says so.
+    """
+    cuts = _cuts(top, bottom)
+    fitting = [p for p in places if len(p.shape) == 4 and max(p.shape[2:]) > 1 and p.node in cuts]
     if not fitting:
-        raise SrdLabError(f"no activation has 1/8 of the input's size, {size}; name a layer with level=")
-    return fitting[-1]
+        return None
+    wanted = tuple(-(-side // 8) for side in image[2:])
+    nearest = min(fitting, key=lambda p: (_distance(p.shape[2:], wanted), -p.index))
+    if nearest.shape[2:] != wanted:
+        warnings.warn(
+            f"no map that all of the relevance passes has 1/8 of the input's size, {wanted}; the nearest has "
+            f"{tuple(nearest.shape[2:])}: name a layer with level= to choose another",
+            SrdLabWarning,
+            stacklevel=2,
+        )
+    return nearest.index
+
+
+def _distance(size: Sequence[int], wanted: Sequence[int]) -> float:
+    return sum(abs(log(a / b)) for a, b in zip(size, wanted, strict=True))
+
+
+def _cuts(top: Any, bottom: Any) -> set[Any]:
+    """The nodes that every path from ``top`` down to ``bottom`` passes: no edge leads past them, in topological order."""
+    order = [*_sorted(top)]  # from the bottom up
+    leading = {bottom}  # nodes that a path leads on from, down to the bottom
+    for node in order:
+        if any(below in leading for below in _below(node)):
+            leading.add(node)
+    place = {node: i for i, node in enumerate(node for node in reversed(order) if node in leading)}
+    cuts, reach = set(), 0
+    for node, i in place.items():
+        if reach <= i:
+            cuts.add(node)
+        reach = max([reach, *(place[below] for below in _below(node) if below in place)])
+    return cuts
+
+
+def _below(node: Any) -> list[Any]:
+    """Where a signal goes on to from a node; what is held constant passes none on, nor to what is overwritten."""
+    first = {"HoldBackward": 1, "_WriteBackBackward": 1}.get(type(node).__name__, 0)
+    return [below for below, _ in node.next_functions[first:] if below is not None]
+
+
+def _sorted(top: Any) -> Iterator[Any]:
+    """The nodes below ``top``, each after all that lie below it."""
+    seen, waiting = {top}, [(top, iter(_below(top)))]
+    while waiting:
+        node, rest = waiting[-1]
+        below = next(rest, None)
+        if below is None:
+            waiting.pop()
+            yield node
+        elif below not in seen:
+            seen.add(below)
+            waiting.append((below, iter(_below(below))))

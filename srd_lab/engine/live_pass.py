@@ -9,7 +9,6 @@ alone or makes attention weights may be anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,19 +24,18 @@ class LivePass:
 
     rule : what stands in for the derivative of an activation while the pass is on.
     on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there.
-    leaks : by cause, the relevance that live passes could hand to nobody; None where it is not counted.
+    leaks : by cause, the relevance of all images together that live passes could hand to nobody.
     """
 
     def __init__(self, rule: rules.Rule) -> None:
         self.rule = rule
         self.on = False
         self.relevance: dict[int, Tensor] = {}
-        self.leaks: dict[str, Tensor] | None = None
+        self.leaks: dict[str, Tensor] = {}
 
-    def leak(self, cause: str, relevance: Callable[[], Tensor]) -> None:
-        """Count all of ``relevance()`` as leaked, where leaks are counted."""
-        if self.leaks is not None:
-            self.leaks[cause] = self.leaks.get(cause, 0) + relevance().detach().sum()
+    def leak(self, cause: str, relevance: Tensor) -> None:
+        """Count all of ``relevance`` as leaked."""
+        self.leaks[cause] = self.leaks.get(cause, 0) + relevance.detach().sum()
 
 
 class Gate(torch.autograd.Function):
@@ -56,10 +54,11 @@ class Gate(torch.autograd.Function):
         if not live_pass.on or grads[0] is None:
             return None, grads[0], None, None
         u, v = ctx.saved_tensors
-        to_u, through_v, r = live_pass.rule(u, v, grads[0])
-        if r is not None and to_u is not None:
-            live_pass.relevance[ctx.index] = r
-            live_pass.leak("dead fields", lambda: r[(to_u == 0).all(1)])
+        to_u, through_v, relevance, leaked = live_pass.rule(u, v, grads[0])
+        if relevance is not None:
+            live_pass.relevance[ctx.index] = relevance
+        if leaked is not None:
+            live_pass.leak("dead fields", leaked)
         return to_u, through_v, None, None
 
 
@@ -85,8 +84,8 @@ class ShareBias(torch.autograd.Function):
         if ctx.live_pass.on and g is not None:
             x, bias = ctx.saved_tensors
             carried = rules.carried_by(bias, g.movedim(ctx.axis, 1))
-            share = rules.share_bias(x, carried, ctx.conv)
-            ctx.live_pass.leak("dead fields", lambda: carried[rules.dead_fields(x, ctx.conv)])
+            share, leaked = rules.share_bias(x, carried, ctx.conv)
+            ctx.live_pass.leak("dead fields", leaked)
         return g, share, None, None, None, None
 
 
@@ -134,5 +133,5 @@ class Absorb(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         g = grads[0]
         if ctx.live_pass.on:  # an infinite constant is a mask, and earns nothing
-            ctx.live_pass.leak("constants", lambda: torch.where(g == 0, 0, ctx.constant * g))
+            ctx.live_pass.leak("constants", torch.where(g == 0, 0, ctx.constant * g))
         return g, None, None

@@ -8,7 +8,7 @@ modified pre-activation: its ordinary backward pass goes through the modified we
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from srd_lab.engine.affine import (
     DIVISIONS,
     GATES,
     SHIFTS,
+    brings_constants,
     called_with,
     constant_part,
     exchanged,
@@ -31,6 +32,7 @@ from srd_lab.engine.affine import (
 )
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
+from srd_lab.engine.layers import Place, high
 from srd_lab.engine.spellings import Call, Function, tensors_in
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import is_among
@@ -87,7 +89,8 @@ class ModifiedTrace(Decomposed):
         self, network: nn.Module, box: tuple[Tensor, Tensor], modify: Modify, with_bias: bool = False
     ) -> None:
         super().__init__(network, rules.lrp_modified)
-        self.shapes: list[tuple[int, ...]] = []  # of every activation call, channels along dimension 1
+        self._places: list[Place] = []  # of every activation call, channels along dimension 1
+        self._fed: Any = None  # the image's node in autograd's graph
         self._axis = 1  # of the activation call that is running
         self._modify, self._with_bias = modify, with_bias
         self._ends = box
@@ -97,12 +100,14 @@ class ModifiedTrace(Decomposed):
 
     def trace(self, given: Tensor) -> Tensor:
         fed = given.clone()  # a network may change its input in place
+        self._fed = fed.grad_fn
         self.records.note(fed, box=self._ends)
         return self.run(fed)  # type: ignore[no-any-return]
 
     def release(self) -> None:
         super().release()
-        self._u = self.head = None
+        self._places.clear()
+        self._u = self.head = self._fed = None
 
     def finished(self, output: Any, images: int) -> Any:
         logits = super().finished(output, images)
@@ -155,8 +160,19 @@ class ModifiedTrace(Decomposed):
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         assert self._u is not None
         u, v = self._u.movedim(self._axis, 1), v.movedim(self._axis, 1)
-        self.shapes.append(tuple(v.shape))
-        return super().gate(call, u, v).movedim(1, self._axis)
+        out = super().gate(call, u, v)
+        self._places.append(Place(call.index, tuple(v.shape), out.grad_fn))
+        return out.movedim(1, self._axis)
+
+    def high(self, image: Sequence[int], top: Tensor) -> int:
+        """Index of the last activation call at 1/8 of the size of images (N, C, H, W) that all relevance passes which starts
+        at ``top``."""
+        found = high(self._places, image, top.grad_fn, self._fed)
+        if found is None:
+            raise SrdLabError(
+                "no activation with spatial extent is passed by all of the relevance; name one with level="
+            )
+        return found
 
     def convolution(self, conv: Convolution) -> Tensor:
         y = super().convolution(conv)
@@ -251,9 +267,14 @@ class ModifiedTrace(Decomposed):
 
     def _alike(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call on what stands for its maps."""
-        if not self.maps_in(args, kwargs):
+        maps = self.maps_in(args, kwargs)
+        if not maps:
             return function(*args, **kwargs)
-        return super().on_maps(function, args, kwargs)
+        out = super().on_maps(function, args, kwargs)
+        if not isinstance(out, Tensor) or not brings_constants(function, args, kwargs, maps):
+            return out
+        constant = constant_part(function, args, kwargs, maps)
+        return self.absorb(out, constant) if constant.any() else out
 
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         out = super().refused(function, args, kwargs, why)

@@ -22,11 +22,13 @@ class Passed(NamedTuple):
     to_u : signal at the pre-activation, past the activation's own derivative; or None.
     through_v : signal still to go through the activation's own derivative; or None.
     relevance : (N, ...) relevance of this activation layer, or None where the rule has no such notion.
+    leaked : relevance that the rule can hand to nobody, 0 elsewhere; None where that is not counted.
     """
 
     to_u: Tensor | None
     through_v: Tensor | None
     relevance: Tensor | None = None
+    leaked: Tensor | None = None
 
 
 Rule = Callable[[Tensor, Tensor, Tensor], Passed]
@@ -49,8 +51,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def srd_vector(u: Tensor, v: Tensor, g: Tensor) -> Passed:
     """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2."""
-    r = inner(v, g)
-    return Passed(u * divide(r, squared_norm(u)), None, r.squeeze(1))
+    r, square = inner(v, g), squared_norm(u)
+    return Passed(u * divide(r, square), None, r.squeeze(1), r * (square == 0))
 
 
 def srd_vector_post(u: Tensor, v: Tensor, g: Tensor) -> Passed:
@@ -99,7 +101,7 @@ def lrp_modified(u: Tensor, v: Tensor, g: Tensor) -> Passed:
     """
     r = v * g
     dead = u.abs() < torch.finfo(u.dtype).tiny ** (1 / 3)  # 2e-13 in float32
-    return Passed(divide(r, u.masked_fill(dead, 0)), None, r.sum(1))
+    return Passed(divide(r, u.masked_fill(dead, 0)), None, r.sum(1), r * dead)
 
 
 def sign(t: Tensor) -> Tensor:
@@ -114,8 +116,9 @@ def carried_by(bias: Tensor, g: Tensor) -> Tensor:
     return torch.einsum("nc...,c->n...", g, bias).unsqueeze(1)
 
 
-def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> Tensor:
-    """Signal that a bias adds at the input x of its layer (Eq. 11), ``carried`` being what the bias earns.
+def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> tuple[Tensor, Tensor]:
+    """Signal that a bias adds at the input x of its layer (Eq. 11), ``carried`` being what the bias earns; and the part of
+    that which finds nobody to carry it, (N, 1, ...) over the layer's output.
 
     Every position i of a receptive field takes the share ||x_i|| / sum_k ||x_k|| of the bias, along x_i.
     ``conv`` is the geometry of the receptive fields; None is one position (1x1 convolution, normalisation, linear
@@ -123,13 +126,8 @@ def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> Tensor:
     """
     square = squared_norm(x)
     if conv is None:
-        return x * divide(carried, square)
+        return x * divide(carried, square), carried * (square == 0)
     inverse = torch.rsqrt(square.masked_fill(square == 0, torch.inf))
     norm = square * inverse
-    return x * (inverse * conv.box_spread(divide(carried, conv.box_sum(norm))))
-
-
-def dead_fields(x: Tensor, conv: Convolution | None) -> Tensor:
-    """Where :func:`share_bias` finds nobody to carry a bias: bool (N, 1, ...) over the layer's output."""
-    square = squared_norm(x)
-    return (square if conv is None else conv.box_sum(square)) == 0
+    total = conv.box_sum(norm)
+    return x * (inverse * conv.box_spread(divide(carried, total))), carried * (total == 0)

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.affine import COPIES, SHIFTS, constant_part, is_affine, overwrites
+from srd_lab.engine.affine import COPIES, SHIFTS, brings_constants, constant_part, overwrites
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.held_constant import HELD
-from srd_lab.engine.layers import call_index, high_call
+from srd_lab.engine.layers import Place, call_index, high
 from srd_lab.engine.record import original_of
 from srd_lab.engine.spellings import Call, Function, tensors_in
+from srd_lab.errors import SrdLabError
 
 _SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
 _NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
@@ -30,7 +31,6 @@ class SRDTrace(Decomposed):
 
     encoder : dotted module name, "" for the model itself, None to find it.
     with_bias : whether biases, shifts of normalisations and added constants are shared (Eq. 11).
-    accounting : whether live passes put down what is lost, for one image at a time.
     """
 
     def __init__(
@@ -40,11 +40,12 @@ class SRDTrace(Decomposed):
         encoder: str | None = None,
         *,
         with_bias: bool,
-        accounting: bool = False,
     ) -> None:
         super().__init__(model, rule)
         self.u: list[Tensor] = []  # channels along dimension 1, here and in v
         self.v: list[Tensor] = []
+        self._gates: list[Any] = []  # their nodes in autograd's graph
+        self._fed: Any = None  # and that of the image
         self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
         self._axis = 1  # of the activation call that is running
         self._with_bias = with_bias
@@ -52,14 +53,13 @@ class SRDTrace(Decomposed):
         self._at_input = True
         self._read: list[Tensor] = []  # what the network proper has read of the image and its normalisation
         self._shape = torch.Size()
-        if accounting:
-            self.live_pass.leaks = {}
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
         """Output of the model and the tensor that input relevance refers to: what a leading normalisation made of
         leaf; leaf itself where there is none, or more than one."""
         self._shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
+        self._fed = fed.grad_fn
         self.records.note(fed, ahead=True)
         output = self.run(fed)
         if self._input is None or any(original_of(t) is not self._input for t in self._read):
@@ -74,17 +74,28 @@ class SRDTrace(Decomposed):
         """Index of an activation call by index, by name, or by the submodule whose last call it is."""
         return call_index(self.calls, layer)
 
-    def high(self, last: int | None) -> int:
-        """Index of the last activation call at 1/8 of the input's size, none behind the call ``last``."""
+    def high(self, last: int | None) -> int | Tensor:
+        """The last map at 1/8 of the input's size through which all relevance passes that starts at the encoder's output,
+        which the call ``last`` made: index of an activation call, or another tensor where none is such a map."""
+        end = self.end()
+        top = end.output.grad_fn if last is None else self._gates[last]
         calls = self.u if last is None else self.u[: last + 1]
-        return high_call([tuple(u.shape) for u in calls], self._shape)
+        gates = [Place(i, tuple(u.shape), self._gates[i]) for i, u in enumerate(calls)]
+        bottom = self._fed if self._input is None else self._input.grad_fn
+        for places in (gates, self.places()):
+            found = high(places, self._shape, top, bottom)
+            if found is not None:
+                return found if places is gates else self.maps[found][0]
+        raise SrdLabError(
+            "no map with spatial extent is passed by all of the relevance; name a layer with level="
+        )
 
     def release(self) -> None:
         super().release()
         self.encoder.clear()
-        for kept in (self.u, self.v, self._read):
+        for kept in (self.u, self.v, self._read, self._gates):
             kept.clear()
-        self._input = None
+        self._input = self._fed = None
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
@@ -98,7 +109,9 @@ class SRDTrace(Decomposed):
         u, v = u.movedim(self._axis, 1), v.movedim(self._axis, 1)
         self.u.append(u)
         self.v.append(v)
-        return super().gate(call, u, v).movedim(1, self._axis)
+        out = super().gate(call, u, v)
+        self._gates.append(out.grad_fn)
+        return out.movedim(1, self._axis)
 
     def convolution(self, conv: Convolution) -> Tensor:
         self._layer(conv.x, 1)
@@ -144,7 +157,7 @@ class SRDTrace(Decomposed):
         if self._with_bias and function in SHIFTS and len(maps) == 1:
             return self._shift(function, args, kwargs, maps[0])
         out = super().on_maps(function, args, kwargs)
-        if self.live_pass.leaks is not None and is_affine(function, args, kwargs, maps):
+        if brings_constants(function, args, kwargs, maps):
             return self._account(function, args, kwargs, maps, out)
         return out
 
@@ -171,7 +184,7 @@ class SRDTrace(Decomposed):
         shift = constant_part(function, args, kwargs, [x])
         out = super().on_maps(function, args, kwargs)
         if out.dim() > x.dim():
-            return out  # type: ignore[no-any-return]
+            return self.absorb(out, shift)
         return self.share_bias(out, carrier.expand(out.shape), shift.movedim(axis, 1), axis=axis)
 
     def _account(
@@ -182,7 +195,7 @@ class SRDTrace(Decomposed):
         moving: list[Tensor],
         out: Any,
     ) -> Any:
-        """``out`` of an affine call, its constant part put down as lost: a class token put in front, say."""
+        """``out`` of an affine call, its constant part counted as leaked: a class token put in front, say."""
         if not isinstance(out, Tensor) or not out.requires_grad or overwrites(function, kwargs):
             return out
         constant = constant_part(function, args, kwargs, moving)

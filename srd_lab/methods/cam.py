@@ -32,7 +32,7 @@ from srd_lab.engine.attribution import traced
 from srd_lab.engine.layer_trace import LayerTrace
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
-from srd_lab.logits import class_logit
+from srd_lab.logits import check_logits, class_logit
 from srd_lab.types import Explainer
 
 
@@ -74,6 +74,7 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
     check_input(x, model)
     leaf, differentiable = traced(x)
     trace = LayerTrace(model, encoder)
+    trace.keeps_maps = level == "high"
     with torch.enable_grad():
         try:
             logits = trace.trace(leaf)
@@ -81,9 +82,7 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
                 end = trace.end()
                 layer = Layer(end.output, end.channels, end.event or 0, logits, differentiable)
             else:
-                i = trace.high() if level == "high" else trace.call_index(level)
-                event, axis = trace.made[i]
-                layer = Layer(trace.v[i], axis, event, logits, differentiable)
+                layer = Layer(*_at(trace, level, logits), logits, differentiable)
             if layer.output.dim() != 4:
                 raise SrdLabError(
                     f"level {level!r} puts out shape {tuple(layer.output.shape)}, which is no map (N, K, h, w); "
@@ -92,6 +91,15 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
             yield layer
         finally:
             trace.release()
+
+
+def _at(trace: LayerTrace, level: str | int, logits: Tensor) -> tuple[Tensor, int, int]:
+    """Output, axis of the channels and event of the layer at ``level``."""
+    if level == "high":
+        return trace.high(check_logits(logits))
+    i = trace.call_index(level)
+    event, axis = trace.made[i]
+    return trace.v[i], axis, event
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import traced
-from srd_lab.engine.layers import call_index, high_call
+from srd_lab.engine.attribution import ON_LEAK, check_conserved, traced
+from srd_lab.engine.layers import call_index
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.record import original_of
@@ -47,10 +47,17 @@ class _Modified(Explainer, ABC):
     """A rule with modified weights.
 
     low, high : the pixel box; it is normalised as the image is.
+    on_leak : "error" or "warn" where not all relevance that started arrives, and neither rounding nor dead fields or
+        constants explain it; for rules that keep the sum.
     """
 
     low: float = 0.0
     high: float = 1.0
+    on_leak: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.on_leak not in ON_LEAK:
+            raise SrdLabError(f"on_leak={self.on_leak!r} is not known; expected one of {', '.join(ON_LEAK)}")
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
@@ -73,6 +80,7 @@ class _Modified(Explainer, ABC):
         return (map_, logits) if differentiable else (map_.detach(), logits.detach())
 
     with_bias = False
+    conserves = True
 
     def modify(self, weight: Tensor) -> Tensor:
         """z+."""
@@ -103,7 +111,7 @@ def _to_input(
 class LRPZPlus(_Modified):
     """LRP z+ with z^B at the first layer: the map sums to the target logit, up to dead receptive fields.
 
-    low, high : the pixel box; it is normalised as the image is.
+    low, high, on_leak : the pixel box, normalised as the image is; and what to do where relevance gets lost.
     channels : how the colour channels become one number; "sum" adds up their shares.
     """
 
@@ -121,6 +129,10 @@ class LRPZPlus(_Modified):
         top = trace.modified(logits)
         with trace.live():
             attribution = _to_input([top], [rules.divide(relevance, top)], ends, differentiable)
+        if self.conserves:
+            check_conserved(
+                relevance * (top != 0), attribution, trace.live_pass.leaks, self.on_leak, trace.eps
+            )
         return maps.reduce_channels(attribution, self.channels)
 
 
@@ -128,14 +140,16 @@ class LRPZPlus(_Modified):
 class LRPGamma(LRPZPlus):
     """LRP gamma with z^B at the first layer; biases keep what is theirs, so the map does not sum to the logit.
 
-    low, high, channels : see :class:`LRPZPlus`. gamma : how much positive weights are favoured, >= 0.
+    low, high, channels : see :class:`LRPZPlus`; on_leak means nothing. gamma : how much positive weights are favoured, >= 0.
     """
 
     gamma: float = 0.25
 
     with_bias = True
+    conserves = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gamma < 0:
             raise SrdLabError(f"lrp_gamma needs gamma >= 0, got {self.gamma}")
 
@@ -148,8 +162,9 @@ class LRPGamma(LRPZPlus):
 class ExcitationBackprop(_Modified):
     """Marginal winning probabilities: z+ from a one at the class; (N, h, w) at ``level``, sums to 1 up to dead fields.
 
-    low, high : the pixel box, for level="input".
-    level : "high" = the last activation at 1/8 of the image, "input", or an activation call or submodule by name.
+    low, high, on_leak : see :class:`LRPZPlus`.
+    level : "high" = the last activation at 1/8 of the image that all of the relevance passes, "input", or an activation call
+        or submodule by name.
     contrastive : takes off what the negated weights of the class would excite, and keeps what is positive after that.
     """
 
@@ -178,12 +193,14 @@ class ExcitationBackprop(_Modified):
         with trace.live() as relevance:
             attribution = _to_input(top, signals, ends, differentiable)
             found = dict(relevance)
-        map_ = attribution.sum(1) if self.level == "input" else self._at_level(trace, found, ends[0])
+        started = sum(t.detach() * signal.detach() for t, signal in zip(top, signals, strict=True))
+        check_conserved(torch.as_tensor(started), attribution, trace.live_pass.leaks, self.on_leak, trace.eps)
+        map_ = attribution.sum(1) if self.level == "input" else self._at_level(trace, found, ends[0], top[0])
         return torch.relu(map_) if self.contrastive else map_
 
-    def _at_level(self, trace: ModifiedTrace, found: dict[int, Tensor], image: Tensor) -> Tensor:
+    def _at_level(self, trace: ModifiedTrace, found: dict[int, Tensor], image: Tensor, top: Tensor) -> Tensor:
         if self.level == "high":
-            index = high_call(trace.shapes, image.shape)
+            index = trace.high(image.shape, top)
         else:
             index = call_index(trace.calls, self.level)
         if index not in found or found[index].dim() != 3:

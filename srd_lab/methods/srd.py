@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import traced
+from srd_lab.engine.attribution import ON_LEAK, check_conserved, traced
 from srd_lab.engine.encoder_end import End
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.srd_trace import SRDTrace
@@ -58,10 +58,13 @@ class SRD(Explainer):
         picked or all are averaged).
     start : relevance at the encoder output: "contrastive" (Eq. 4), "gradcam" (no class mean), "ones" (section 4.3,
         class-agnostic).
-    level : resolution of the map: "input"; "high" = the last activation at 1/8 of the input (28 of 224); "low" = the
-        encoder output; or the name of an activation call or of a submodule (its last activation).
+    level : resolution of the map: "input"; "high" = the last activation at 1/8 of the input (28 of 224) that all of the
+        relevance passes; "low" = the encoder output; or the name of an activation call or of a submodule (its last
+        activation).
     unit : "vector", or "scalar" for every neuron on its own (LRP-0, no bias shares; the ablation of Fig. 7).
     values : "pre"- or "post"-activation reference vector (Fig. 7).
+    on_leak : "error" or "warn" where not all relevance that started arrives, and neither rounding nor :meth:`leaks`
+        explains it.
     """
 
     encoder: str | None = None
@@ -69,9 +72,13 @@ class SRD(Explainer):
     level: str = "input"
     unit: str = "vector"
     values: str = "pre"
+    on_leak: str = "error"
 
     def __post_init__(self) -> None:
-        for field, allowed in (("start", STARTS), ("unit", UNITS), ("values", VALUES)):
+        for field, allowed in (
+            *(("start", STARTS), ("unit", UNITS), ("values", VALUES)),
+            ("on_leak", ON_LEAK),
+        ):
             if getattr(self, field) not in allowed:
                 raise SrdLabError(
                     f"SRD {field}={getattr(self, field)!r} is not known; expected one of {', '.join(allowed)}"
@@ -85,7 +92,10 @@ class SRD(Explainer):
             if not isinstance(run.output, Tensor):
                 check_target(target, run.output)
             begin = run.begin(target, None)
-            return run.at_level(begin, self.level), run.finish(run.output)
+            found = run.at_level(begin, self.level)
+            if self.level in ("input", "high") and (self.unit, self.values) == ("vector", "pre"):
+                check_conserved(begin.relevance, found, run.leaks(begin), self.on_leak, run.trace.eps)
+            return found, run.finish(run.output)
 
     def relevance(
         self,
@@ -146,12 +156,13 @@ class SRD(Explainer):
     def _leaks_of_one(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None, start: str | Tensor | None
     ) -> dict[str, Tensor]:
-        with _tracing(self, model, x.detach(), accounting=True) as run:
+        with _tracing(self, model, x.detach()) as run:
             begin = run.begin(target, start)
             total, arrived = begin.relevance.sum(), run.at_input(begin).sum()
-            lost = {cause: run.lost.get(cause, torch.zeros_like(total)) for cause in LEAKS[:-1]}
-            lost[LEAKS[-1]] = total - arrived - torch.stack([*lost.values()]).sum()
-            return {cause: rules.divide(amount, total).detach() for cause, amount in lost.items()}
+            found = run.leaks(begin)
+            leaks = {cause: found.get(cause, torch.zeros_like(total)) for cause in LEAKS[:-1]}
+            leaks[LEAKS[-1]] = total - arrived - torch.stack([*leaks.values()]).sum()
+            return {cause: rules.divide(amount, total).detach() for cause, amount in leaks.items()}
 
     def erf(
         self, model: nn.Module, x: Tensor, layer: str | int, positions: Sequence[tuple[int, ...]]
@@ -187,29 +198,30 @@ class SRD(Explainer):
 
 @dataclass(frozen=True)
 class _Begin:
-    """Where a backward pass starts: a tensor of the trace, the signal there, and the relevance that it stands for."""
+    """Where a backward pass starts: a tensor of the trace, the signal there, the relevance that it stands for, and how
+    much of that starts at zero vectors, where no signal can carry it."""
 
     tensor: Tensor
     signal: Tensor
     relevance: Tensor
+    leaked: Tensor
     call: int | None
 
 
 class _Run:
     """One traced forward pass and the backward passes made from it."""
 
-    def __init__(
-        self, method: SRD, model: nn.Module, leaf: Tensor, differentiable: bool, accounting: bool
-    ) -> None:
+    def __init__(self, method: SRD, model: nn.Module, leaf: Tensor, differentiable: bool) -> None:
         self.method, self.leaf, self.differentiable = method, leaf, differentiable
         rule, with_bias = _RULES[method.unit, method.values], method.unit == "vector"
-        self.trace = SRDTrace(model, rule, method.encoder, with_bias=with_bias, accounting=accounting)
+        self.trace = SRDTrace(model, rule, method.encoder, with_bias=with_bias)
+        self.trace.keeps_maps = method.level == "high"
         self.output, self.input = self.trace.trace(self.leaf)
 
-    @property
-    def lost(self) -> dict[str, Tensor]:
-        """What the backward passes lost until now, by cause."""
-        return self.trace.live_pass.leaks or {}
+    def leaks(self, begin: _Begin) -> dict[str, Tensor]:
+        """What the last backward pass, from ``begin``, could hand to nobody, by cause."""
+        found = self.trace.live_pass.leaks
+        return found | {"dead fields": found.get("dead fields", 0) + begin.leaked}
 
     def finish(self, t: Tensor) -> Tensor:
         return t if self.differentiable else t.detach()
@@ -244,9 +256,10 @@ class _Run:
 
     def _inject(self, tensor: Tensor, reference: Tensor, r: Tensor, call: int | None) -> _Begin:
         """Signal u R / ||u||^2, so that the relevance of every position is R (per neuron, R is split as u^2 is)."""
-        signal = reference * rules.divide(r[:, None], rules.squared_norm(reference))
-        self.trace.live_pass.leak("dead fields", lambda: r[(reference == 0).all(1)])
-        return _Begin(tensor, signal, r, call)
+        square = rules.squared_norm(reference)
+        signal = reference * rules.divide(r[:, None], square)
+        leaked = (r.detach() * (square[:, 0] == 0)).sum()
+        return _Begin(tensor, signal, r, leaked, call)
 
     def _start_map(self, end: End, target: Tensor | int | None, start: str | Tensor) -> Tensor:
         encoded = end.output.movedim(end.channels, 1)
@@ -316,16 +329,24 @@ class _Run:
             return self.at_input(begin)
         if level == "low":
             found = self.finish(begin.relevance)
+        elif level == "high":
+            found = self._at_high(begin)
         else:
-            found = self.at_call(
-                begin, self.trace.high(begin.call) if level == "high" else self.trace.call_index(level)
-            )
+            found = self.at_call(begin, self.trace.call_index(level))
         if found.dim() != 3:
             raise SrdLabError(
                 f"level {level!r} holds relevance of shape {tuple(found.shape)} here (tokens), which is no map (N, h, w); "
                 'use level="input", or relevance() for the numbers as they are'
             )
         return found
+
+    def _at_high(self, begin: _Begin) -> Tensor:
+        place = self.trace.high(begin.call)
+        if isinstance(place, int):
+            return self.at_call(begin, place)
+        g, _ = self._back(begin, place)
+        axis = self.trace.channels.of(place)
+        return self.finish(torch.zeros_like(place).sum(axis) if g is None else (place * g).sum(axis))
 
     def everywhere(self, begin: _Begin) -> dict[str, Tensor]:
         g, relevance = self._back(begin, self.input)
@@ -350,11 +371,15 @@ def _row(value: Any, i: int, n: int) -> Any:
 
 
 @contextmanager
-def _tracing(method: SRD, model: nn.Module, x: Tensor, accounting: bool = False) -> Iterator[_Run]:
+def _tracing(
+    method: SRD,
+    model: nn.Module,
+    x: Tensor,
+) -> Iterator[_Run]:
     check_input(x, model)
     leaf, differentiable = traced(x)
     with torch.enable_grad():
-        run = _Run(method, model, leaf, differentiable, accounting)
+        run = _Run(method, model, leaf, differentiable)
         try:
             yield run
         finally:
