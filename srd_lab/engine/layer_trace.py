@@ -14,7 +14,6 @@ from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.layers import Place, call_index, high
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.spellings import Call, Function
-from srd_lab.errors import SrdLabError
 
 
 class LayerTrace(ImageTrace):
@@ -53,16 +52,11 @@ class LayerTrace(ImageTrace):
         another one where none is such a map; with the axis of its channels, and which torch function made it."""
         shapes = [tuple(v.movedim(axis, 1).shape) for v, (_, axis) in zip(self.v, self.made, strict=True)]
         calls = [Place(i, shape, self.v[i].grad_fn) for i, shape in enumerate(shapes)]
-        found = high(calls, self._shape, logits.grad_fn, self._fed)
-        if found is not None:
-            event, axis = self.made[found]
-            return self.v[found], axis, event
-        found = high(self.places(), self._shape, logits.grad_fn, self._fed)
-        if found is None:
-            raise SrdLabError(
-                "no map with spatial extent is passed by all paths to the logits; name a layer with level="
-            )
-        map_ = self.maps[found][0]
+        is_call, index = high(calls, self.places(), self._shape, logits.grad_fn, self._fed)
+        if is_call:
+            event, axis = self.made[index]
+            return self.v[index], axis, event
+        map_ = self.maps[index][0]
         return map_, self.channels.of(map_), self.records[map_].event or 0
 
     def release(self) -> None:

@@ -49,18 +49,29 @@ def call_index(calls: Sequence[Call], layer: str | int) -> int:
     return within[-1]
 
 
-def high(places: Sequence[Place], image: Sequence[int], top: Any, bottom: Any) -> int | None:
-    """The index of the last map at 1/8 of the size of images (N, C, H, W), as 28 is of 224, that all paths pass through
-    between two nodes of autograd's graph: a residual branch holds part of the relevance only. None if there is no such map.
+def high(
+    activations: Sequence[Place], others: Sequence[Place], image: Sequence[int], top: Any, bottom: Any
+) -> tuple[bool, int]:
+    """The last map at 1/8 of the size of images (N, C, H, W), as 28 is of 224, that all paths pass through between two nodes
+    of autograd's graph: a residual branch holds part of the relevance only. Whether it is an activation, and its index.
 
-    Where none has exactly that size, the nearest has to do, and a warning says so.
+    Others are taken where no activation has that size. Where nothing has, the nearest has to do, and a warning says so.
+
+    Raises SrdLabError if there is no such map of any size.
     """
     cuts = _cuts(top, bottom)
-    fitting = [p for p in places if len(p.shape) == 4 and max(p.shape[2:]) > 1 and p.node in cuts]
-    if not fitting:
-        return None
     wanted = tuple(-(-side // 8) for side in image[2:])
-    nearest = min(fitting, key=lambda p: (_distance(p.shape[2:], wanted), -p.index))
+    fitting = [
+        (_distance(place.shape[2:], wanted), is_other, -place.index, place)
+        for is_other, places in ((False, activations), (True, others))
+        for place in places
+        if len(place.shape) == 4 and max(place.shape[2:]) > 1 and place.node in cuts
+    ]
+    if not fitting:
+        raise SrdLabError(
+            "no map with spatial extent is passed by all of the relevance; name a layer with level="
+        )
+    _, is_other, _, nearest = min(fitting, key=lambda found: found[:3])
     if nearest.shape[2:] != wanted:
         warnings.warn(
             f"no map that all of the relevance passes has 1/8 of the input's size, {wanted}; the nearest has "
@@ -68,7 +79,7 @@ def high(places: Sequence[Place], image: Sequence[int], top: Any, bottom: Any) -
             SrdLabWarning,
             stacklevel=2,
         )
-    return nearest.index
+    return not is_other, nearest.index
 
 
 def _distance(size: Sequence[int], wanted: Sequence[int]) -> float:

@@ -164,15 +164,15 @@ class ModifiedTrace(Decomposed):
         self._places.append(Place(call.index, tuple(v.shape), out.grad_fn))
         return out.movedim(1, self._axis)
 
-    def high(self, image: Sequence[int], top: Tensor) -> int:
-        """Index of the last activation call at 1/8 of the size of images (N, C, H, W) that all relevance passes which starts
-        at ``top``."""
-        found = high(self._places, image, top.grad_fn, self._fed)
-        if found is None:
-            raise SrdLabError(
-                "no activation with spatial extent is passed by all of the relevance; name one with level="
-            )
-        return found
+    def places(self) -> list[Place]:
+        # a convolution that is not folded yet is run again by what follows
+        return [p for p in super().places() if self.records[self.maps[p.index][0]].convolution is None]
+
+    def high(self, image: Sequence[int], top: Tensor) -> int | Tensor:
+        """The last map at 1/8 of the size of images (N, C, H, W) through which all relevance passes that starts at ``top``:
+        index of an activation call, or another tensor where none is such a map."""
+        is_call, index = high(self._places, self.places(), image, top.grad_fn, self._fed)
+        return index if is_call else self.maps[index][0]
 
     def convolution(self, conv: Convolution) -> Tensor:
         y = super().convolution(conv)

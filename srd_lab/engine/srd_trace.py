@@ -18,7 +18,6 @@ from srd_lab.engine.held_constant import HELD
 from srd_lab.engine.layers import Place, call_index, high
 from srd_lab.engine.record import original_of
 from srd_lab.engine.spellings import Call, Function, tensors_in
-from srd_lab.errors import SrdLabError
 
 _SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
 _NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
@@ -82,13 +81,8 @@ class SRDTrace(Decomposed):
         calls = self.u if last is None else self.u[: last + 1]
         gates = [Place(i, tuple(u.shape), self._gates[i]) for i, u in enumerate(calls)]
         bottom = self._fed if self._input is None else self._input.grad_fn
-        for places in (gates, self.places()):
-            found = high(places, self._shape, top, bottom)
-            if found is not None:
-                return found if places is gates else self.maps[found][0]
-        raise SrdLabError(
-            "no map with spatial extent is passed by all of the relevance; name a layer with level="
-        )
+        is_call, index = high(gates, self.places(), self._shape, top, bottom)
+        return index if is_call else self.maps[index][0]
 
     def release(self) -> None:
         super().release()

@@ -72,6 +72,7 @@ class _Modified(Explainer, ABC):
             ]
             given = normalise(leaf)
             trace = ModifiedTrace(network, (box[0], box[1]), self.modify, self.with_bias)
+            trace.keeps_maps = self.keeps_maps
             logits = trace.trace(given)
             map_ = self.propagate(
                 trace, logits, check_target(target, logits)[:, None], (given, *box), differentiable
@@ -81,6 +82,7 @@ class _Modified(Explainer, ABC):
 
     with_bias = False
     conserves = True
+    keeps_maps = False
 
     def modify(self, weight: Tensor) -> Tensor:
         """z+."""
@@ -171,6 +173,10 @@ class ExcitationBackprop(_Modified):
     level: str = "high"
     contrastive: bool = False
 
+    @property
+    def keeps_maps(self) -> bool:  # type: ignore[override]
+        return self.level == "high"
+
     def propagate(
         self,
         trace: ModifiedTrace,
@@ -190,22 +196,41 @@ class ExcitationBackprop(_Modified):
             _, x, weight = trace.head
             top.append(F.linear(x, (-weight).clamp_min(0)))
             signals.append(-rules.divide(one, top[1]))
+        place = self._place(trace, ends[0], top[0])
         with trace.live() as relevance:
+            if isinstance(place, Tensor):
+                map_ = _at_tensor(trace, place, top, signals, differentiable)
             attribution = _to_input(top, signals, ends, differentiable)
             found = dict(relevance)
         started = sum(t.detach() * signal.detach() for t, signal in zip(top, signals, strict=True))
         check_conserved(torch.as_tensor(started), attribution, trace.live_pass.leaks, self.on_leak, trace.eps)
-        map_ = attribution.sum(1) if self.level == "input" else self._at_level(trace, found, ends[0], top[0])
+        if place is None:
+            map_ = attribution.sum(1)
+        elif isinstance(place, int):
+            if place not in found or found[place].dim() != 3:
+                raise SrdLabError(
+                    f"no map of relevance is at {trace.calls[place].name!r}; choose another level"
+                )
+            map_ = found[place]
         return torch.relu(map_) if self.contrastive else map_
 
-    def _at_level(self, trace: ModifiedTrace, found: dict[int, Tensor], image: Tensor, top: Tensor) -> Tensor:
+    def _place(self, trace: ModifiedTrace, image: Tensor, top: Tensor) -> int | Tensor | None:
+        """Where the map is read: at an activation call, another tensor, or the input."""
+        if self.level == "input":
+            return None
         if self.level == "high":
-            index = trace.high(image.shape, top)
-        else:
-            index = call_index(trace.calls, self.level)
-        if index not in found or found[index].dim() != 3:
-            raise SrdLabError(f"no map of relevance is at {trace.calls[index].name!r}; choose another level")
-        return found[index]
+            return trace.high(image.shape, top)
+        # the network of a classifier runs by itself here
+        return call_index(trace.calls, self.level.removeprefix("network."))
+
+
+def _at_tensor(
+    trace: ModifiedTrace, place: Tensor, top: list[Tensor], signals: list[Tensor], differentiable: bool
+) -> Tensor:
+    """Relevance (N, h, w) at a tensor of the pass."""
+    part, axis = trace.modified(place), trace.channels.of(place)
+    (g,) = torch.autograd.grad(top, part, signals, create_graph=differentiable, retain_graph=True)
+    return (part * g).sum(axis)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""The second net below the list of what is affine: what arrives is held against what started. "high" is where all passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srd_lab.engine import affine
+from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.methods.cam import LayerCAM
+from srd_lab.methods.lrp import ExcitationBackprop, LRPZPlus
+from srd_lab.methods.srd import SRD
+from srd_lab.types import Explainer
+
+CONSERVING: dict[str, Callable[[str], Explainer]] = {
+    "srd": lambda on_leak: SRD(start="ones", on_leak=on_leak),
+    "srd_high": lambda on_leak: SRD(start="ones", level="high", on_leak=on_leak),
+    "lrp_zplus": lambda on_leak: LRPZPlus(on_leak=on_leak),
+    "excitation_backprop": lambda on_leak: ExcitationBackprop(on_leak=on_leak),
+    "contrastive_excitation": lambda on_leak: ExcitationBackprop(contrastive=True, on_leak=on_leak),
+}
+
+
+class Squared(nn.Module):
+    """Squares a map half way down: nothing that a rule of these decomposes."""
+
+    def __init__(self, power: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Conv2d(4, 6, 3, padding=1, stride=2)
+        self.c, self.fc, self.power = nn.Conv2d(6, 6, 3, padding=1, stride=2), nn.Linear(6, 3), power
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.c(F.relu(self.power(F.relu(self.b(F.relu(self.a(x))))))))
+        return self.fc(F.relu(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+# contrastive excitation starts from a sum of 0, which a wrong factor leaves 0
+@pytest.mark.parametrize("name", ["srd", "lrp_zplus", "excitation_backprop"])
+def test_an_operation_that_slips_through_the_list_is_caught_by_the_sum(
+    name: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Squared(torch.square)
+    with pytest.raises(SrdLabError, match=r"torch\.square in .* is neither affine nor an activation"):
+        CONSERVING[name]("error").explain(model, x, 1)
+    monkeypatch.setattr(affine, "_AFFINE", affine._AFFINE | {torch.square})
+    with pytest.raises(
+        SrdLabError, match=r"% of the relevance that started did not arrive, for no known reason"
+    ):
+        CONSERVING[name]("error").explain(model, x, 1)
+    with pytest.warns(SrdLabWarning, match=r"did not arrive"):
+        assert CONSERVING[name]("warn").explain(model, x, 1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONSERVING)
+def test_the_sum_holds_where_the_rule_fits(name: str, dtype: torch.dtype, x: Tensor) -> None:
+    model = Bottlenecks().to(dtype)
+    map_ = CONSERVING[name]("error").explain(model, x.to(dtype), 1)
+    assert map_.any()
+
+
+def test_an_unknown_reaction_to_leaks_is_refused() -> None:
+    for name in ("srd", "lrp_zplus", "excitation_backprop"):
+        with pytest.raises(SrdLabError, match=r"on_leak='ignore' is not known; expected one of error, warn"):
+            CONSERVING[name]("ignore")
+
+
+class Bottlenecks(nn.Module):
+    """Residual bottlenecks: the last activation at 1/8 of the image is inside a branch of the next stage."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.relu, last: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.act, self.last = act, last
+        self.stem = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.one = nn.ModuleList(
+            [nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 1, stride=2)]
+        )
+        self.two = nn.ModuleList(
+            [nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 1, stride=2)]
+        )
+        self.fc = nn.Linear(8, 3)
+        self.eval().requires_grad_(False)
+
+    def block(self, y: Tensor, layers: nn.ModuleList) -> Tensor:
+        narrow, wide, beside = layers
+        out = wide(self.act(narrow(y))) + beside(y)
+        return self.act(out) if self.last else out  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.stem(x))
+        y = self.block(self.block(y, self.one), self.two)
+        return self.fc(self.act(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_high_is_the_trunk_and_not_a_branch_behind_it(x: Tensor) -> None:
+    model = Bottlenecks()
+    trunk, branch = "relu#3", "relu#4"
+    high = SRD(start="ones", level="high").explain(model, x)
+    assert high.shape == (2, 4, 4)
+    torch.testing.assert_close(high, SRD(start="ones", level=trunk).explain(model, x))
+    started = SRD(start="ones").relevance(model, x)
+    whole = started["input"].sum((1, 2))
+    torch.testing.assert_close(high.sum((1, 2)), whole, rtol=1e-5, atol=0)
+    assert (SRD(start="ones", level=branch).explain(model, x).sum((1, 2)) < 0.9 * whole).all()
+    for method in (LayerCAM, ExcitationBackprop):
+        torch.testing.assert_close(
+            method(level="high").explain(model, x, 1), method(level=trunk).explain(model, x, 1)
+        )
+    torch.testing.assert_close(ExcitationBackprop().explain(model, x, 1).sum((1, 2)), torch.ones(2))
+
+
+def test_high_is_no_activation_where_none_is_on_the_trunk(x: Tensor) -> None:
+    """As in ConvNeXt and GoogLeNet: the sum of the branches is what all relevance passes."""
+    model = Bottlenecks(last=False)
+    high = SRD(start="ones", level="high").explain(model, x)
+    whole = SRD(start="ones").relevance(model, x)["input"].sum((1, 2))
+    assert high.shape == (2, 4, 4)
+    torch.testing.assert_close(high.sum((1, 2)), whole, rtol=1e-4, atol=1e-4)
+    block = model.block(F.relu(model.stem(x)), model.one).requires_grad_()
+    logits = model.fc(F.relu(model.block(block, model.two)).mean((2, 3)))
+    (slope,) = torch.autograd.grad(logits[:, 1].sum(), block)
+    expected = F.relu((F.relu(slope) * block).sum(1))
+    torch.testing.assert_close(LayerCAM(level="high").explain(model, x, 1), expected)
+
+
+def test_a_size_that_is_not_there_is_said_once(x: Tensor) -> None:
+    model = Bottlenecks()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            assert SRD(start="ones", level="high").explain(model, x[:, :, :24, :24]).shape == (2, 3, 3)
+            assert SRD(start="ones", level="high").explain(model, x[:, :, :20, :20]).shape[1:] == (3, 3)
+            assert SRD(start="ones", level="high").explain(model, F.pad(x, (0, 8, 0, 8))).shape[1:] == (5, 5)
+    assert not seen
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            SRD(start="ones", level="high", encoder="stem").explain(model, x)
+    assert ["the nearest has (8, 8)" in str(warning.message) for warning in seen] == [True]
