@@ -170,7 +170,7 @@ class ExcitationBackprop(_Modified):
     contrastive : takes off what the negated weights of the class would excite, and keeps what is positive after that.
     """
 
-    level: str = "high"
+    level: str | int = "high"
     contrastive: bool = False
 
     @property
@@ -220,8 +220,8 @@ class ExcitationBackprop(_Modified):
             return None
         if self.level == "high":
             return trace.high(image.shape, top)
-        # the network of a classifier runs by itself here
-        return call_index(trace.calls, self.level.removeprefix("network."))
+        level = self.level.removeprefix("network.") if isinstance(self.level, str) else self.level
+        return call_index(trace.calls, level)  # the network of a classifier runs by itself
 
 
 def _at_tensor(
