@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -328,3 +331,120 @@ def test_a_relu_by_hand_is_an_activation_or_refused(name: str, relu: str, x: Ten
         assert "there is no rule for it" in refusal or "cannot follow" in refusal
         return
     torch.testing.assert_close(found, explain(name, Net(plain), x))
+
+
+def in_part(s: Net, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = F.relu(s.c(x))
+    return s.head(F.relu(s.d(y)))
+
+
+@torch.autocast("cpu", torch.bfloat16)
+def in_whole(s: Net, x: Tensor) -> Tensor:
+    return plain(s, x)
+
+
+@pytest.mark.parametrize("forward", [in_part, in_whole], ids=["a part", "the whole"])
+@pytest.mark.parametrize("name", RUN)
+def test_autocast_inside_a_model_is_off_while_it_is_explained(
+    name: str, forward: Callable[[Net, Tensor], Tensor], x: Tensor
+) -> None:
+    """The map is that of the network itself; and what comes behind is in autocast as before."""
+    x = x.float()
+    found, expected = (explain(name, Net(way).float(), x) for way in (forward, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert Net(in_whole).float()(x).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_around_an_explanation_is_refused(x: Tensor) -> None:
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(SrdLabError, match=r"leave torch\.autocast around the call out"),
+    ):
+        explain("srd", Net(plain).float(), x.float())
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_model_made_in_inference_mode_is_refused_and_its_copy_is_not(name: str, x: Tensor) -> None:
+    with torch.inference_mode():
+        model = Net(plain)
+    with pytest.raises(SrdLabError, match=r"made in torch\.inference_mode.*or pass copy\.deepcopy\(model\)"):
+        explain(name, model, x)
+    torch.testing.assert_close(explain(name, copy.deepcopy(model), x), explain(name, Net(plain), x))
+
+
+def detached_front(s: Net, x: Tensor) -> Tensor:
+    return s.head(F.relu(s.d(F.relu(s.c(x)).detach())))
+
+
+@torch.inference_mode()
+def inferred(s: Net, x: Tensor) -> Tensor:
+    return plain(s, x)
+
+
+@torch.no_grad()
+def without_gradients(s: Net, x: Tensor) -> Tensor:
+    return plain(s, x)
+
+
+def frozen_front(s: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = F.relu(s.c(x))
+    return s.head(F.relu(s.d(y)))
+
+
+def turned(s: Net, x: Tensor) -> Tensor:
+    """Through complex numbers and back."""
+    y = F.relu(s.c(x)).transpose(1, 3)
+    z = torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) * torch.ones((), dtype=torch.complex128)
+    return s.head(F.relu(s.d(torch.view_as_real(z).flatten(-2).transpose(1, 3))))
+
+
+def filtered(s: Net, x: Tensor) -> Tensor:
+    """A filter in frequency space that passes everything."""
+    y = F.relu(s.c(x))
+    return s.head(F.relu(s.d(torch.fft.irfft2(torch.fft.rfft2(y), s=y.shape[2:]))))
+
+
+CUT: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "a detached output": lambda s, x: plain(s, x).detach(),
+    "a detached front": detached_front,
+    "no_grad": without_gradients,
+    "a front without gradients": frozen_front,
+    "inference_mode inside": inferred,
+    "complex numbers": turned,
+    "a filter in frequency space": filtered,
+}
+
+
+@pytest.mark.parametrize("cut", CUT)
+@pytest.mark.parametrize("name", RUN)
+def test_what_cannot_be_followed_is_right_or_one_line(name: str, cut: str, x: Tensor) -> None:
+    found, refusal = tried(name, Net(CUT[cut]), x)
+    if found is None:
+        assert refusal.count("\n") == 0
+        return
+    torch.testing.assert_close(found, explain(name, Net(plain), x))
+
+
+@pytest.mark.filterwarnings("ignore:quantized..linear_dynamic")  # torch says so itself
+@pytest.mark.parametrize("name", RUN)
+def test_a_quantised_head_is_right_or_one_line(name: str, x: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(Net(plain).float(), {nn.Linear}, torch.qint8)
+    found, refusal = tried(name, model, x.float())
+    if found is None:
+        assert re.search("no gradient leads|linear layer|quantized.linear_dynamic in fc is neither", refusal)
+        return
+    torch.testing.assert_close(found, explain(name, Net(plain).float(), x.float()), rtol=0.05, atol=0.05)
+
+
+def test_activations_of_1e_18_are_decomposed_as_those_of_1(x: Tensor) -> None:
+    model = Net(plain).float()
+    expected = explain("srd", model, x.float())
+    with torch.no_grad():
+        for parameter in (model.c.weight, model.c.bias, model.d.bias):
+            parameter *= 1e-18
+    torch.testing.assert_close(explain("srd", model, x.float()), expected, rtol=1e-3, atol=1e-5)

@@ -309,9 +309,9 @@ def test_levels_name_layers_of_the_same_pass() -> None:
     ):
         SRD(level="layer9").explain(model, x)
     with pytest.warns(
-        SrdLabWarning, match=r"has 1/8 of the input's size, \(1, 1\); the nearest has \(4, 4\).*level="
+        SrdLabWarning, match=r"has 1/8 of the input's size, \(1, 1\); the nearest has \(2, 2\).*level="
     ):
-        assert SRD(level="high").explain(VGGLike(), pixels(1, 3, 8, 8)).shape == (1, 4, 4)
+        assert SRD(level="high").explain(VGGLike(), pixels(1, 3, 8, 8)).shape == (1, 2, 2)
     with pytest.raises(SrdLabError, match=r"no relevance reaches 'classifier.1'.*behind"):
         SRD(level="classifier.1").explain(VGGLike(), pixels(1, 3, 8, 8))
 

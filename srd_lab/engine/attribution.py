@@ -22,6 +22,47 @@ def traced(x: Tensor) -> tuple[Tensor, bool]:
     return (x if differentiable else x.detach().requires_grad_()), differentiable
 
 
+def slope_of(
+    outputs: Tensor | list[Tensor],
+    x: Tensor,
+    signals: Tensor | list[Tensor] | None = None,
+    *,
+    differentiable: bool,
+    retain: bool = False,
+) -> Tensor:
+    """The gradient of ``outputs`` (their sum, or weighted by ``signals``) by ``x``.
+
+    differentiable : whether it keeps its graph; retain : whether the graph of the outputs is needed again.
+
+    Raises SrdLabError where no gradient leads from the outputs to ``x``.
+    """
+    tops = outputs if isinstance(outputs, list) else [outputs]
+    weights = signals if isinstance(signals, list) or signals is None else [signals]
+    if weights is None:
+        tops = [top.sum() for top in tops]
+    slope: Tensor | None = None
+    if any(top.requires_grad for top in tops):
+        (slope,) = torch.autograd.grad(
+            tops,
+            x,
+            weights,
+            create_graph=differentiable,
+            retain_graph=differentiable or retain,
+            allow_unused=True,
+        )
+    if slope is None:
+        raise no_gradient()
+    return slope
+
+
+def no_gradient() -> SrdLabError:
+    """The refusal of a model that cuts autograd's graph."""
+    return SrdLabError(
+        "no gradient leads from the model's output back to the image: it is detached on the way, runs under no_grad, or is "
+        "quantised; pass the network without that, or choose a method that needs no gradient (`random`, `sobel`)"
+    )
+
+
 def check_conserved(
     started: Tensor, arrived: Tensor, leaks: Mapping[str, Tensor], on_leak: str, eps: float
 ) -> None:

@@ -115,7 +115,7 @@ def _behind_view(
     try:
         args, kwargs = exchanged(args, kwargs, {id(x): probe})
         strides = function(*args, **kwargs).stride()
-    except RuntimeError:  # axes that this probe cannot merge
+    except (RuntimeError, TypeError):  # axes that this probe cannot merge, or complex numbers
         return None
     moved = [i for i, stride in enumerate(strides) if stride]
     return moved[-1] if moved else None

@@ -65,6 +65,7 @@ _ATTENTION = (
     (cuda.math_sdp_enabled, cuda.enable_math_sdp),
 )
 
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 _TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
@@ -167,6 +168,12 @@ class Interceptor(TorchFunctionMode):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            raise SrdLabError(
+                f"{self.where()} runs in torch.inference_mode, where nothing can be traced; use torch.no_grad there, or "
+                "neither"
+            )
+        full_precision()
         # backward hooks of modules, which run only where gradients are on, take views of tensors and look at flags
         if func is Tensor.view_as and args[0] is args[-1]:
             view = func(*args)
@@ -230,6 +237,14 @@ class Interceptor(TorchFunctionMode):
     def where(self) -> str:
         """The running module, for messages."""
         return (self._path[-1] if self._path else "") or type(self.model).__name__
+
+
+def full_precision() -> None:
+    """Turn off the autocast that the running model has turned on, which ends where the model ends it: what is explained is
+    the network itself."""
+    for device in _AUTOCAST:
+        if torch.is_autocast_enabled(device):
+            torch.set_autocast_enabled(device, False)
 
 
 class _PlainTorch:

@@ -232,6 +232,8 @@ class ModifiedTrace(Decomposed):
         name = getattr(function, "__name__", "")
         if function in GATES:
             return run(function, args, kwargs)
+        if any(t.is_complex() for t in tensors):
+            return self.refused(function, args, kwargs, "works on complex numbers")
         if function in _ADAPTIVE_MAX_POOLS:
             out, size = run(function, args, kwargs), args[1] if len(args) > 1 else kwargs["output_size"]
             winners_of = partial(F.adaptive_max_pool2d, output_size=size, return_indices=True)

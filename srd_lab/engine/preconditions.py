@@ -35,6 +35,11 @@ def check_traceable(name: str, x: Tensor) -> None:
 
 def check_model(model: nn.Module) -> None:
     """Refuse a model whose calls cannot be followed or whose output depends on the batch or on chance."""
+    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise SrdLabError(
+            "the model was made in torch.inference_mode, so that no gradient can be taken; make it outside, or pass "
+            "copy.deepcopy(model)"
+        )
     for name, module in model.named_modules():
         where = name or type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
@@ -79,6 +84,8 @@ def check_input(x: Tensor, model: nn.Module | None = None) -> None:
         raise SrdLabError("the input holds NaN or infinite values; expected finite pixels")
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise SrdLabError("no gradient can be taken in torch.inference_mode; use torch.no_grad instead")
+    if torch.is_autocast_enabled(x.device.type):
+        raise SrdLabError("explanations are made in full precision; leave torch.autocast around the call out")
 
 
 def _not_images(x: object) -> tuple[str, str]:

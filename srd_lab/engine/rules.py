@@ -44,6 +44,11 @@ def squared_norm(t: Tensor) -> Tensor:
     return (t * t).sum(1, keepdim=True)
 
 
+def inverse_norm(square: Tensor) -> Tensor:
+    """1 / ||t|| of ||t||^2, and 0 where that is 0. Twice this and not once its square: of small t the square overflows."""
+    return torch.rsqrt(square.masked_fill(square == 0, torch.inf))
+
+
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> over channels, (N, 1, ...)."""
     return (a * b).sum(1, keepdim=True)
@@ -52,7 +57,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def srd_vector(u: Tensor, v: Tensor, g: Tensor) -> Passed:
     """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2."""
     r, square = inner(v, g), squared_norm(u)
-    return Passed(u * divide(r, square), None, r.squeeze(1), r * (square == 0))
+    inverse = inverse_norm(square)
+    return Passed((u * inverse) * (r * inverse), None, r.squeeze(1), r * (square == 0))
 
 
 def srd_vector_post(u: Tensor, v: Tensor, g: Tensor) -> Passed:
@@ -125,9 +131,9 @@ def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> tuple[Te
     layer, a constant added to a map). Zero padding has norm 0 and takes nothing; a dead field passes nothing on.
     """
     square = squared_norm(x)
+    inverse = inverse_norm(square)
     if conv is None:
-        return x * divide(carried, square), carried * (square == 0)
-    inverse = torch.rsqrt(square.masked_fill(square == 0, torch.inf))
+        return (x * inverse) * (carried * inverse), carried * (square == 0)
     norm = square * inverse
     total = conv.box_sum(norm)
-    return x * (inverse * conv.box_spread(divide(carried, total))), carried * (total == 0)
+    return (x * inverse) * conv.box_spread(divide(carried, total)), carried * (total == 0)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
-from srd_lab.engine.attribution import traced
+from srd_lab.engine.attribution import slope_of, traced
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.recompute import recomputed
@@ -139,5 +139,5 @@ def _slopes(network: nn.Module, points: Tensor, classes: Tensor) -> Tensor:
         flat = flat if differentiable else flat.detach().requires_grad_()
         logits = Watch(network).run(flat.clone())  # a network may change its input in place
         score = logits.gather(1, classes.repeat(count)[:, None]).sum()
-        (slope,) = torch.autograd.grad(score, flat, create_graph=differentiable)
+        slope = slope_of(score, flat, differentiable=differentiable)
     return slope.unflatten(0, (count, -1)).sum(0)

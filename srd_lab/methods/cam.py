@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import traced
+from srd_lab.engine.attribution import slope_of, traced
 from srd_lab.engine.layer_trace import LayerTrace
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
@@ -57,11 +57,7 @@ class Layer:
 
     def slope(self, score: Tensor) -> Tensor:
         """The derivative of ``score`` by the activation, (N, K, h, w)."""
-        (slope,) = torch.autograd.grad(
-            score, self.output, create_graph=self.differentiable, allow_unused=True
-        )
-        if slope is None:
-            raise SrdLabError("the layer has no part in the logits; name another one with level= or encoder=")
+        slope = slope_of(score, self.output, differentiable=self.differentiable)
         return slope.movedim(self.channels, 1)
 
     def finish(self, t: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
-from srd_lab.engine.attribution import traced
+from srd_lab.engine.attribution import no_gradient, traced
 from srd_lab.engine.geometry import BatchNorm, Convolution
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.preconditions import check_input
@@ -154,7 +154,11 @@ def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple
         score = class_logit(logits, target).sum()
         held = [given, *(bias.y for bias in trace.found)]
         values = [(given, 1), *((bias.value, bias.axis) for bias in trace.found)]
+        if not score.requires_grad:
+            raise no_gradient()
         slopes = torch.autograd.grad(score, held, create_graph=differentiable, allow_unused=True)
+        if slopes[0] is None:
+            raise no_gradient()
         found = zip(slopes, values, strict=True)
         products = [(g * value).movedim(axis, 1) for g, (value, axis) in found if g is not None]
     return products, logits, differentiable

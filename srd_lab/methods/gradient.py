@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import traced
+from srd_lab.engine.attribution import slope_of, traced
 from srd_lab.engine.decomposed import Gated
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.preconditions import check_input
@@ -110,7 +110,7 @@ def _slope(
         logits = (gated or Watch(network)).run(fed)
         score = class_logit(logits, target).sum()
         with nullcontext() if gated is None else gated.live():
-            (slope,) = torch.autograd.grad(score, given, create_graph=differentiable)
+            slope = slope_of(score, given, differentiable=differentiable)
     if differentiable:
         return given, slope, logits
     return given.detach(), slope, logits.detach()

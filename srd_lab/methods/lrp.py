@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import ON_LEAK, check_conserved, traced
+from srd_lab.engine.attribution import ON_LEAK, check_conserved, no_gradient, slope_of, traced
 from srd_lab.engine.layers import call_index
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.preconditions import check_input
@@ -104,7 +104,11 @@ def _to_input(
     top: list[Tensor], signals: list[Tensor], ends: tuple[Tensor, ...], differentiable: bool
 ) -> Tensor:
     """Relevance (N, C, H, W) at the image, of signals at tensors of the modified pass."""
+    if not any(t.requires_grad for t in top):
+        raise no_gradient()
     slopes = torch.autograd.grad(top, ends, signals, create_graph=differentiable, allow_unused=True)
+    if slopes[0] is None:
+        raise no_gradient()
     shares = [t * g for t, g in zip(ends, slopes, strict=True) if g is not None]
     return torch.stack(shares).sum(0) if shares else torch.zeros_like(ends[0])
 
@@ -263,7 +267,7 @@ class LRPEpsilon(Explainer):
             score = class_logit(logits, target)[:, None]
             signal = rules.divide(score, score + self.epsilon * rules.sign(score))
             with trace.live():
-                (g,) = torch.autograd.grad(score, given, signal, create_graph=differentiable)
+                g = slope_of(score, given, signal, differentiable=differentiable)
             map_ = maps.reduce_channels(given * g, self.channels)
         trace.release()
         return (map_, logits) if differentiable else (map_.detach(), logits.detach())

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import ON_LEAK, check_conserved, traced
+from srd_lab.engine.attribution import ON_LEAK, check_conserved, slope_of, traced
 from srd_lab.engine.encoder_end import End
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.srd_trace import SRDTrace
@@ -257,7 +257,8 @@ class _Run:
     def _inject(self, tensor: Tensor, reference: Tensor, r: Tensor, call: int | None) -> _Begin:
         """Signal u R / ||u||^2, so that the relevance of every position is R (per neuron, R is split as u^2 is)."""
         square = rules.squared_norm(reference)
-        signal = reference * rules.divide(r[:, None], square)
+        inverse = rules.inverse_norm(square)
+        signal = (reference * inverse) * (r[:, None] * inverse)
         leaked = (r.detach() * (square[:, 0] == 0)).sum()
         return _Begin(tensor, signal, r, leaked, call)
 
@@ -283,9 +284,7 @@ class _Run:
         score = class_logit(self.output, target)
         if start == "contrastive":
             score = score - self.output.mean(1)
-        (slope,) = torch.autograd.grad(
-            score.sum(), end.output, create_graph=self.differentiable, retain_graph=True
-        )
+        slope = slope_of(score, end.output, differentiable=self.differentiable, retain=True)
         alpha = slope.movedim(end.channels, 1).mean([*range(2, slope.dim())], keepdim=True)
         return torch.relu((alpha * encoded).sum(1))
 
