@@ -24,11 +24,14 @@ class _Convolve(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.weight, ctx.geometry, ctx.shape = weight, geometry, x.shape
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:
+            return None, None, None, None
         return _Spread.apply(grads[0], ctx.weight, ctx.geometry, ctx.shape), None, None, None
 
 
@@ -37,11 +40,14 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.weight, ctx.geometry = weight, geometry
         return conv2d_input(shape, weight, g, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:
+            return None, None, None, None
         return _Convolve.apply(grads[0], ctx.weight, None, ctx.geometry), None, None, None
 
 
