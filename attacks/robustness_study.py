@@ -28,7 +28,7 @@ from attacks.robustness_experiment import DRAWS, Experiment, images_of, transfer
 from attacks.robustness_report import Report
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
-from srd_lab.catalogue import ATTACKABLE, FIGURE_4
+from srd_lab.catalogue import FIGURE_4, attackable
 from srd_lab.data import skipped_report
 from srd_lab.errors import SrdLabError
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
@@ -44,7 +44,6 @@ MOST, LEAST = (
 )  # images for the checks and for the curve over the budget: a quarter of all, between these
 FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself
 CURVE = ("combined", "polish")  # its members
-ALL = {"all": FIGURE_4, "attackable": ATTACKABLE}
 
 
 @dataclass
@@ -81,7 +80,7 @@ class RobustnessStudy(PairStudy):
     """One run, from settings to tables, figures and entries."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(settings, [m for name in settings["methods"] for m in ALL.get(name, (name,))])
+        super().__init__(settings, [m for name in settings["methods"] for m in _meant(name)])
         self.members = _members(settings["attacks"], settings["mode"])
         self.checked = MODES[settings["mode"]].checked if "standard" in settings["attacks"] else ()
         self.title = f"{self.where}, {len(self.pairs)} images, {self.ensemble.budget}"
@@ -306,6 +305,11 @@ class RobustnessStudy(PairStudy):
             "curve.npz", {"size": np.array(list(found)), "pcc": np.stack(list(found.values()))}
         )
         return found
+
+
+def _meant(name: str) -> Sequence[str]:
+    """The methods that a name on the command line means."""
+    return FIGURE_4 if name == "all" else attackable() if name == "attackable" else (name,)
 
 
 def few_of(images: int) -> int:

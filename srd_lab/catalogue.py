@@ -1,35 +1,61 @@
-"""What there is, by name: every method and metric with its source. Data only, so that the command line starts quickly;
-:mod:`srd_lab.registry` has the code behind the names."""
+"""What there is, by name: every method and metric with its source.
+
+Each is declared where it is defined, by a decorator of this module, and found there when somebody asks for the first
+time: adding one is one file in :mod:`srd_lab.methods` or :mod:`srd_lab.metrics`. Nothing heavy is imported before, so that
+the command line starts quickly.
+
+Example
+-------
+::
+
+    @method("gradient", title="Saliency", paper="Simonyan et al. 2014", resolution="input", passes="3", tested="captum")
+    @dataclass(frozen=True)
+    class Gradient(Explainer): ...
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeVar
+
+from srd_lab.errors import SrdLabError
+
+Class = TypeVar("Class", bound=type)
+Entry = TypeVar("Entry")
 
 
-class Method(NamedTuple):
+@dataclass(frozen=True)
+class Method:
     """What is known of an explanation method.
 
     title : as Table 2 of the SRD paper, or its own paper, writes it.
     resolution : of its maps: input, high (1/8 of the image) or low (the encoder output).
-    attackable : whether the map has a derivative in the image that an attack can use.
     passes : its cost in forward passes of one image; a backward pass counts as two. K: channels of the layer.
     tested : what it is held against in the tests; "definition" is the formula, written out slowly.
+    attackable : whether the map has a derivative in the image that an attack can use.
+    explainer : with its default options.
     """
 
     title: str
     paper: str
     resolution: str
-    attackable: bool
     passes: str
     tested: str
+    attackable: bool
+    explainer: Any
 
 
-class Metric(NamedTuple):
+@dataclass(frozen=True)
+class Metric:
     """What is known of a metric.
 
     better : "higher" or "lower".
     scores : what of an explanation it looks at.
     tested : what it is held against in the tests.
+    metric : with its default options.
     """
 
     title: str
@@ -37,6 +63,120 @@ class Metric(NamedTuple):
     better: str
     scores: str
     tested: str
+    metric: Any
+
+
+class Declared(Mapping[str, Entry]):
+    """What the modules of a package declare, by name; they are imported when first asked.
+
+    first : names in the order in which they are listed; others follow in that of their declaration.
+    """
+
+    def __init__(self, package: str, first: Sequence[str]) -> None:
+        self._package, self._first = package, first
+        self._found: dict[str, Entry] = {}
+        self._loaded = False
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Declare an entry. Raises SrdLabError if the name is taken."""
+        if name in self._found:
+            raise SrdLabError(f"{name!r} is declared twice in {self._package}; choose another name")
+        self._found[name] = entry
+
+    def _all(self) -> dict[str, Entry]:
+        if not self._loaded:
+            self._loaded = True
+            for module in pkgutil.iter_modules(import_module(self._package).__path__):
+                import_module(f"{self._package}.{module.name}")
+            listed = [*(name for name in self._first if name in self._found), *self._found]
+            self._found = {name: self._found[name] for name in listed}
+        return self._found
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+# the rows of Table 2 and Table 4 and the methods of Fig. 4, in the paper's order
+TABLE_2 = (
+    "gradient",
+    "guided_backprop",
+    "grad_input",
+    "integrated_gradients",
+    "lrp_zplus",
+    "smoothgrad",
+    "fullgrad",
+    "gradcam",
+    "gradcam_pp",
+    "scorecam",
+    "ablationcam",
+    "xgradcam",
+    "layercam_low",
+    "layercam_high",
+    "srd_low",
+    "srd_high",
+    "srd",
+)
+TABLE_4 = (
+    *("guided_backprop", "grad_input", "integrated_gradients", "lrp_zplus", "smoothgrad", "fullgrad"),
+    *("gradcam", "scorecam", "ablationcam", "xgradcam", "layercam_low", "srd"),
+)
+FIGURE_4 = ("srd", "gradient", "grad_input", "guided_backprop", "integrated_gradients", "lrp_zplus")
+TABLE_2_METRICS = ("pointing_game", "attribution_localization", "sparseness", "fidelity", "stability")
+_OTHER_METRICS = (
+    *("ssim", "pcc", "insertion", "deletion", "morf", "lerf", "infidelity", "max_sensitivity"),
+    *("randomization", "roughness"),
+)
+_OTHER_METHODS = (
+    *("deconvnet", "lrp_epsilon", "lrp_gamma", "excitation_backprop", "contrastive_excitation"),
+    *("random", "sobel"),
+)
+
+METHODS: Declared[Method] = Declared("srd_lab.methods", (*TABLE_2, *_OTHER_METHODS))
+METRICS: Declared[Metric] = Declared("srd_lab.metrics", (*TABLE_2_METRICS, *_OTHER_METRICS))
+BASELINES = ("black", "white", "mean", "minimum")  # what fidelity sets pixels to
+
+
+def method(
+    name: str,
+    *,
+    title: str,
+    paper: str,
+    resolution: str,
+    passes: str,
+    tested: str,
+    attackable: bool = True,
+    **options: Any,
+) -> Callable[[Class], Class]:
+    """Declare the decorated class as the method ``name``, with these ``options``; the rest as in :class:`Method`."""
+
+    def declare(cls: Class) -> Class:
+        METHODS.add(name, Method(title, paper, resolution, passes, tested, attackable, cls(**options)))
+        return cls
+
+    return declare
+
+
+def metric(
+    name: str, *, title: str, paper: str, better: str, scores: str, tested: str, **options: Any
+) -> Callable[[Class], Class]:
+    """Declare the decorated class as the metric ``name``, with these ``options``; the rest as in :class:`Metric`."""
+
+    def declare(cls: Class) -> Class:
+        METRICS.add(name, Metric(title, paper, better, scores, tested, cls(**options)))
+        return cls
+
+    return declare
+
+
+def attackable() -> tuple[str, ...]:
+    """The methods whose maps have a derivative in the image."""
+    return tuple(name for name, known in METHODS.items() if known.attackable)
 
 
 def title_of(method: str) -> str:
@@ -54,68 +194,3 @@ def outer_parts(text: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part.strip() for part in parts]
-
-
-METHODS = {
-    "gradient": Method("Saliency", "Simonyan et al. 2014", "input", True, "3", "captum"),
-    "guided_backprop": Method("Guided Backprop", "Springenberg et al. 2015", "input", True, "3", "captum"),
-    "grad_input": Method("GradInput", "Ancona et al. 2018", "input", True, "3", "captum"),
-    "integrated_gradients": Method("InteGrad", "Sundararajan et al. 2017", "input", True, "91", "captum"),
-    "lrp_zplus": Method("LRP z+", "Montavon et al. 2017", "input", True, "6", "definition"),
-    "smoothgrad": Method("SmoothGrad", "Smilkov et al. 2017", "input", True, "76", "captum"),
-    "fullgrad": Method("FullGrad", "Srinivas & Fleuret 2019", "input", True, "3", "definition"),
-    "gradcam": Method("Grad-CAM", "Selvaraju et al. 2017", "low", True, "3", "captum, grad-cam"),
-    "gradcam_pp": Method("Grad-CAM++", "Chattopadhyay et al. 2018", "low", True, "3", "definition"),
-    "scorecam": Method("Score-CAM", "Wang et al. 2020", "low", True, "1 + K", "grad-cam"),
-    "ablationcam": Method("Ablation-CAM", "Ramaswamy et al. 2020", "low", True, "1 + K tails", "grad-cam"),
-    "xgradcam": Method("XGrad-CAM", "Fu et al. 2020", "low", True, "3", "grad-cam"),
-    "layercam_low": Method("LayerCAM, low", "Jiang et al. 2021", "low", True, "3", "grad-cam"),
-    "layercam_high": Method("LayerCAM, high", "Jiang et al. 2021", "high", True, "3", "grad-cam"),
-    "srd_low": Method("SRD, low", "Han et al. 2024", "low", True, "3", "definition"),
-    "srd_high": Method("SRD, high", "Han et al. 2024", "high", True, "4", "definition"),
-    "srd": Method("SRD, input", "Han et al. 2024", "input", True, "4", "definition"),
-    "deconvnet": Method("Deconvnet", "Zeiler & Fergus 2014", "input", False, "3", "captum"),
-    "lrp_epsilon": Method("LRP epsilon", "Bach et al. 2015", "input", True, "3", "definition, zennit"),
-    "lrp_gamma": Method("LRP gamma", "Montavon et al. 2019", "input", True, "6", "definition"),
-    "excitation_backprop": Method("Excitation BP", "Zhang et al. 2016", "high", True, "6", "definition"),
-    "contrastive_excitation": Method("c-Excitation BP", "Zhang et al. 2016", "high", True, "6", "definition"),
-    "random": Method("Random", "control", "input", False, "1", "its moments"),
-    "sobel": Method("Sobel edges", "control", "input", True, "1", "scikit-image"),
-}
-ATTACKABLE = tuple(name for name, method in METHODS.items() if method.attackable)
-# the rows of Table 2, in its order, and the methods of Fig. 4
-TABLE_2 = tuple(METHODS)[:17]
-TABLE_4 = (
-    *("guided_backprop", "grad_input", "integrated_gradients", "lrp_zplus", "smoothgrad", "fullgrad"),
-    *("gradcam", "scorecam", "ablationcam", "xgradcam", "layercam_low", "srd"),
-)
-FIGURE_4 = ("srd", "gradient", "grad_input", "guided_backprop", "integrated_gradients", "lrp_zplus")
-
-METRICS = {
-    "pointing_game": Metric(
-        "Pointing game", "Zhang et al. 2018", "higher", "localisation", "definition, quantus"
-    ),
-    "attribution_localization": Metric(
-        "Attribution localization", "Kohlbrenner et al. 2020", "higher", "localisation", "definition, quantus"
-    ),
-    "sparseness": Metric(
-        "Sparseness", "Chalasani et al. 2020", "higher", "complexity", "definition, quantus"
-    ),
-    "fidelity": Metric("Fidelity", "Bhatt et al. 2020", "higher", "faithfulness", "definition, quantus"),
-    "stability": Metric(
-        "Stability", "Alvarez Melis & Jaakkola 2018", "lower", "robustness", "definition, quantus"
-    ),
-    "ssim": Metric("SSIM under noise", "Wang et al. 2004", "higher", "robustness", "scikit-image"),
-    "pcc": Metric("PCC under noise", "Pearson", "higher", "robustness", "scipy"),
-    "insertion": Metric("Insertion", "Petsiuk et al. 2018", "higher", "faithfulness", "definition"),
-    "deletion": Metric("Deletion", "Petsiuk et al. 2018", "lower", "faithfulness", "definition"),
-    "morf": Metric("MoRF", "Samek et al. 2017", "higher", "faithfulness", "definition"),
-    "lerf": Metric("LeRF", "Samek et al. 2017", "lower", "faithfulness", "definition"),
-    "infidelity": Metric("Infidelity", "Yeh et al. 2019", "lower", "faithfulness", "captum"),
-    "max_sensitivity": Metric("Max-sensitivity", "Yeh et al. 2019", "lower", "robustness", "captum"),
-    "randomization": Metric("Randomization", "Adebayo et al. 2018", "lower", "sanity", "definition"),
-    "roughness": Metric("Roughness", "Geary 1954", "lower", "complexity", "definition"),
-}
-TABLE_2_METRICS = tuple(METRICS)[:5]
-
-BASELINES = ("black", "white", "mean", "minimum")  # what fidelity sets pixels to

@@ -7,69 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from srd_lab.catalogue import METHODS
+from srd_lab.catalogue import METRICS as DECLARED_METRICS
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
-from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
-from srd_lab.methods.cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
-from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
-from srd_lab.methods.controls import Random, Sobel
-from srd_lab.methods.fullgrad import FullGrad
-from srd_lab.methods.gradient import Deconvnet, Gradient, GradInput, GuidedBackprop
-from srd_lab.methods.lrp import ExcitationBackprop, LRPEpsilon, LRPGamma, LRPZPlus
 from srd_lab.methods.smoothed import parse_explainer
-from srd_lab.methods.srd import SRD
-from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.explained import Metric
-from srd_lab.metrics.faithfulness import Deletion, Fidelity, Infidelity, Insertion, LeRF, MoRF
-from srd_lab.metrics.localisation import AttributionLocalization, PointingGame
-from srd_lab.metrics.robustness import MaxSensitivity, NoisePCC, NoiseSSIM, Randomization, Stability
 from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 
-EXPLAINERS: dict[str, Explainer] = {
-    "gradient": Gradient(),
-    "guided_backprop": GuidedBackprop(),
-    "grad_input": GradInput(),
-    "integrated_gradients": IntegratedGradients(),
-    "lrp_zplus": LRPZPlus(),
-    "smoothgrad": SmoothGrad(),
-    "fullgrad": FullGrad(),
-    "gradcam": GradCAM(),
-    "gradcam_pp": GradCAMPlusPlus(),
-    "scorecam": ScoreCAM(),
-    "ablationcam": AblationCAM(),
-    "xgradcam": XGradCAM(),
-    "layercam_low": LayerCAM(),
-    "layercam_high": LayerCAM(level="high"),
-    "srd_low": SRD(level="low"),
-    "srd_high": SRD(level="high"),
-    "srd": SRD(),
-    "deconvnet": Deconvnet(),
-    "lrp_epsilon": LRPEpsilon(),
-    "lrp_gamma": LRPGamma(),
-    "excitation_backprop": ExcitationBackprop(),
-    "contrastive_excitation": ExcitationBackprop(contrastive=True),
-    "random": Random(),
-    "sobel": Sobel(),
-}
-
-METRICS: dict[str, Metric] = {
-    "pointing_game": PointingGame(),
-    "attribution_localization": AttributionLocalization(),
-    "sparseness": Sparseness(),
-    "fidelity": Fidelity(),
-    "stability": Stability(),
-    "ssim": NoiseSSIM(),
-    "pcc": NoisePCC(),
-    "insertion": Insertion(),
-    "deletion": Deletion(),
-    "morf": MoRF(),
-    "lerf": LeRF(),
-    "infidelity": Infidelity(),
-    "max_sensitivity": MaxSensitivity(),
-    "randomization": Randomization(),
-    "roughness": Roughness(),
-}
+EXPLAINERS: dict[str, Explainer] = {name: known.explainer for name, known in METHODS.items()}
+METRICS: dict[str, Metric] = {name: known.metric for name, known in DECLARED_METRICS.items()}
 
 
 def make_explainer(method: str, **options: Any) -> Explainer:

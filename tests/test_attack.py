@@ -19,7 +19,7 @@ from attacks.experiment import at_equal_perturbation, common_reach, perturbation
 from attacks.manipulation import noise_at_equal_mse, similarity
 from attacks.objective import Reference
 from srd_lab import maps
-from srd_lab.catalogue import ATTACKABLE, METHODS
+from srd_lab.catalogue import METHODS, attackable
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import SrdLabError
 from srd_lab.metrics.similarity import PCC, SSIM
@@ -171,7 +171,7 @@ def test_projection_never_leaves_the_bound(images: tuple[np.ndarray, np.ndarray]
 # --- what it does --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ATTACKABLE)
+@pytest.mark.parametrize("name", attackable())
 def test_maps_move_towards_their_goal(name: str) -> None:
     model, x, goal = model_of(), pixels(3), pixels(3, seed=2)
     attack = forever(name, steps=40, lr=0.02, beta_start=15.0, beta_end=15.0)
@@ -686,7 +686,7 @@ def test_a_model_in_training_mode_is_refused_before_it_runs() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ATTACKABLE)
+@pytest.mark.parametrize("name", attackable())
 def test_the_caller_keeps_what_he_gave(name: str) -> None:
     model = nn.Sequential(nn.ReLU(inplace=True), model_of().network).requires_grad_(True)
     x, goal = pixels(2).requires_grad_(), pixels(2, seed=2)

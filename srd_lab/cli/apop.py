@@ -25,7 +25,7 @@ INPUTS = ("zeros", "ones", "normal")
 @images_option("500")
 @click.option(
     "--inputs",
-    type=Names(INPUTS),
+    type=Names(lambda: INPUTS),
     default=",".join(INPUTS),
     show_default=True,
     help="What is put in the place of the image, comma-separated, in normalised space.",

@@ -26,14 +26,14 @@ from srd_lab.cli.tracked import tracked
 @model_option
 @click.option(
     "--methods",
-    type=Names(("all", *METHODS), wrapped=True),
+    type=Names(lambda: ("all", *METHODS), wrapped=True),
     default="all",
     show_default=True,
     help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
 )
 @click.option(
     "--metrics",
-    type=Names(("all", *METRICS)),
+    type=Names(lambda: ("all", *METRICS)),
     default="all",
     show_default=True,
     help="Metrics, comma-separated; `srd-lab methods` lists them too.",
@@ -88,7 +88,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 )
 @click.option(
     "--methods",
-    type=Names(("all", *METHODS), wrapped=True),
+    type=Names(lambda: ("all", *METHODS), wrapped=True),
     default="srd",
     show_default=True,
     help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",

@@ -48,20 +48,22 @@ class Count(click.ParamType):
 class Names(click.ParamType):
     """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
 
+    allowed : gives the names when one is to be read.
     wrapped : whether a wrapper such as ``smoothed(srd,0.1,64)`` is allowed too; what is inside is read later.
     """
 
     name = "list"
 
-    def __init__(self, allowed: Sequence[str], wrapped: bool = False) -> None:
+    def __init__(self, allowed: Callable[[], Sequence[str]], wrapped: bool = False) -> None:
         self.allowed, self.wrapped = allowed, wrapped
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
         names = value if isinstance(value, tuple) else tuple(outer_parts(value))
-        if wrong := [n for n in names if n not in self.allowed and not (self.wrapped and "(" in n)]:
-            self.fail(f"{wrong[0]!r} is not one of {', '.join(self.allowed)}", param, ctx)
+        allowed = self.allowed()
+        if wrong := [n for n in names if n not in allowed and not (self.wrapped and "(" in n)]:
+            self.fail(f"{wrong[0]!r} is not one of {', '.join(allowed)}", param, ctx)
         return tuple(dict.fromkeys(names))
 
 

@@ -56,7 +56,7 @@ def methods_option(paper: tuple[str, ...]) -> Callable[..., Any]:
     """``--methods``, by default those of the paper's table."""
     return click.option(
         "--methods",
-        type=Names(("all", *paper)),
+        type=Names(lambda: ("all", *paper)),
         default="all",
         show_default=True,
         help="Explanation methods of the table, comma-separated.",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
+from srd_lab.catalogue import method
 from srd_lab.engine.attribution import slope_of, traced
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.preconditions import check_input
@@ -37,6 +38,14 @@ Points = Callable[
 ]  # the points of these numbers around x (N, C, H, W): (points, N, C, H, W)
 
 
+@method(
+    "integrated_gradients",
+    title="InteGrad",
+    paper="Sundararajan et al. 2017",
+    resolution="input",
+    passes="91",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class IntegratedGradients(Explainer):
     """``x * mean over k = 1..steps of the gradient at x k / steps``; the baseline is zero (normalised).
@@ -68,6 +77,14 @@ class IntegratedGradients(Explainer):
         return maps.reduce_channels(given * slope, self.channels), logits
 
 
+@method(
+    "smoothgrad",
+    title="SmoothGrad",
+    paper="Smilkov et al. 2017",
+    resolution="input",
+    passes="76",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class SmoothGrad(Explainer):
     """Gradient averaged over noisy copies of the image; ``channels="abs_sum"``, so the map is >= 0.

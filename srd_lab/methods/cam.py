@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import slope_of, traced
 from srd_lab.engine.layer_trace import LayerTrace
@@ -125,6 +126,14 @@ class _CAM(Explainer, ABC):
         """Weights (N, K, 1, 1) or (N, K, h, w) of a layer's channels ``a`` with slopes ``g``, both (N, K, h, w)."""
 
 
+@method(
+    "gradcam",
+    title="Grad-CAM",
+    paper="Selvaraju et al. 2017",
+    resolution="low",
+    passes="3",
+    tested="captum, grad-cam",
+)
 @dataclass(frozen=True)
 class GradCAM(_CAM):
     """Channels weighted by their mean slope."""
@@ -133,6 +142,14 @@ class GradCAM(_CAM):
         return g.mean((2, 3), keepdim=True)
 
 
+@method(
+    "gradcam_pp",
+    title="Grad-CAM++",
+    paper="Chattopadhyay et al. 2018",
+    resolution="low",
+    passes="3",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class GradCAMPlusPlus(_CAM):
     """Channels weighted by their positive slopes, those of rare features more; 0 / 0 is 0."""
@@ -143,6 +160,9 @@ class GradCAMPlusPlus(_CAM):
         return (share * torch.relu(g)).sum((2, 3), keepdim=True)
 
 
+@method(
+    "xgradcam", title="XGrad-CAM", paper="Fu et al. 2020", resolution="low", passes="3", tested="grad-cam"
+)
 @dataclass(frozen=True)
 class XGradCAM(_CAM):
     """Channels weighted by their mean slope over where they are active; 0 / 0 is 0."""
@@ -151,6 +171,23 @@ class XGradCAM(_CAM):
         return rules.divide((g * a).sum((2, 3), keepdim=True), a.sum((2, 3), keepdim=True))
 
 
+@method(
+    "layercam_low",
+    title="LayerCAM, low",
+    paper="Jiang et al. 2021",
+    resolution="low",
+    passes="3",
+    tested="grad-cam",
+)
+@method(
+    "layercam_high",
+    title="LayerCAM, high",
+    paper="Jiang et al. 2021",
+    resolution="high",
+    passes="3",
+    tested="grad-cam",
+    level="high",
+)
 @dataclass(frozen=True)
 class LayerCAM(_CAM):
     """Every position of every channel weighted by its own positive slope."""

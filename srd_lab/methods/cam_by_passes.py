@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
+from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.interceptor import Exchange, Watch
 from srd_lab.engine.recompute import recomputed
@@ -74,6 +75,14 @@ class _PassCAM(Explainer, ABC):
         """Weights (K,) of the channels ``a`` (K, h, w) of one image x (1, C, H, W) with logit ``score``."""
 
 
+@method(
+    "scorecam",
+    title="Score-CAM",
+    paper="Wang et al. 2020",
+    resolution="low",
+    passes="1 + K",
+    tested="grad-cam",
+)
 @dataclass(frozen=True)
 class ScoreCAM(_PassCAM):
     """Channels weighted by the logit of the image seen through them; the masks multiply the normalised image."""
@@ -99,6 +108,14 @@ class ScoreCAM(_PassCAM):
         return torch.softmax(torch.where(constant, scores[index[-1]], scores), 0)
 
 
+@method(
+    "ablationcam",
+    title="Ablation-CAM",
+    paper="Ramaswamy et al. 2020",
+    resolution="low",
+    passes="1 + K tails",
+    tested="grad-cam",
+)
 @dataclass(frozen=True)
 class AblationCAM(_PassCAM):
     """Channels weighted by the share of the logit that goes when they are set to zero; a logit of 0 gives weights of 0.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srd_lab.catalogue import method
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
@@ -26,6 +27,15 @@ from srd_lab.runtime import generator
 from srd_lab.types import Explainer
 
 
+@method(
+    "random",
+    title="Random",
+    paper="control",
+    resolution="input",
+    attackable=False,
+    passes="1",
+    tested="its moments",
+)
 @dataclass(frozen=True)
 class Random(Explainer):
     """Uniform noise; the same for the same image, in whatever batch it is, and another for another."""
@@ -46,6 +56,7 @@ class Random(Explainer):
         return torch.stack(drawn).to(x), logits
 
 
+@method("sobel", title="Sobel edges", paper="control", resolution="input", passes="1", tested="scikit-image")
 @dataclass(frozen=True)
 class Sobel(Explainer):
     """Length of the brightness gradient, by Sobel's filters; edges of the image are repeated outwards."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
+from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
 from srd_lab.engine.attribution import no_gradient, traced
@@ -40,6 +41,14 @@ from srd_lab.types import Explainer
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
 
 
+@method(
+    "fullgrad",
+    title="FullGrad",
+    paper="Srinivas & Fleuret 2019",
+    resolution="input",
+    passes="3",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class FullGrad(Explainer):
     """Input and bias gradients, each stretched to [0, 1] and to the image, added up."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
+from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import slope_of, traced
 from srd_lab.engine.decomposed import Gated
@@ -36,6 +37,14 @@ from srd_lab.types import Explainer
 Attribution = tuple[Tensor, Tensor]  # map (N, H, W) and logits (N, K)
 
 
+@method(
+    "gradient",
+    title="Saliency",
+    paper="Simonyan et al. 2014",
+    resolution="input",
+    passes="3",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class Gradient(Explainer):
     """``d y_c / d x``; ``channels="abs_sum"`` sums absolute values over channels, so the map is >= 0."""
@@ -50,6 +59,14 @@ class Gradient(Explainer):
         return maps.reduce_channels(slope, self.channels), logits
 
 
+@method(
+    "grad_input",
+    title="GradInput",
+    paper="Ancona et al. 2018",
+    resolution="input",
+    passes="3",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class GradInput(Explainer):
     """``x * d y_c / d x``; ``channels="sum"`` adds up the channels' signed shares."""
@@ -64,6 +81,14 @@ class GradInput(Explainer):
         return maps.reduce_channels(given * slope, self.channels), logits
 
 
+@method(
+    "guided_backprop",
+    title="Guided Backprop",
+    paper="Springenberg et al. 2015",
+    resolution="input",
+    passes="3",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class GuidedBackprop(Explainer):
     """A gradient through activations that pass positive signals only; ``channels="abs_sum"``, the map is >= 0.
@@ -81,6 +106,15 @@ class GuidedBackprop(Explainer):
         return maps.reduce_channels(slope, self.channels), logits
 
 
+@method(
+    "deconvnet",
+    title="Deconvnet",
+    paper="Zeiler & Fergus 2014",
+    resolution="input",
+    attackable=False,
+    passes="3",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class Deconvnet(Explainer):
     """A gradient whose activations rectify the signal instead of passing it where they are active (Zeiler & Fergus

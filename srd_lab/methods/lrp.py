@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import maps
+from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import ON_LEAK, check_conserved, no_gradient, slope_of, traced
 from srd_lab.engine.layers import call_index
@@ -113,6 +114,14 @@ def _to_input(
     return torch.stack(shares).sum(0) if shares else torch.zeros_like(ends[0])
 
 
+@method(
+    "lrp_zplus",
+    title="LRP z+",
+    paper="Montavon et al. 2017",
+    resolution="input",
+    passes="6",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class LRPZPlus(_Modified):
     """LRP z+ with z^B at the first layer: the map sums to the target logit, up to dead receptive fields.
@@ -142,6 +151,14 @@ class LRPZPlus(_Modified):
         return maps.reduce_channels(attribution, self.channels)
 
 
+@method(
+    "lrp_gamma",
+    title="LRP gamma",
+    paper="Montavon et al. 2019",
+    resolution="input",
+    passes="6",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class LRPGamma(LRPZPlus):
     """LRP gamma with z^B at the first layer; biases keep what is theirs, so the map does not sum to the logit.
@@ -164,6 +181,23 @@ class LRPGamma(LRPZPlus):
         return weight + self.gamma * weight.clamp_min(0)
 
 
+@method(
+    "excitation_backprop",
+    title="Excitation BP",
+    paper="Zhang et al. 2016",
+    resolution="high",
+    passes="6",
+    tested="definition",
+)
+@method(
+    "contrastive_excitation",
+    title="c-Excitation BP",
+    paper="Zhang et al. 2016",
+    resolution="high",
+    passes="6",
+    tested="definition",
+    contrastive=True,
+)
 @dataclass(frozen=True)
 class ExcitationBackprop(_Modified):
     """Marginal winning probabilities: z+ from a one at the class; (N, h, w) at ``level``, sums to 1 up to dead fields.
@@ -237,6 +271,14 @@ def _at_tensor(
     return (part * g).sum(axis)
 
 
+@method(
+    "lrp_epsilon",
+    title="LRP epsilon",
+    paper="Bach et al. 2015",
+    resolution="input",
+    passes="3",
+    tested="definition, zennit",
+)
 @dataclass(frozen=True)
 class LRPEpsilon(Explainer):
     """LRP epsilon at every layer, the first among them; biases keep what is theirs.

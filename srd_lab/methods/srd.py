@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import ON_LEAK, check_conserved, slope_of, traced
 from srd_lab.engine.encoder_end import End
@@ -49,6 +50,27 @@ _RULES = {
 }
 
 
+@method(
+    "srd_low",
+    title="SRD, low",
+    paper="Han et al. 2024",
+    resolution="low",
+    passes="3",
+    tested="definition",
+    level="low",
+)
+@method(
+    "srd_high",
+    title="SRD, high",
+    paper="Han et al. 2024",
+    resolution="high",
+    passes="4",
+    tested="definition",
+    level="high",
+)
+@method(
+    "srd", title="SRD, input", paper="Han et al. 2024", resolution="input", passes="4", tested="definition"
+)
 @dataclass(frozen=True)
 class SRD(Explainer):
     """Sharing Ratio Decomposition.

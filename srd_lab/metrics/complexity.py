@@ -11,11 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srd_lab.catalogue import metric
 from srd_lab.errors import SrdLabError
 from srd_lab.metrics.explained import Explained
 from srd_lab.metrics.similarity import float64
 
 
+@metric(
+    "sparseness",
+    title="Sparseness",
+    paper="Chalasani et al. 2020",
+    better="higher",
+    scores="complexity",
+    tested="definition, quantus",
+)
 @dataclass(frozen=True)
 class Sparseness:
     """Gini index of |map| (Chalasani et al. 2020; SRD, Eq. 26, as Quantus has it), over the d pixels sorted upwards:
@@ -39,6 +48,14 @@ class Sparseness:
         return ((v * (2 * rank - d - 1)).sum(1) / (d * v.sum(1))).clamp(min=0)
 
 
+@metric(
+    "roughness",
+    title="Roughness",
+    paper="Geary 1954",
+    better="lower",
+    scores="complexity",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class Roughness:
     """Geary's contiguity ratio C (Geary 1954), von Neumann's ratio on a grid: squared steps over variance,

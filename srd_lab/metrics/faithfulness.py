@@ -14,13 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.catalogue import BASELINES
+from srd_lab.catalogue import BASELINES, metric
 from srd_lab.errors import SrdLabError
 from srd_lab.metrics.explained import Explained, Images, check_counts, unscorable
 from srd_lab.metrics.similarity import float64
 from srd_lab.runtime import derived_seed
 
 
+@metric(
+    "fidelity",
+    title="Fidelity",
+    paper="Bhatt et al. 2020",
+    better="higher",
+    scores="faithfulness",
+    tested="definition, quantus",
+)
 @dataclass(frozen=True)
 class Fidelity:
     """Correlation, over random sets of pixels, of the attribution of a set and the drop of the logit when it is set to 0
@@ -86,6 +94,14 @@ class Fidelity:
         return images.normalised(torch.full_like(images.x[:1], self.baseline == "white"))[0].flatten(1)[:, :1]
 
 
+@metric(
+    "infidelity",
+    title="Infidelity",
+    paper="Yeh et al. 2019",
+    better="lower",
+    scores="faithfulness",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class Infidelity:
     """How far the map, read as a linear model of the network, is from what noise does to the logit (Yeh et al. 2019):
@@ -178,6 +194,14 @@ class _Curve(ABC):
         """The normalised image (C, H, W) that the curve starts from, and the one that it ends at."""
 
 
+@metric(
+    "deletion",
+    title="Deletion",
+    paper="Petsiuk et al. 2018",
+    better="lower",
+    scores="faithfulness",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class Deletion(_Curve):
     """Area under the probability while pixels become the mean colour, the largest attribution first (Petsiuk et al. 2018,
@@ -187,6 +211,14 @@ class Deletion(_Curve):
         return images.given[i], torch.zeros_like(images.given[i])
 
 
+@metric(
+    "insertion",
+    title="Insertion",
+    paper="Petsiuk et al. 2018",
+    better="higher",
+    scores="faithfulness",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class Insertion(_Curve):
     """Area under the probability while pixels of the image are put into a blurred copy, the largest attribution first
@@ -202,6 +234,14 @@ class Insertion(_Curve):
         return blurred[i], images.given[i]
 
 
+@metric(
+    "morf",
+    title="MoRF",
+    paper="Samek et al. 2017",
+    better="higher",
+    scores="faithfulness",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class MoRF(_Curve):
     """Area over the perturbation curve, most relevant regions first (Samek et al. 2017): the mean drop of the
@@ -243,6 +283,14 @@ class MoRF(_Curve):
         return images.given + (torch.stack(drawn).to(images.x) - images.x) * images.scale
 
 
+@metric(
+    "lerf",
+    title="LeRF",
+    paper="Samek et al. 2017",
+    better="lower",
+    scores="faithfulness",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class LeRF(MoRF):
     """The same with the least relevant regions first: lower is better."""

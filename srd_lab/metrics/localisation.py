@@ -12,10 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srd_lab.catalogue import metric
 from srd_lab.metrics.explained import Explained, unscorable
 from srd_lab.metrics.similarity import float64
 
 
+@metric(
+    "pointing_game",
+    title="Pointing game",
+    paper="Zhang et al. 2018",
+    better="higher",
+    scores="localisation",
+    tested="definition, quantus",
+)
 @dataclass(frozen=True)
 class PointingGame:
     """Whether the map is largest on the object (Zhang et al. 2018; SRD, Eq. 24): 1 or 0, higher is better.
@@ -54,6 +63,14 @@ class PointingGame:
         return hit.masked_fill(~(top[:, 0, 0] > 0) | _unscorable(maps, masks), torch.nan)
 
 
+@metric(
+    "attribution_localization",
+    title="Attribution localization",
+    paper="Kohlbrenner et al. 2020",
+    better="higher",
+    scores="localisation",
+    tested="definition, quantus",
+)
 @dataclass(frozen=True)
 class AttributionLocalization:
     """Positive attribution on the object over all positive attribution (Kohlbrenner et al. 2020; SRD, Eq. 25), in

@@ -13,12 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from srd_lab.catalogue import metric
 from srd_lab.errors import SrdLabError
 from srd_lab.metrics.explained import Explained, check_counts, unscorable
 from srd_lab.metrics.similarity import PCC, SSIM, float64
 from srd_lab.runtime import derived_seed
 
 
+@metric(
+    "stability",
+    title="Stability",
+    paper="Alvarez Melis & Jaakkola 2018",
+    better="lower",
+    scores="robustness",
+    tested="definition, quantus",
+)
 @dataclass(frozen=True)
 class Stability:
     """Largest change of the map over the change of the image (Alvarez Melis & Jaakkola 2018; SRD, Eq. 27):
@@ -55,6 +64,14 @@ class _Kept:
         return _scored(torch.stack([score(before, map_.abs()) for map_, _ in found]).mean(0), explained)
 
 
+@metric(
+    "ssim",
+    title="SSIM under noise",
+    paper="Wang et al. 2004",
+    better="higher",
+    scores="robustness",
+    tested="scikit-image",
+)
 @dataclass(frozen=True)
 class NoiseSSIM(_Kept):
     """Structural similarity of |map| before and after the noise of :class:`Stability`, the mean over its draws. In [-1, 1],
@@ -64,6 +81,7 @@ class NoiseSSIM(_Kept):
         return self._mean(explained, SSIM().score)
 
 
+@metric("pcc", title="PCC under noise", paper="Pearson", better="higher", scores="robustness", tested="scipy")
 @dataclass(frozen=True)
 class NoisePCC(_Kept):
     """The same, by Pearson correlation."""
@@ -72,6 +90,14 @@ class NoisePCC(_Kept):
         return self._mean(explained, PCC().score)
 
 
+@metric(
+    "max_sensitivity",
+    title="Max-sensitivity",
+    paper="Yeh et al. 2019",
+    better="lower",
+    scores="robustness",
+    tested="captum",
+)
 @dataclass(frozen=True)
 class MaxSensitivity:
     """Largest relative change of the map within a small box around the image (Yeh et al. 2019):
@@ -102,6 +128,14 @@ class MaxSensitivity:
         return _scored(largest / _norm(explained.maps), explained)
 
 
+@metric(
+    "randomization",
+    title="Randomization",
+    paper="Adebayo et al. 2018",
+    better="lower",
+    scores="sanity",
+    tested="definition",
+)
 @dataclass(frozen=True)
 class Randomization:
     """Similarity of the map to that of a network without its weights (Adebayo et al. 2018): layers are initialised anew
