@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from srd_lab.engine import rules
 from srd_lab.engine.channels import Channels
+from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import tensors_in
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
@@ -526,7 +527,7 @@ def test_held_functions_are_torchs_own_in_every_derivative(name: str) -> None:
         with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention cannot be differentiated twice
             return model(leaf)
 
-    for run in (plain, lambda leaf: SRDTrace(model, rules.srd_vector, "", True).trace(leaf)[0]):
+    for run in (plain, lambda leaf: SRDTrace(model, rules.srd_vector, "", with_bias=True).trace(leaf)[0]):
         leaf = x.clone().requires_grad_()
         out = run(leaf)
         (slope,) = torch.autograd.grad(out.sin().sum(), leaf, create_graph=True)
@@ -677,7 +678,7 @@ def test_maps_times_maps_are_told_from_maps_times_weights() -> None:
 def test_a_refusal_leaves_the_rule_off() -> None:
     """The error flies out of autograd itself; afterwards ordinary gradients are ordinary."""
     model, leaf = Calls(torch.abs), noise(1, 3, 4, 4).requires_grad_()
-    trace = SRDTrace(model, rules.srd_vector, "", True)
+    trace = SRDTrace(model, rules.srd_vector, "", with_bias=True)
     out, _ = trace.trace(leaf)
     with pytest.raises(SrdLabError, match=r"torch\.abs in Calls"), trace.live():
         torch.autograd.grad(out.sum(), leaf, retain_graph=True)
@@ -713,7 +714,7 @@ def test_lrp_refuses_what_srd_holds_and_keeps_gates() -> None:
         (sdpa(), "scaled_dot_product_attention"),
         (lambda t: F.conv2d(t, noise(4, 4, 1, 1, seed=10)) + torch.sigmoid(t), "sigmoid"),
     ):
-        model = Calls(lambda t, f=function: f(t).flatten(1).sum(1, keepdim=True))
+        model = Calls(lambda t, f=function: f(t).flatten(1).unflatten(1, (2, -1)).sum(2))
         with pytest.raises(SrdLabError, match=rf"{name} in \w+ (is neither affine|is used for more)"):
             LRPZPlus(high=5).explain(model, x, 0)
         behind = Calls(lambda t, f=function: f(F.conv2d(t, noise(4, 4, 1, 1, seed=10))).flatten(1))
@@ -1032,7 +1033,7 @@ def test_the_channel_axis_is_followed(i: int) -> None:
             channels.follow(func, args, kwargs or {}, x, axis, out)
             return out
 
-    channels, t = Channels(), torch.zeros(shape)
+    channels, t = Channels(Records()), torch.zeros(shape)
     channels.put(t, before)
     with Follows():
         out = function(t)
@@ -1040,7 +1041,14 @@ def test_the_channel_axis_is_followed(i: int) -> None:
 
 
 def test_where_channels_lie_when_nothing_is_known() -> None:
-    assert [Channels().of(torch.zeros([2] * dims)) for dims in (1, 2, 3, 4, 5, 6)] == [0, 1, 2, 1, 4, 5]
+    assert [Channels(Records()).of(torch.zeros([2] * dims)) for dims in (1, 2, 3, 4, 5, 6)] == [
+        0,
+        1,
+        2,
+        1,
+        4,
+        5,
+    ]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from click.testing import CliRunner
 
 from srd_lab.cli import errors, tracked
 from srd_lab.cli.options import Count, WeightsFile, common_options
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import SrdLabError, SrdLabWarning
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import as_setting, stored_settings, weights_of
 from srd_lab.runtime import Batcher, is_out_of_memory, pick_device
@@ -374,3 +375,14 @@ def test_a_device_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
         pick_device("mps", float64=True)
     with pytest.raises(SrdLabError, match="device 'quantum' cannot be used here"):
         pick_device("quantum")
+
+
+def test_what_a_user_should_know_is_one_note_and_said_once() -> None:
+    @click.command()
+    @errors.command_errors
+    def it() -> None:
+        for _ in range(3):
+            warnings.warn("the nearest has to do", SrdLabWarning, stacklevel=1)
+
+    result = CliRunner().invoke(it)
+    assert (result.exit_code, result.stderr) == (0, "Note: the nearest has to do\n")

@@ -150,7 +150,9 @@ class ModifiedTrace(Decomposed):
                 f"the rule needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
                 "use another method on this network"
             )
-        part = self.modified(x)
+        box = self.records[x].box
+        # on the image itself the layer before is the identity, and z^B of it takes the lower end off
+        part = self.modified(x) if box is None else x - box[0]
         self._u = part.clone() if part is x else part
         self._axis = self.channels.of(x)
         out = super().activate(call, x, inplace)
