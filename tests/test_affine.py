@@ -81,7 +81,9 @@ class Net(nn.Module):
 
 
 def explain(net: Net, name: str) -> Tensor:
-    options = {"encoder": "end", "start": "ones"} if name == "srd" else {}
+    options = {"srd": {"encoder": "end", "start": "ones"}, "excitation_backprop": {"level": "input"}}.get(
+        name, {}
+    )
     return make_explainer(name, **options).explain(net, drawn(1, 3, 4, 4), 1)
 
 

@@ -328,7 +328,7 @@ def test_a_moved_directory_keeps_its_files(here: Path, tmp_path: Path) -> None:
 _FIRST_USE = """
 import multiprocessing, sys
 import mlflow  # once, then fork: four imports take longer than the rest of this file
-from srd_lab.tracking import open_run
+from srd_lab.runs.tracking import open_run
 
 fork = multiprocessing.get_context("fork")
 barrier = fork.Barrier(4)
@@ -350,7 +350,7 @@ sys.exit(sum(worker.exitcode != 0 for worker in workers))
 
 def test_four_processes_at_once_on_a_fresh_store(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    environ["PYTHONPATH"] = str(Path(tracking.__file__).parents[1])
+    environ["PYTHONPATH"] = str(Path(tracking.__file__).parents[2])
     command = [sys.executable, "-c", _FIRST_USE]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
@@ -374,7 +374,9 @@ def test_environment_names_versions_without_importing(monkeypatch: pytest.Monkey
         "scipy",
         "mlflow",
     }
-    code = "import sys, srd_lab.tracking; print([m for m in ('mlflow', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, srd_lab.runs.tracking; print([m for m in ('mlflow', 'matplotlib') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert record.device_name("cpu")
@@ -383,7 +385,7 @@ def test_environment_names_versions_without_importing(monkeypatch: pytest.Monkey
 def test_commit_is_that_of_the_own_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "srd_lab"
     package.mkdir()
-    monkeypatch.setattr(record, "__file__", str(package / "tracking.py"))
+    monkeypatch.setattr(record, "__file__", str(package / "runs" / "environment.py"))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
     (package / "tracking.py").write_text("1")
     assert _commit() == ""
@@ -394,7 +396,7 @@ def test_commit_is_that_of_the_own_checkout_only(tmp_path: Path, monkeypatch: py
     assert _commit().endswith("-dirty")
     inner = tmp_path / "site-packages" / "srd_lab"
     inner.mkdir(parents=True)
-    monkeypatch.setattr(record, "__file__", str(inner / "tracking.py"))
+    monkeypatch.setattr(record, "__file__", str(inner / "runs" / "environment.py"))
     assert _commit() == ""
     record.git_commit.cache_clear()
 

@@ -275,7 +275,10 @@ class ModifiedTrace(Decomposed):
         if not maps:
             return function(*args, **kwargs)
         out = super().on_maps(function, args, kwargs)
-        if not isinstance(out, Tensor) or not brings_constants(function, args, kwargs, maps):
+        ends = any(
+            t.requires_grad and t.is_leaf for t in tensors_in(args, kwargs)
+        )  # of the box: no constants
+        if ends or not isinstance(out, Tensor) or not brings_constants(function, args, kwargs, maps):
             return out
         constant = constant_part(function, args, kwargs, maps)
         return self.absorb(out, constant) if constant.any() else out
