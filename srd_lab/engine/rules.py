@@ -45,8 +45,21 @@ def squared_norm(t: Tensor) -> Tensor:
 
 
 def inverse_norm(square: Tensor) -> Tensor:
-    """1 / ||t|| of ||t||^2, and 0 where that is 0. Twice this and not once its square: of small t the square overflows."""
+    """1 / ||t|| of ||t||^2, and 0 where that is 0."""
     return torch.rsqrt(square.masked_fill(square == 0, torch.inf))
+
+
+def along(t: Tensor, r: Tensor, square: Tensor) -> Tensor:
+    """t r / ||t||^2, the signal along t that stands for the relevance r (N, 1, ...); 0 where t is. ``square`` is ||t||^2."""
+    if not _may_overflow(square):
+        return t * divide(r, square)
+    inverse = inverse_norm(square)
+    return (t * inverse) * (r * inverse)
+
+
+def _may_overflow(square: Tensor) -> bool:
+    """Whether 1 / ||t||^2 may be too large: a look that costs nothing on the CPU, and is not made elsewhere."""
+    return square.device.type != "cpu" or bool(((square > 0) & (square < 1e-30)).any())
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -57,8 +70,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def srd_vector(u: Tensor, v: Tensor, g: Tensor) -> Passed:
     """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2."""
     r, square = inner(v, g), squared_norm(u)
-    inverse = inverse_norm(square)
-    return Passed((u * inverse) * (r * inverse), None, r.squeeze(1), r * (square == 0))
+    return Passed(along(u, r, square), None, r.squeeze(1), r * (square == 0))
 
 
 def srd_vector_post(u: Tensor, v: Tensor, g: Tensor) -> Passed:
@@ -131,9 +143,10 @@ def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> tuple[Te
     layer, a constant added to a map). Zero padding has norm 0 and takes nothing; a dead field passes nothing on.
     """
     square = squared_norm(x)
-    inverse = inverse_norm(square)
     if conv is None:
-        return (x * inverse) * (carried * inverse), carried * (square == 0)
-    norm = square * inverse
-    total = conv.box_sum(norm)
-    return (x * inverse) * conv.box_spread(divide(carried, total)), carried * (total == 0)
+        return along(x, carried, square), carried * (square == 0)
+    inverse = inverse_norm(square)
+    total = conv.box_sum(square * inverse)
+    share = conv.box_spread(divide(carried, total))
+    spread = (x * inverse) * share if _may_overflow(square) else x * (inverse * share)
+    return spread, carried * (total == 0)

@@ -279,8 +279,7 @@ class _Run:
     def _inject(self, tensor: Tensor, reference: Tensor, r: Tensor, call: int | None) -> _Begin:
         """Signal u R / ||u||^2, so that the relevance of every position is R (per neuron, R is split as u^2 is)."""
         square = rules.squared_norm(reference)
-        inverse = rules.inverse_norm(square)
-        signal = (reference * inverse) * (r[:, None] * inverse)
+        signal = rules.along(reference, r[:, None], square)
         leaked = (r.detach() * (square[:, 0] == 0)).sum()
         return _Begin(tensor, signal, r, leaked, call)
 
