@@ -85,11 +85,11 @@ class Declared(Mapping[str, Entry]):
 
     def _all(self) -> dict[str, Entry]:
         if not self._loaded:
-            self._loaded = True
             for module in pkgutil.iter_modules(import_module(self._package).__path__):
                 import_module(f"{self._package}.{module.name}")
             listed = [*(name for name in self._first if name in self._found), *self._found]
             self._found = {name: self._found[name] for name in listed}
+            self._loaded = True
         return self._found
 
     def __getitem__(self, name: str) -> Entry:

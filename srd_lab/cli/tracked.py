@@ -1,4 +1,4 @@
-"""What every command does around its work: load what the settings name, track the run, say errors in one line, print.
+"""What every command does around its work: make its study, run it under tracking, or go on with a stored run.
 
 Nothing heavy is imported here, so that ``--help`` answers at once.
 """

@@ -29,7 +29,7 @@ def _spelled(*groups: str) -> set[Function]:
 
 GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
 DIVISIONS = _spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
-_SUMS_OF_PRODUCTS = _spelled("addmm addbmm baddbmm addmv addr addcmul addcdiv lerp")
+_SUMS_OF_PRODUCTS = _spelled("addmm addbmm baddbmm addmv addr addcmul lerp")
 _SAMPLERS = _spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
 _IN_FIRST = DIVISIONS | _SAMPLERS  # affine in their first operand alone
 # affine in one of their operands, where the others are constants
@@ -37,6 +37,7 @@ PRODUCTS = _IN_FIRST | _spelled(
     "mul multiply __mul__ __rmul__ __imul__ einsum tensordot matmul __matmul__ __rmatmul__ __imatmul__ mm mv bmm",
     "addmm addbmm baddbmm addmv addr addcmul lerp dot inner outer ger kron vdot vecdot cross multi_dot chain_matmul",
 )
+_PLAIN_PRODUCTS = PRODUCTS - _SUMS_OF_PRODUCTS  # of zero maps they are zero
 SHIFTS = _spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
 COPIES = {torch.clone, T.clone, T.contiguous, T.to}
 CASTS = _spelled("to type type_as float double half bfloat16 bool int long short byte char")
@@ -105,7 +106,7 @@ def brings_constants(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], maps: list[Tensor]
 ) -> bool:
     """Whether what an affine call puts out may hold something that is made of no map."""
-    if function in PRODUCTS - _SUMS_OF_PRODUCTS or not is_affine(function, args, kwargs, maps):
+    if function in _PLAIN_PRODUCTS or not is_affine(function, args, kwargs, maps):
         return False
     return function in _FILLS or len(maps) < len(tensors_in(args, kwargs))
 

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.affine import CASTS, GATES, KINKS, LIKE, PRODUCTS, exchanged, is_affine, overwrites
+from srd_lab.engine.affine import (
+    CASTS,
+    GATES,
+    KINKS,
+    LIKE,
+    PRODUCTS,
+    brings_constants,
+    constant_part,
+    exchanged,
+    is_affine,
+    overwrites,
+)
 from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.live_pass import Absorb, Gate, Hold, LivePass, Refuse, ShareBias
@@ -168,6 +179,17 @@ class Decomposed(Gated):
             held = {id(t): self.hold(t) for t in gates if t is not overwritten}
             args, kwargs = exchanged(args, kwargs, held)
         return function(*args, **kwargs)
+
+    def count_constants(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], maps: list[Tensor], out: Any
+    ) -> Any:
+        """``out`` of a call on maps, its constant part counted as leaked: a class token put in front, say."""
+        if not isinstance(out, Tensor) or not out.requires_grad or overwrites(function, kwargs):
+            return out
+        if not brings_constants(function, args, kwargs, maps):
+            return out
+        constant = constant_part(function, args, kwargs, maps)
+        return self.absorb(out, constant) if constant.any() else out
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
         """``out``, of which ``constant`` came from no map: what that earns in the live pass is counted as leaked."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine.channels import Channels
-from srd_lab.engine.interceptor import Interceptor, full_precision
+from srd_lab.engine.interceptor import Interceptor, autocast_off
 from srd_lab.engine.layers import Place
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Function, recognise, tensors_in
@@ -28,7 +28,6 @@ class ImageTrace(Interceptor):
     """
 
     keeps_maps = False
-
     follows_channels = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,7 +41,7 @@ class ImageTrace(Interceptor):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        full_precision()
+        autocast_off()
         if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
             self.events += 1
             return self.as_factor(func(*args, **given), self.gate_in(args, given))

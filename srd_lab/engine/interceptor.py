@@ -173,7 +173,7 @@ class Interceptor(TorchFunctionMode):
                 f"{self.where()} runs in torch.inference_mode, where nothing can be traced; use torch.no_grad there, or "
                 "neither"
             )
-        full_precision()
+        autocast_off()
         # backward hooks of modules, which run only where gradients are on, take views of tensors and look at flags
         if func is Tensor.view_as and args[0] is args[-1]:
             view = func(*args)
@@ -239,7 +239,7 @@ class Interceptor(TorchFunctionMode):
         return (self._path[-1] if self._path else "") or type(self.model).__name__
 
 
-def full_precision() -> None:
+def autocast_off() -> None:
     """Turn off the autocast that the running model has turned on, which ends where the model ends it: what is explained is
     the network itself."""
     for device in _AUTOCAST:

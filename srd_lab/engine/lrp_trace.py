@@ -23,7 +23,6 @@ from srd_lab.engine.affine import (
     DIVISIONS,
     GATES,
     SHIFTS,
-    brings_constants,
     called_with,
     constant_part,
     exchanged,
@@ -275,13 +274,10 @@ class ModifiedTrace(Decomposed):
         if not maps:
             return function(*args, **kwargs)
         out = super().on_maps(function, args, kwargs)
-        ends = any(
-            t.requires_grad and t.is_leaf for t in tensors_in(args, kwargs)
-        )  # of the box: no constants
-        if ends or not isinstance(out, Tensor) or not brings_constants(function, args, kwargs, maps):
+        # ends of the box are leaves, and no constants
+        if any(t.requires_grad and t.is_leaf for t in tensors_in(args, kwargs)):
             return out
-        constant = constant_part(function, args, kwargs, maps)
-        return self.absorb(out, constant) if constant.any() else out
+        return self.count_constants(function, args, kwargs, maps, out)
 
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         out = super().refused(function, args, kwargs, why)

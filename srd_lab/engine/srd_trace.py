@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.affine import COPIES, SHIFTS, brings_constants, constant_part, overwrites
+from srd_lab.engine.affine import COPIES, SHIFTS, constant_part, overwrites
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
@@ -150,10 +150,7 @@ class SRDTrace(Decomposed):
         maps = self.maps_in(args, kwargs)
         if self._with_bias and function in SHIFTS and len(maps) == 1:
             return self._shift(function, args, kwargs, maps[0])
-        out = super().on_maps(function, args, kwargs)
-        if brings_constants(function, args, kwargs, maps):
-            return self._account(function, args, kwargs, maps, out)
-        return out
+        return self.count_constants(function, args, kwargs, maps, super().on_maps(function, args, kwargs))
 
     def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
         self._follow_input(function, maps, out)
@@ -180,20 +177,6 @@ class SRDTrace(Decomposed):
         if out.dim() > x.dim():
             return self.absorb(out, shift)
         return self.share_bias(out, carrier.expand(out.shape), shift.movedim(axis, 1), axis=axis)
-
-    def _account(
-        self,
-        function: Function,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        moving: list[Tensor],
-        out: Any,
-    ) -> Any:
-        """``out`` of an affine call, its constant part counted as leaked: a class token put in front, say."""
-        if not isinstance(out, Tensor) or not out.requires_grad or overwrites(function, kwargs):
-            return out
-        constant = constant_part(function, args, kwargs, moving)
-        return self.absorb(out, constant) if constant.any() else out
 
     # where things begin and end --------------------------------------------------------------------------
     def left(self, module: nn.Module, output: Any) -> Any:
