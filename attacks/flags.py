@@ -41,8 +41,8 @@ BROKEN = 0.3  # to which mean PCC an unlimited budget must bring a map
 def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The flags of one method: name -> what was measured.
 
-    table : arrays over the images: ``member/NAME/SCORE``, ``control/NAME/SCORE``, ``used``, ``stuck``, ``diverged``,
-        ``gain``, ``constant``, ``violation``, ``kept``.
+    table : arrays over the images: ``member/NAME/SCORE``, ``control/NAME/SCORE``, ``source/METHOD/SCORE``, ``used``,
+        ``stuck``, ``diverged``, ``gain``, ``constant``, ``violation``, ``kept``.
     extra : flags of the experiments that are not in the table.
     """
     found: dict[str, str] = {}
@@ -82,18 +82,33 @@ def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:
     gains = table["gain"][np.isfinite(table["gain"])]
     if len(gains) and (gain := float(gains.mean())) > GAINS:
         found["not_converged"] = f"the last fifth of the iterations still gained {gain:.3f} on average"
+    if "member/transfer/pcc" in table and (lower := _gain(table, "transfer", own))[0] > GAINS:
+        said = f"the other methods' images together lower {lower[1]} by {lower[0]:.3f}"
+        found["not_converged"] = f"{found['not_converged']}; {said}" if "not_converged" in found else said
     beaten = {name: _beats(table, name, own) for name in ("black_box", "noise")}
     said = [f"{name} by more than {BEATS} on {where}" for name, where in beaten.items() if where]
-    # Images of many methods are many restarts: on a single image one of them often is the luckiest.
-    if "member/transfer/pcc" in table:
-        lower, score = _gain(table, "transfer", own)
-        if lower > GAINS:
-            said.append(f"transfer by {lower:.3f} on average ({score})")
+    said += _stronger_source(table, own)
     if said:
         found["masked"] = f"the gradient attacks are beaten by {' and by '.join(said)}"
     if where := _beats(table, "one_step", own):
         found["one_step"] = f"one step beats many by more than {BEATS} on {where}"
     return found
+
+
+def _stronger_source(table: Arrays, own: Mapping[str, np.ndarray]) -> list[str]:
+    """Which other method's images alone are on average stronger than all that the own gradients found, and by how much.
+
+    The methods are compared one by one: the images of N others together are N more restarts, and win by that alone.
+    """
+    names = {key.removeprefix("source/").rpartition("/")[0] for key in table if key.startswith("source/")}
+    lower = {
+        (name, s): float((own[s] - table[f"source/{name}/{s}"]).mean())
+        for name in sorted(names)
+        for s in SCORES[:3]
+    }
+    if not lower or lower[most := max(lower, key=lambda pair: lower[pair])] <= GAINS:
+        return []
+    return [f"the images made for {most[0]} by {lower[most]:.3f} on average ({most[1]})"]
 
 
 def checked(table: Arrays, members: Sequence[str]) -> dict[str, str]:

@@ -119,14 +119,17 @@ def transferred(
     explainer: Explainer,
     x: Tensor,
     target: Tensor,
-    others: Sequence[Tensor],
-) -> tuple[Best, Reference]:
-    """The member ``transfer``: the lowest scores (N,) that other methods' adversarial images (each (N, C, H, W)) reach
-    here, and what they are held against."""
+    others: Mapping[str, Sequence[Tensor]],
+) -> Judge:
+    """A judge that has seen other methods' adversarial images: its ``best`` is what all of them reach here, its
+    ``members`` what those of each method reach.
+
+    others : method -> its images, each (N, C, H, W).
+    """
     judge = Judge(budget, model, explainer, to_8_bits(x), target)
-    for images in others:
-        judge.add("transfer", {"all": images})
-    return judge.best, judge.reference
+    for name, images in others.items():
+        judge.add(name, {str(i): image for i, image in enumerate(images)})
+    return judge
 
 
 def noise_of_norm(x: Tensor, budget: Budget, scale: Tensor, noise: Tensor) -> Tensor:

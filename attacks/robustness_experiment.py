@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -148,14 +148,25 @@ def _judged(
 
 
 def transfer(
-    how: Experiment, model: nn.Module, x: Tensor, target: Tensor, others: Sequence[Tensor], own: Arrays
+    how: Experiment,
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    others: Mapping[str, Sequence[Tensor]],
+    own: Arrays,
 ) -> Arrays:
-    """The arrays ``own`` of some images with the member ``transfer`` added: other methods' images (each (N, C, H, W))."""
-    best, reference = transferred(how.ensemble.budget, model, how.explainer, x, target, others)
+    """The arrays ``own`` of some images with the member ``transfer`` added, and ``source/METHOD/SCORE``: what the images of
+    one other method reach by themselves.
+
+    others : method -> its images, each (N, C, H, W).
+    """
+    judge = transferred(how.ensemble.budget, model, how.explainer, x, target, others)
+    best, reference = judge.best, judge.reference
     changed = dict(own)
     for score in SCORES:
         value = best.values[score].cpu().numpy()
         changed[f"member/transfer/{score}"] = value
+        changed |= {f"source/{name}/{score}": judge.members[name][score].cpu().numpy() for name in others}
         better = value < own[f"repeats/{score}"][:, 0]
         image = np.where(better[:, None, None, None], levels(best.images[score]), own[f"image/{score}"])
         changed[f"image/{score}"] = image

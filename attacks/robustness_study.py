@@ -176,11 +176,13 @@ class RobustnessStudy(PairStudy):
                 continue
             own = subject.child.load_arrays(path)
             x, target = images_of(own["images"], self.device), torch.from_numpy(own["target"]).to(self.device)
-            images = [
-                images_of(other.stored(own["pair"], f"image/{score}"), self.device)
+            images = {
+                other.name: [
+                    images_of(other.stored(own["pair"], f"image/{score}"), self.device)
+                    for score in SCORES[:2]
+                ]
                 for other in others
-                for score in SCORES[:2]
-            ]
+            }
             arrays = transfer(subject.experiment, self.model, x, target, images, own)
             subject.child.save_arrays(done, arrays)
             parts.append(_light(arrays))

@@ -639,10 +639,16 @@ def test_transfer_is_the_lowest_of_the_other_images_that_are_allowed(found: Foun
     model, x = small_model(), images(3)
     method = Brightness()
     far = (x + 0.2).clamp(0, 1)  # must be brought into the budget
-    others = [found.images["pcc"], found.images["ssim"], far]
-    best, reference = transferred(L2, model, method, x, found.target, others)
+    others = {"a": [found.images["pcc"], found.images["ssim"]], "b": [far]}
+    judge = transferred(L2, model, method, x, found.target, others)
+    best, reference = judge.best, judge.reference
+    for score in SCORES:
+        apart = [transferred(L2, model, method, x, found.target, {n: others[n]}).best for n in others]
+        for name, alone in zip(others, apart, strict=True):
+            assert torch.equal(judge.members[name][score], alone.values[score])
+        assert torch.equal(best.values[score], apart[0].values[score].minimum(apart[1].values[score]))
     expected = torch.ones(3)
-    for image in others:
+    for image in [*others["a"], *others["b"]]:
         inside = L2.quantise(image, x)
         raw, logits = method.explain_with_logits(model, inside, found.target)
         value = similarity(raw, reference.map, (12, 12))["pcc"].float()
@@ -650,7 +656,7 @@ def test_transfer_is_the_lowest_of_the_other_images_that_are_allowed(found: Foun
         expected = torch.where(kept, expected.minimum(value), expected)
     torch.testing.assert_close(best.values["pcc"], expected)
     assert (L2.violation(best.images["pcc"], x) <= 1 + 1e-5).all()
-    unmoved, _ = transferred(L2, model, method, x, found.target, [x])
+    unmoved = transferred(L2, model, method, x, found.target, {"none": [x]}).best
     assert unmoved.values["pcc"].tolist() == pytest.approx([1, 1, 1])
     assert torch.equal(unmoved.images["pcc"], to_8_bits(x))
 

@@ -143,7 +143,8 @@ def arrays(n: int = 4, **changed: Any) -> Arrays:
     for score in ("pcc", "ssim", "top_k", "local_top_k"):
         for name in ("member/combined", "member/top_k"):
             table[f"{name}/{score}"] = np.full(n, 0.5)
-        for name in ("member/black_box", "member/transfer", "control/noise", "control/one_step"):
+        others = ("source/a", "source/b", "source/srd (ones)")
+        for name in ("member/black_box", "member/transfer", "control/noise", "control/one_step", *others):
             table[f"{name}/{score}"] = np.full(n, 0.9)
     table |= {"used": np.ones(n), "stuck": np.zeros(n), "diverged": np.zeros(n, bool), "gain": np.zeros(n)}
     table |= {"constant": np.zeros(n, bool), "violation": np.ones(n), "kept": np.ones(n, bool)}
@@ -164,8 +165,13 @@ LOW = np.array([0.9, 0.497, 0.497, 0.9])
         ),
         (
             {"member__transfer__pcc": np.array([0.9, 0.475, 0.475, 0.9])},
+            "not_converged",
+            r"the other methods' images together lower pcc by 0.013",
+        ),
+        (
+            {"source__srd (ones)__ssim": np.full(4, 0.489)},
             "masked",
-            r"transfer by 0.013 on average \(pcc\)",
+            r"the images made for srd \(ones\) by 0.011 on average \(ssim\)",
         ),
         ({"control__noise__top_k": LOW}, "masked", r"by noise by more than"),
         ({"control__one_step__local_top_k": LOW}, "one_step", r"one step beats many .* \(local_top_k\)"),
@@ -193,6 +199,11 @@ def test_each_flag_has_its_threshold(changed: dict[str, Any], flag: str, words: 
         {"member__black_box__pcc": np.array([0.9, 0.4985, 0.4985, 0.9])},  # less than .002
         {"member__black_box__pcc": np.array([0.9, 0.1, 0.9, 0.9])},  # a single image
         {"member__transfer__pcc": np.array([0.9, 0.482, 0.482, 0.9])},  # lowers the mean by .009
+        {  # each of two methods is luckier on half of the images, neither stronger on the whole
+            "source__a__pcc": np.array([0.3, 0.3, 0.7, 0.7]),
+            "source__b__pcc": np.array([0.7, 0.7, 0.3, 0.3]),
+        },
+        {"source__a__pcc": np.full(4, 0.491)},
         {"gain": np.full(4, 0.009)},
         {"used": np.full(4, 0.51)},
         {"stuck": np.full(4, 0.49)},
@@ -341,11 +352,12 @@ def test_transfer_is_added_to_the_scores_and_the_images() -> None:
     experiment = Experiment(method, Ensemble(("top_k",), budget=BUDGET), None, seen)
     target = torch.from_numpy(own["target"])
     images_ = [torch.from_numpy(other[f"image/{s}"]).float() / 255 for s in ("pcc", "ssim")]
-    after = transfer(experiment, model, x, target, images_, own)
+    after = transfer(experiment, model, x, target, {"srd": images_}, own)
     assert raised(after, seen).get("violated") is None
     lowered = 0
     for score in ("pcc", "ssim", "top_k", "local_top_k"):
         reached = after[f"member/transfer/{score}"]
+        np.testing.assert_array_equal(after[f"source/srd/{score}"], reached)
         np.testing.assert_allclose(after[f"worst/{score}"], np.minimum(own[f"worst/{score}"], reached))
         for i in range(3):
             better = reached[i] < own[f"worst/{score}"][i]
