@@ -344,7 +344,7 @@ def replay(model: nn.Module, x: Tensor, pattern: ActivationPattern, relu: bool =
             f"the model made {replayer.done} of the {len(pattern.entries)} calls recorded; the first one missing is "
             f"{_KINDS[missed.kind]} call {missed.name!r}; replay the model that was recorded"
         )
-    return logits  # type: ignore[no-any-return]
+    return logits
 
 
 @torch.no_grad()
@@ -363,4 +363,4 @@ def binarize(model: nn.Module, x: Tensor, layer: int | str) -> Tensor:
         raise SrdLabError(
             f"the model has no activation call {layer!r}; choose 0..{len(binariser.calls) - 1} or one of {names}"
         )
-    return logits  # type: ignore[no-any-return]
+    return logits

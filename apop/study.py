@@ -11,13 +11,14 @@ from torch import nn
 
 from apop.experiment import SETTINGS, Experiment, Hits, Interval
 from apop.pattern import ActivationPattern, record
+from apop.settings import SurveySettings
 from srd_lab import render
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.models import input_size
 from srd_lab.normalise import split_normalisation
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.runs.inputs import checked_networks, data_for, network_for
+from srd_lab.runs.inputs import checked_networks, data_for, network_for, weights_sums
 from srd_lab.runs.report import csv_text, publish, text_table
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
@@ -29,15 +30,16 @@ TOP_5 = 5
 class Survey:
     """One run of ``srd-lab apop``, from settings to tables and figures."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: SurveySettings) -> None:
         self.settings = settings
-        self.models = list(dict.fromkeys(settings["models"]))
-        self.device = pick_device(settings["device"])
-        self.experiment = Experiment(settings["inputs"], settings["binarize"], settings["seed"])
+        self.models = list(dict.fromkeys(settings.models))
+        self.device = pick_device(settings.device)
+        self.experiment = Experiment(settings.inputs, settings.binarize, settings.seed)
         self.dataset: Dataset = checked_networks(settings, self.models, self._pattern)
-        self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
+        self.weights_sha256 = weights_sums(settings, self.models)
+        self.indices = draw_images(self.dataset, settings.images, settings.seed)
         self.seconds = 0.0
-        source = settings["data"].partition(":")[0]
+        source = settings.source
         self.about = f"{source}, {len(self.indices)} of {len(self.dataset)} images"
 
     def run(self, run: Run) -> None:
@@ -52,7 +54,7 @@ class Survey:
         dataset = data_for(self.settings, name)
         model = network_for(self.settings, name, self.models, self.device, dataset)
         pattern = self._pattern(name, model)
-        if self.settings["save_patterns"]:
+        if self.settings.save_patterns:
             one, count = pattern.packed_bytes, len(self.indices)
             click.echo(
                 f"patterns: {_size(one)} per image, {_size(one * count)} for {count} images before compression",
@@ -63,14 +65,12 @@ class Survey:
             patterns: list[ActivationPattern] = []
             samples, indices = [item.sample for item in some], [item.index for item in some]
             hits = self.experiment.run(model, samples, indices, self.device, advance, patterns.append)
-            if self.settings["save_patterns"]:
+            if self.settings.save_patterns:
                 path = f"patterns/{some[0].number:05d}-{some[-1].number:05d}.npz"
                 child.save_arrays(path, patterns[0].to_arrays())
             return hits.to_arrays()
 
-        batcher = Batcher(
-            self.settings["batch_size"] or images_at_once(input_size(name, self.settings["data"]))
-        )
+        batcher = Batcher(self.settings.batch_size or images_at_once(input_size(name, self.settings.data)))
         parts = in_batches(
             *(child, dataset, self.indices, self.settings, survey, batcher),
             label=name,
@@ -84,7 +84,7 @@ class Survey:
 
     def _pattern(self, name: str, model: nn.Module) -> ActivationPattern:
         """Of one empty image: what the network's calls are. Refuses an unfit network."""
-        side, parameter = input_size(name, self.settings["data"]), next(model.parameters())
+        side, parameter = input_size(name, self.settings.data), next(model.parameters())
         _, network = split_normalisation(model)
         return record(network, torch.zeros(1, 3, side, side, device=parameter.device))[1]
 

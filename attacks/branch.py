@@ -60,7 +60,7 @@ class Branched(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         s = self.opening(z)
-        return self.network(z + s * self.brighter - s * self.darker)  # type: ignore[no-any-return]
+        return self.network(z + s * self.brighter - s * self.darker)
 
 
 def checkers(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:

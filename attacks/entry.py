@@ -23,6 +23,7 @@ import numpy as np
 
 from attacks.ensemble import LETTERS
 from attacks.scores import SCORES
+from attacks.settings import RobustnessSettings
 from attacks.statistics import explanation_rate
 from attacks.thresholds import TAU
 from srd_lab.catalogue import METHODS
@@ -57,7 +58,7 @@ def write_entry(study: RobustnessStudy, subject: Subject, figures: Mapping[str, 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     subject.child.save_bytes(IMAGES, buffer.getvalue())
-    own = figures_of({name: table[f"repeats/{name}"][:, 0] for name in SCORES}, study.settings["seed"])
+    own = figures_of({name: table[f"repeats/{name}"][:, 0] for name in SCORES}, study.settings.seed)
     scores = {k: v for k, v in (dict(figures) | own).items() if np.isfinite(v)}
     entry = {
         "version": VERSION,
@@ -104,9 +105,9 @@ def _what(study: RobustnessStudy, subject: Subject) -> dict[str, Any]:
         "start": start,
         "options": options_of(subject.explainer),
         "passes": METHODS[plain_name(method)].passes,
-        "model": s["model"],
-        "data": s["data"].partition(":")[0],
-        "weights_sha256": s["weights_sha256"][0].rpartition(":")[2],
+        "model": s.model,
+        "data": s.source,
+        "weights_sha256": study.weights_sha256[0].rpartition(":")[2],
     }
 
 
@@ -117,14 +118,14 @@ def _attack(study: RobustnessStudy, subject: Subject) -> dict[str, Any]:
         "ensemble": "standard",
         "track": "black box" if best is None else "white box",
         "members": [LETTERS[m] for m in LETTERS if f"member/{m}/pcc" in subject.table],
-        "mode": s["mode"],
-        "norm": s["norm"],
+        "mode": s.mode,
+        "norm": s.norm,
         "budget": asdict(ensemble.budget),
         "iterations": ensemble.how.steps,
         "queries": ensemble.how.queries,
         "surrogate": str(best),
-        "seed": s["seed"],
-        "seeds": s["seeds"],
+        "seed": s.seed,
+        "seeds": s.seeds,
     }
 
 
@@ -134,7 +135,7 @@ def _means(table: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     return {m: {k: float(table[f"member/{m}/{k}"].mean()) for k in SCORES} for m in ran}
 
 
-def _certificate(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _certificate(subject: Subject, settings: RobustnessSettings) -> dict[str, Any]:
     """Both sides for the smoothed map."""
     assert subject.sides is not None
     means = {
@@ -142,8 +143,8 @@ def _certificate(subject: Subject, settings: Mapping[str, Any]) -> dict[str, Any
         for name, values in vars(subject.sides).items()
     }
     return means | {
-        "sigma": settings["sigma"],
-        "draws": settings["certify"],
+        "sigma": settings.sigma,
+        "draws": settings.certify,
         "images": len(subject.sides.attacked),
     }
 

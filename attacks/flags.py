@@ -83,8 +83,8 @@ def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:
     if len(gains) and (gain := float(gains.mean())) > GAINS:
         found["not_converged"] = f"the last fifth of the iterations still gained {gain:.3f} on average"
     if "member/transfer/pcc" in table and (lower := _gain(table, "transfer", own))[0] > GAINS:
-        said = f"the other methods' images together lower {lower[1]} by {lower[0]:.3f}"
-        found["not_converged"] = f"{found['not_converged']}; {said}" if "not_converged" in found else said
+        together = f"the other methods' images together lower {lower[1]} by {lower[0]:.3f}"
+        found["not_converged"] = "; ".join(filter(None, (found.get("not_converged"), together)))
     beaten = {name: _beats(table, name, own) for name in ("black_box", "noise")}
     said = [f"{name} by more than {BEATS} on {where}" for name, where in beaten.items() if where]
     said += _stronger_source(table, own)

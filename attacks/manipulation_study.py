@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from attacks.flags import HALF
 from attacks.manipulation import SCORES, Manipulation
 from attacks.objective import Eq10
 from attacks.pair_study import PairStudy
+from attacks.settings import ManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
@@ -55,8 +55,10 @@ EQUAL_KINDS = [(score, over) for over in ("mse", "linf") for score in ("ssim", "
 class ManipulationStudy(PairStudy):
     """One run of the published attack, from settings to tables and figures."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(settings, FIGURE_4 if "all" in settings["methods"] else settings["methods"])
+    settings: ManipulationSettings
+
+    def __init__(self, settings: ManipulationSettings) -> None:
+        super().__init__(settings, FIGURE_4 if "all" in settings.methods else settings.methods)
         self.shown: dict[str, list[render.PictureRow]] = {}  # the first pairs of every method
         self.title = f"{self.where}, {len(self.pairs)} pairs"
 
@@ -72,7 +74,7 @@ class ManipulationStudy(PairStudy):
     def _attack(self, name: str, how: Manipulation, child: Run) -> Arrays:
         def attack(some: Sequence[Item], advance: Advance) -> Arrays:
             originals, goals = zip(*(item.samples for item in some), strict=True)
-            numbers, seed = [item.number for item in some], self.settings["seed"]
+            numbers, seed = [item.number for item in some], self.settings.seed
             return attack_batch(how, self.model, numbers, originals, goals, seed, self.device, advance)
 
         pairs = [(pair.original, pair.goal) for pair in self.pairs]
@@ -99,7 +101,7 @@ class ManipulationStudy(PairStudy):
     # what is stored ------------------------------------------------------------------------------------
     def _log(self, name: str, child: Run, table: Arrays) -> None:
         child.save_text("pairs.csv", csv_text(rows(table)))
-        child.log_metrics({**metrics_of(table, self.settings["seed"]), "seconds": float(table["seconds"])})
+        child.log_metrics({**metrics_of(table, self.settings.seed), "seconds": float(table["seconds"])})
         loss = _nanmean(table["loss"])
         child.log_traces({"loss": (range(1, len(loss) + 1), loss)})
         child.save_figure("pictures.png", render.picture_grid(self.shown[name]))
@@ -138,30 +140,30 @@ class ManipulationStudy(PairStudy):
 
     def tables(self, tables: dict[str, Arrays]) -> str:
         """The summary as text."""
-        seed = self.settings["seed"]
+        seed = self.settings.seed
         text = f"{self.title}; original map against the map after the attack, mean [95 % interval]\n\n"
         text += text_table(*summary_table(tables, seed)) + "\n"
         if len(tables) > 1:
             reach = {over: common_reach(tables, over) for over in ("mse", "linf")}
             text += EQUAL.format(**{over: _mean(values) for over, values in reach.items()})
             text += "\n" + text_table(*equal_table(tables, seed)) + "\n"
-        stalled = _stalled(tables, self.settings["stop_mse"])
+        stalled = _stalled(tables, self.settings.stop_mse)
         notes = [*_ended_early(tables), *stalled, *_left_out(tables), few_note(len(self.pairs), "pairs")]
         notes.append(skipped_report(self.skipped) if self.skipped else "")
         return text + "".join(f"\n{note}\n" for note in notes if note) + LEGEND
 
 
-def manipulation_of(explainer: Explainer, s: Mapping[str, Any]) -> Manipulation:
+def manipulation_of(explainer: Explainer, s: ManipulationSettings) -> Manipulation:
     """The published attack on ``explainer`` as the settings have it."""
     return Manipulation(
         explainer,
-        steps=s["steps"],
-        lr=s["lr"],
-        objective=Eq10(output_term=s["output_term"]),
-        budget=Budget(s["bound"]),
-        stop_mse=s["stop_mse"],
-        beta_start=s["beta_start"],
-        beta_end=s["beta_end"],
+        steps=s.steps,
+        lr=s.lr,
+        objective=Eq10(output_term=s.output_term),
+        budget=Budget(s.bound),
+        stop_mse=s.stop_mse,
+        beta_start=s.beta_start,
+        beta_end=s.beta_end,
     )
 
 

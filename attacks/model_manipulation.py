@@ -248,5 +248,5 @@ def _slopes(value: Tensor, weights: list[Tensor]) -> list[Tensor]:
 def _in_one_pass(explainer: Any) -> Explainer:
     """The same method, all its points in one pass: passes that are recomputed reach the image, not the weights."""
     if "images_at_once" in {field.name for field in fields(explainer)}:
-        return replace(explainer, images_at_once=2**62)  # type: ignore[no-any-return]
-    return explainer  # type: ignore[no-any-return]
+        return replace(explainer, images_at_once=2**62)
+    return explainer

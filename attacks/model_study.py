@@ -21,6 +21,7 @@ from attacks.model_compare import Comparison, compare, shown_maps, weights_of
 from attacks.model_manipulation import ModelManipulation
 from attacks.model_objective import Active, Cases, CentreOfMass, Location, MapObjective, TopK
 from attacks.model_tables import LEGEND, Maps, table, verdicts
+from attacks.settings import ModelManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import load_batches, load_data, skipped_report
@@ -75,56 +76,51 @@ def pool_of(dataset: Dataset, indices: Sequence[int], workers: int | None) -> Po
     return Pool(list(dataset.classes), loaded.samples)
 
 
-def objective_of(settings: Mapping[str, Any], side: int) -> MapObjective:
+def objective_of(settings: ModelManipulationSettings, side: int) -> MapObjective:
     """What the settings have the maps say; the frame is an eighth of the image unless given."""
-    kind = settings["manipulate_model"]
+    kind = settings.manipulate_model
     if kind not in OBJECTIVES:
         raise SrdLabError(f"the objective {kind!r} is not known; expected one of {', '.join(OBJECTIVES)}")
     if kind == "location":
-        return Location(settings["frame"] or max(1, side // 8))
+        return Location(settings.frame or max(1, side // 8))
     if kind == "top-k":
-        return TopK(settings["top_share"])
-    return CentreOfMass() if kind == "centre-of-mass" else Active(*settings["swap"])
+        return TopK(settings.top_share)
+    return CentreOfMass() if kind == "centre-of-mass" else Active(*settings.swap)
 
 
 class ModelStudy:
-    """One run of ``srd-lab attack --manipulate-model``, from settings to table and pictures.
+    """One run of ``srd-lab attack --manipulate-model``, from settings to table and pictures."""
 
-    Settings beside those of every command: ``methods`` (attacked), ``others`` (read as well), ``manipulate_model``,
-    ``frame`` (pixels, or None), ``top_share``, ``swap`` (two classes), ``map_weight``, ``keep``, ``steps``, ``lr``,
-    ``train_batch``, ``train_images``, ``images`` (held out), ``batch_size`` (maps at once, or None).
-    """
-
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: ModelManipulationSettings) -> None:
         self.settings = settings
-        self.methods = tuple(dict.fromkeys(FIGURE_4 if "all" in settings["methods"] else settings["methods"]))
-        self.read = tuple(dict.fromkeys((*self.methods, *settings["others"])))
-        self.device = pick_device(settings["device"])
-        name = settings["model"]
+        self.methods = tuple(dict.fromkeys(FIGURE_4 if "all" in settings.methods else settings.methods))
+        self.read = tuple(dict.fromkeys((*self.methods, *settings.others)))
+        self.device = pick_device(settings.device)
+        name = settings.model
         self.dataset = data_for(settings, name)
         self.model = network_for(settings, name, [name], self.device, self.dataset)
-        settings["weights_sha256"] = weights_sums(settings, [name])
-        self.objective = objective_of(settings, input_size(name, settings["data"]))
+        self.weights_sha256 = weights_sums(settings, [name])
+        self.objective = objective_of(settings, input_size(name, settings.data))
         for method in self.methods:
             self.manipulation(method)  # wrong settings show before a run is opened
         self.source, self.training, self.held = self._indices(name)
-        self.title = f"{name} on {settings['data'].partition(':')[0]}"
+        self.title = f"{name} on {settings.source}"
 
     def _indices(self, name: str) -> tuple[Dataset, list[int], list[int]]:
         """The data to train on, and which of it and of the test data are used; no image is in both."""
         s = self.settings
-        order = torch.randperm(len(self.dataset), generator=generator(s["seed"], "held out")).tolist()
-        held, rest = order[: s["images"]], order[s["images"] :]
-        if s["data"].partition(":")[0] in _SPLIT:
-            size = input_size(name, s["data"])
-            source = load_data(s["data"], "train", seed=s["seed"], size=size, non_rgb=s["non_rgb"])
-            rest = torch.randperm(len(source), generator=generator(s["seed"], "training")).tolist()
-            return source, rest[: s["train_images"]], held
+        order = torch.randperm(len(self.dataset), generator=generator(s.seed, "held out")).tolist()
+        held, rest = order[: s.pairs], order[s.pairs :]
+        if s.source in _SPLIT:
+            size = input_size(name, s.data)
+            source = load_data(s.data, "train", seed=s.seed, size=size, non_rgb=s.non_rgb)
+            rest = torch.randperm(len(source), generator=generator(s.seed, "training")).tolist()
+            return source, rest[: s.train_images], held
         if not rest:
             raise SrdLabError(
-                f"all {len(order)} images are held out, which leaves none to train on; hold out fewer than {s['images']}"
+                f"all {len(order)} images are held out, which leaves none to train on; hold out fewer than {s.pairs}"
             )
-        return self.dataset, rest[: s["train_images"]], held
+        return self.dataset, rest[: s.train_images], held
 
     def manipulation(self, method: str, weight: float | None = None) -> ModelManipulation:
         """The attack on one method as the settings have it; ``weight=0`` is the control."""
@@ -132,18 +128,18 @@ class ModelStudy:
         return ModelManipulation(
             make_explainer(method),
             self.objective,
-            weight=s["map_weight"] if weight is None else weight,
-            steps=s["steps"],
-            lr=s["lr"],
-            batch=s["train_batch"],
-            keep=s["keep"],
-            seed=s["seed"],
+            weight=s.map_weight if weight is None else weight,
+            steps=s.train_steps,
+            lr=s.train_lr,
+            batch=s.train_batch,
+            keep=s.keep,
+            seed=s.seed,
         )
 
     def run(self, run: Run) -> None:
         """Manipulate a network per method, read all methods on it, and report."""
         began = time.perf_counter()
-        workers = self.settings["workers"]
+        workers = self.settings.workers
         held = pool_of(self.dataset, self.held, workers)
         x, labels = (t.to(self.device) for t in held.batch())
         cases = self.objective.cases(x, labels)
@@ -175,7 +171,7 @@ class ModelStudy:
     # networks ------------------------------------------------------------------------------------------
     def _network(self, child: Run, name: str, how: ModelManipulation, training: _Once) -> nn.Module:
         """The network of a child run: its stored weights where an earlier session left some, else newly made and stored."""
-        if self.settings["resume"] and "weights.npz" in child.list():
+        if self.settings.resumed and "weights.npz" in child.list():
             return _with_weights(self.model, child.load_arrays("weights.npz"))
         with progress(how.steps, name) as advance:
             done = how.run(self.model, training.pool, on_step=advance)
@@ -200,7 +196,7 @@ class ModelStudy:
         def work(some: Sequence[int]) -> Comparison:
             return compare(explainer, self.objective, self.model, network, cases.part(some[0], some[-1] + 1))
 
-        batcher = Batcher(self.settings["batch_size"] or _AT_ONCE)
+        batcher = Batcher(self.settings.batch_size or _AT_ONCE)
         parts = batcher.run(work, range(len(cases.images)))
         return {
             field.name: torch.cat([getattr(part, field.name) for part in parts]).double().cpu().numpy()
@@ -236,7 +232,7 @@ class ModelStudy:
         ]
         child.save_text("maps.csv", csv_text(rows))
         metrics = {f"accuracy_{name}": value for name, value in accuracies.items()}
-        for m, verdict in verdicts(method, found, untouched, self.settings["seed"]).items():
+        for m, verdict in verdicts(method, found, untouched, self.settings.seed).items():
             metrics |= {f"{m}/{name}": float(values.mean()) for name, values in found[m].items()}
             metrics[f"{m}/gain"] = verdict.gain.mean
         child.log_metrics(metrics)
@@ -246,7 +242,7 @@ class ModelStudy:
     ) -> str:
         accuracy = ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())
         head = f"{self.title}, manipulated against {method}; accuracy on {len(self.held)} held-out images: {accuracy}"
-        found_verdicts = verdicts(method, found, untouched, self.settings["seed"])
+        found_verdicts = verdicts(method, found, untouched, self.settings.seed)
         note = few_note(count, "images")
         return f"{head}\n\n{text_table(*table(found, untouched, found_verdicts))}" + (
             f"\n{note}" if note else ""

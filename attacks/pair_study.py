@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from attacks.settings import PairSettings
 from srd_lab.data.draw import draw_pairs
 from srd_lab.methods.smoothed import plain_name
 from srd_lab.runs.inputs import data_for, network_for, weights_sums
@@ -16,23 +16,23 @@ PIXELS_AT_ONCE = 48 * 64 * 64  # on a CPU; an accelerator takes 16 times as many
 class PairStudy:
     """Opens what the settings name; bad settings show here, before a run exists.
 
-    methods : names, wrapped or not; those of SRD are attacked once for each of ``settings["starts"]``.
+    methods : names, wrapped or not; those of SRD are attacked once for each of ``settings.starts``.
     """
 
-    def __init__(self, settings: dict[str, Any], methods: Sequence[str]) -> None:
-        self.settings = settings
-        self.variants = variants(methods, settings["starts"])
-        self.device = pick_device(settings["device"])
-        name = settings["model"]
+    def __init__(self, settings: PairSettings, methods: Sequence[str]) -> None:
+        self.settings: PairSettings = settings
+        self.variants = variants(methods, settings.starts)
+        self.device = pick_device(settings.device)
+        name = settings.model
         self.dataset = data_for(settings, name)
         self.model = network_for(settings, name, [name], self.device, self.dataset)
-        settings["weights_sha256"] = weights_sums(settings, [name])
+        self.weights_sha256 = weights_sums(settings, [name])
         self.pairs, self.skipped = draw_pairs(
-            *(self.dataset, self.model, settings["pairs"], settings["seed"], self.device, settings["workers"])
+            *(self.dataset, self.model, settings.pairs, settings.seed, self.device, settings.workers)
         )
         side = self.dataset[self.pairs[0].original].image.shape[-1]
-        self.batcher = Batcher(settings["batch_size"] or pairs_at_once(side, self.device.type))
-        self.where = f"{name} on {settings['data'].partition(':')[0]}"
+        self.batcher = Batcher(settings.batch_size or pairs_at_once(side, self.device.type))
+        self.where = f"{name} on {settings.source}"
 
 
 def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -10,6 +10,7 @@ import numpy as np
 from attacks.ensemble import LETTERS
 from attacks.flags import HALF
 from attacks.scores import SCORES
+from attacks.settings import RobustnessSettings
 from attacks.statistics import Difference, against, area, breaking_budget, explanation_rate
 from attacks.thresholds import TAU
 from srd_lab import render
@@ -33,10 +34,10 @@ eq10: the published attack (Eq. 10) on the same images, beside and not counted; 
 class Report:
     """Tables and figures of one run of the study."""
 
-    def __init__(self, settings: Mapping[str, Any], title: str, classes: Sequence[str]) -> None:
+    def __init__(self, settings: RobustnessSettings, title: str, classes: Sequence[str]) -> None:
         self.settings, self.title, self.classes = settings, title, classes
-        self.seed = int(settings["seed"])
-        self.eq10 = "eq10" in settings["attacks"]
+        self.seed = settings.seed
+        self.eq10 = "eq10" in settings.attacks
 
     # one method ----------------------------------------------------------------------------------------
     def score(self, subject: Subject) -> dict[str, float]:
@@ -110,7 +111,7 @@ class Report:
         run.save_figure("members.png", render.member_heat(*_heat(subjects), self.title))
         if any(s.curve for s in subjects):
             curves = {s.name: s.curve for s in subjects if len(s.curve) > 1}
-            run.save_figure("robustness.png", render.budget_curves(curves, self.settings["norm"], self.title))
+            run.save_figure("robustness.png", render.budget_curves(curves, self.settings.norm, self.title))
         if any(s.sides for s in subjects):
             self._certificates(run, subjects)
         scores = {
@@ -132,12 +133,12 @@ class Report:
         attacked = {name: (found.sizes, found.attacked.mean(0)) for name, found in sides.items()}
         certified = {name: (found.radii, found.certified.mean(0)) for name, found in sides.items()}
         values = int(np.prod(subjects[0].stored(np.array([0]), "images").shape[1:]))
-        title = f"{self.title.rpartition(',')[0]}, maps smoothed with sigma {self.settings['sigma']:g}"
+        title = f"{self.title.rpartition(',')[0]}, maps smoothed with sigma {self.settings.sigma:g}"
         run.save_figure("certificate.png", render.certificate_plot(attacked, certified, values, title=title))
 
     def text(self, subjects: Sequence[Subject], differences: Sequence[Difference], skipped: str) -> str:
         """The report."""
-        parts = [f"{self.title}; worst case over the {self.settings['mode']} ensemble, mean [95 % interval]"]
+        parts = [f"{self.title}; worst case over the {self.settings.mode} ensemble, mean [95 % interval]"]
         parts.append(text_table(*self._table(_ranked(subjects))))
         ran = [m for m in LETTERS if any(f"member/{m}/pcc" in s.table for s in subjects)]
         members = ", ".join(f"{m} ({LETTERS[m]})" for m in ran)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from attacks.probe import Probe, probe
 from attacks.robustness_experiment import DRAWS, Experiment, images_of, transfer
 from attacks.robustness_report import Report
 from attacks.scores import SCORES
+from attacks.settings import RobustnessSettings
 from attacks.surrogate import Surrogate
 from srd_lab.catalogue import FIGURE_4, attackable
 from srd_lab.data import skipped_report
@@ -79,10 +79,12 @@ class Subject:
 class RobustnessStudy(PairStudy):
     """One run, from settings to tables, figures and entries."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(settings, [m for name in settings["methods"] for m in _meant(name)])
-        self.members = _members(settings["attacks"], settings["mode"])
-        self.checked = MODES[settings["mode"]].checked if "standard" in settings["attacks"] else ()
+    settings: RobustnessSettings
+
+    def __init__(self, settings: RobustnessSettings) -> None:
+        super().__init__(settings, [m for name in settings.methods for m in _meant(name)])
+        self.members = _members(settings.attacks, settings.mode)
+        self.checked = MODES[settings.mode].checked if "standard" in settings.attacks else ()
         self.title = f"{self.where}, {len(self.pairs)} images, {self.ensemble.budget}"
         self.few = few_of(len(self.pairs))
 
@@ -90,7 +92,7 @@ class RobustnessStudy(PairStudy):
     def ensemble(self) -> Ensemble:
         """What counts, less ``transfer``, which needs the other methods first."""
         s, members = self.settings, tuple(name for name in self.members if name != "transfer")
-        return Ensemble(members, s["mode"], Budget.named(s["norm"], s["budget"]), s["seed"])
+        return Ensemble(members, s.mode, Budget.named(s.norm, s.budget), s.seed)
 
     def run(self, run: Run) -> None:
         """Attack every method and report."""
@@ -107,7 +109,7 @@ class RobustnessStudy(PairStudy):
         report = Report(self.settings, self.title, self.dataset.classes)
         for subject in subjects:
             report.one(subject)
-            if self.settings["entries"]:
+            if self.settings.entries:
                 write_entry(self, subject, report.score(subject))
         report.all(run, subjects, skipped_report(self.skipped) if self.skipped else "")
 
@@ -116,9 +118,9 @@ class RobustnessStudy(PairStudy):
         explainer = attack_explainer(method, start)
         child = run.child(name, {"method": method, **options_of(explainer)})
         found = self._probe(child, explainer)
-        beside = "eq10" in self.settings["attacks"] and found.best is not None
+        beside = "eq10" in self.settings.attacks and found.best is not None
         eq10 = manipulation_of(explainer, self.settings) if beside else None
-        experiment = Experiment(explainer, self._members_for(found), eq10, found, self.settings["seeds"])
+        experiment = Experiment(explainer, self._members_for(found), eq10, found, self.settings.seeds)
 
         def attack(some: Sequence[Item], advance: Advance) -> Arrays:
             return experiment.run(self.model, some, self.device, advance)
@@ -155,7 +157,7 @@ class RobustnessStudy(PairStudy):
             return Probe(None if best is None else Surrogate.named(best), **stored)
         found = probe(
             *(explainer, self.model, self._images(PROBED), self.ensemble.budget),
-            seed=self.settings["seed"],
+            seed=self.settings.seed,
             batcher=self.batcher,
         )
         content = asdict(found) | {"best": None if found.best is None else str(found.best)}
@@ -191,13 +193,13 @@ class RobustnessStudy(PairStudy):
     # gates, curve, flags -------------------------------------------------------------------------------
     def _examined(self, subject: Subject) -> None:
         subject.checks = self._checks(subject)
-        if self.settings["gates"]:
+        if self.settings.gates:
             subject.gates = self._gates(subject)
-        if self.settings["curve"]:
+        if self.settings.curve:
             subject.curve = self._curve(subject)
-        if self.settings["certify"]:
+        if self.settings.certify:
             subject.sides = self._sides(subject)
-        extra = self._extra(subject) if self.settings["gates"] and subject.experiment.probe.best else {}
+        extra = self._extra(subject) if self.settings.gates and subject.experiment.probe.best else {}
         found = subject.experiment.probe
         extra |= flags.not_monotone(self._alike(subject)) if subject.curve else {}
         if subject.checks:
@@ -246,7 +248,7 @@ class RobustnessStudy(PairStudy):
             return Gates(**json.loads(subject.child.load_text("gates.json")))
         x = self._images(GATED)
         names = [self.dataset.name(pair.original) for pair in self.pairs[: len(x)]]
-        found = check_gates(subject.explainer, self.model, x, names, self.settings["seed"], self.batcher)
+        found = check_gates(subject.explainer, self.model, x, names, self.settings.seed, self.batcher)
         subject.child.save_text("gates.json", json.dumps(asdict(found), indent=1) + "\n")
         return found
 
@@ -259,7 +261,7 @@ class RobustnessStudy(PairStudy):
         found = flags.unlimited(subject.explainer, self.model, x[:PROBED], best)
         found |= flags.planted_missed(
             *(subject.explainer, self.model, x[:PROBED], x[PROBED:], best, self.ensemble.budget),
-            seed=self.settings["seed"],
+            seed=self.settings.seed,
         )
         subject.child.save_text("extra.json", json.dumps(found, indent=1) + "\n")
         return found
@@ -269,26 +271,26 @@ class RobustnessStudy(PairStudy):
         own = [
             subject.table[f"member/{m}/pcc"][: self.few] for m in CURVE if f"member/{m}/pcc" in subject.table
         ]
-        size = float(self.settings["budget"] or _default_size(self.settings["norm"]))
+        size = float(self.settings.budget or _default_size(self.settings.norm))
         return subject.curve | {size: np.minimum.reduce(own)} if own else subject.curve
 
     def _sides(self, subject: Subject) -> Sides:
         """Attack and certificate of the smoothed map, on the first images."""
         if "certificate.npz" in subject.child.list():
             return Sides(**subject.child.load_arrays("certificate.npz"))
-        options = {
-            "surrogate": subject.experiment.probe.best,
-            "sigma": self.settings["sigma"],
-            "draws": self.settings["certify"],
-            "seed": self.settings["seed"],
-        }
-        found = both_sides(subject.explainer, self.model, self._images(PROBED), **options)
+        found = both_sides(
+            *(subject.explainer, self.model, self._images(PROBED)),
+            surrogate=subject.experiment.probe.best,
+            sigma=self.settings.sigma,
+            draws=self.settings.certify,
+            seed=self.settings.seed,
+        )
         subject.child.save_arrays("certificate.npz", vars(found))
         return found
 
     def _curve(self, subject: Subject) -> dict[float, np.ndarray]:
         """Budget (in its own units) -> lowest PCC of the first images, every budget attacked by itself."""
-        size = float(self.settings["budget"] or _default_size(self.settings["norm"]))
+        size = float(self.settings.budget or _default_size(self.settings.norm))
         if "curve.npz" in subject.child.list():
             stored = subject.child.load_arrays("curve.npz")
             return dict(zip(stored["size"].tolist(), stored["pcc"], strict=True))
@@ -296,9 +298,9 @@ class RobustnessStudy(PairStudy):
         found = {size: subject.table["worst/pcc"][: len(x)]}
         best = subject.experiment.probe.best
         for factor in FACTORS if best else ():
-            if self.settings["norm"] != "legacy" and size * factor > 255:
+            if self.settings.norm != "legacy" and size * factor > 255:
                 continue
-            budget = Budget.named(self.settings["norm"], size * factor)
+            budget = Budget.named(self.settings.norm, size * factor)
             ensemble = replace(self.ensemble, budget=budget, members=CURVE)
             founds = self._by_batches(subject, ensemble, x, f"budget {size * factor:g}")
             found[size * factor] = torch.cat([f.worst["pcc"] for f in founds]).cpu().numpy()

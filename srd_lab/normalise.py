@@ -41,4 +41,4 @@ def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:
     normalise, _ = split_normalisation(model)
     zero = torch.zeros_like(x[:1])
     with torch.no_grad():
-        return (normalise(zero + 1) - normalise(zero)).mean((2, 3), keepdim=True)  # type: ignore[no-any-return]
+        return (normalise(zero + 1) - normalise(zero)).mean((2, 3), keepdim=True)

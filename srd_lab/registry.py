@@ -33,7 +33,7 @@ def make_explainer(method: str, **options: Any) -> Explainer:
     if unknown := sorted(set(options) - set(known)):
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
         raise SrdLabError(f"{method} has no option {', '.join(unknown)}; {takes}")
-    return replace(default, **options)  # type: ignore[no-any-return]
+    return replace(default, **options)
 
 
 def explain(

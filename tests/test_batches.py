@@ -15,6 +15,7 @@ from srd_lab.data import SkippedFile
 from srd_lab.errors import OtherWork, SrdLabError
 from srd_lab.runs import batches
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import FolderRun
 from srd_lab.runtime import Batcher
 from srd_lab.types import Sample
@@ -67,7 +68,7 @@ class Work:
 
 def parts(folder: Path, work: Work, size: int, *, resume: bool = False, **given: Any) -> list[Arrays]:
     run = FolderRun("it", "it", {}, folder)
-    settings = {"resume": "abc" if resume else None, "workers": 0}
+    settings = Settings(resumed=resume, workers=0)
     options: dict[str, Any] = {"dataset": Numbers(), "items": INDICES, "steps": 2, **given}
     dataset, items = options.pop("dataset"), options.pop("items")
     return list(in_batches(run, dataset, items, settings, work, Batcher(size), **options))

@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from attacks import manipulation_study as study
+from attacks.settings import ManipulationSettings
 from srd_lab.cli.main import main
 from srd_lab.data import load_data
 from srd_lab.data.draw import draw_pairs
@@ -528,7 +529,7 @@ def test_fixed_settings_and_options_of_the_explainer_are_stored_and_must_not_cha
     params = children(store, run)["gradient"].data.params  # type: ignore[attr-defined]
     assert params == {"method": "gradient", "channels": "abs_sum"}
     with monkeypatch.context() as patched:
-        patched.setattr("srd_lab.reproduce.manipulation.LEGACY_LINF", 4.0)
+        patched.setattr("srd_lab.reproduce.manipulation.PUBLISHED", ManipulationSettings(bound=4.0))
         result = call("reproduce", "fig4", "--resume", run, *where)
     assert f"run {run} was made with bound = 8.0, not 4.0" in result.output
     # How many at once is free.

@@ -20,6 +20,7 @@ from attacks.model_manipulation import ModelManipulation, load_plan
 from attacks.model_objective import Active, Cases, CentreOfMass, Location, MapObjective, TopK, quartered
 from attacks.model_study import ModelStudy
 from attacks.model_tables import table, verdicts
+from attacks.settings import ModelManipulationSettings
 from srd_lab import load_model
 from srd_lab.data import Loaded
 from srd_lab.errors import SrdLabError
@@ -470,16 +471,15 @@ def test_who_was_fooled() -> None:
     assert lines[0][2].startswith("0.400 [")
 
 
-SETTINGS = dict(  # noqa: C408
-    model="vgg16", data="scenes", weights=(), non_rgb="skip", seed=0, device="cpu", workers=0, resume=None,
-    methods=("gradcam",), others=("gradcam", "srd_high"), manipulate_model="location", frame=None, top_share=0.1,
-    swap=(0, 1), keep="labels", steps=3, lr=1e-3, map_weight=3.0, train_batch=4, train_images=8, images=4, batch_size=3,
+SETTINGS = ModelManipulationSettings(
+    device="cpu", workers=0, methods=("gradcam",), others=("gradcam", "srd_high"), manipulate_model="location",
+    train_steps=3, train_batch=4, train_images=8, pairs=4, batch_size=3,
 )  # fmt: skip
 
 
 def studied(folder: Path, **settings: Any) -> ModelStudy:
-    study = ModelStudy({**SETTINGS, **settings})
-    with FolderRun("attack", "attack vgg16", study.settings, folder) as run:
+    study = ModelStudy(replace(SETTINGS, **settings))
+    with FolderRun("attack", "attack vgg16", study.settings.stored(), folder) as run:
         study.run(run)
     return study
 
@@ -502,7 +502,7 @@ def test_the_study_prints_stores_and_goes_on(
         assert (tmp_path / name).stat().st_size > 0
     assert "score,3," in (tmp_path / "gradcam/traces.csv").read_text()
     assert "accuracy_manipulated" in (tmp_path / "gradcam/run.json").read_text()
-    assert study.settings["weights_sha256"][0].startswith("vgg16:")
+    assert study.weights_sha256[0].startswith("vgg16:")
     kept = load_model("vgg16", weights=tmp_path / "gradcam/weights.npz", device="cpu")
     assert not torch.equal(kept.network.features[0].weight, study.model.network.features[0].weight)
 
@@ -515,7 +515,7 @@ def test_the_study_prints_stores_and_goes_on(
         studied(tmp_path)
     monkeypatch.setattr(model_study, "load_data", lambda *a, **k: study.source)
     capsys.readouterr()
-    studied(tmp_path, resume="its id")
+    studied(tmp_path, resumed=True)
     assert capsys.readouterr().out == said
 
 
@@ -528,7 +528,7 @@ def test_no_image_is_trained_on_and_held_out(monkeypatch: pytest.MonkeyPatch) ->
     assert not set(study.training) & set(study.held)
     assert (len(study.training), len(study.held)) == (8, 4)
     with pytest.raises(SrdLabError, match="leaves none to train on"):
-        ModelStudy({**SETTINGS, "images": 5000})
+        ModelStudy(replace(SETTINGS, pairs=5000))
 
 
 @pytest.mark.parametrize(
@@ -541,12 +541,12 @@ def test_no_image_is_trained_on_and_held_out(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_objectives_by_name(kind: str, expected: MapObjective) -> None:
-    assert model_study.objective_of({**SETTINGS, "manipulate_model": kind}, 64) == expected
-    assert model_study.objective_of({**SETTINGS, "frame": 5}, 64) == Location(5)
+    assert model_study.objective_of(replace(SETTINGS, manipulate_model=kind), 64) == expected
+    assert model_study.objective_of(replace(SETTINGS, frame=5), 64) == Location(5)
 
 
 def test_wrong_settings_show_before_a_run() -> None:
     with pytest.raises(SrdLabError, match="location, top-k, centre-of-mass, active"):
-        ModelStudy({**SETTINGS, "manipulate_model": "colour"})
+        ModelStudy(replace(SETTINGS, manipulate_model="colour"))
     with pytest.raises(SrdLabError, match="recomputes its passes"):
-        ModelStudy({**SETTINGS, "methods": ("scorecam",)})
+        ModelStudy(replace(SETTINGS, methods=("scorecam",)))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from apop.experiment import Experiment, Hits
 from attacks.experiment import at_equal_perturbation
+from srd_lab.cli import tracked
 from srd_lab.cli.main import main
 from srd_lab.data import batch, load_data
 from srd_lab.data.imagenet import wnids
@@ -42,7 +43,8 @@ from srd_lab.reproduce.paper import (
     report,
 )
 from srd_lab.reproduce.patterns import Figure6
-from srd_lab.runs import batches, settings
+from srd_lab.runs import batches
+from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import Run
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -255,8 +257,8 @@ def test_paired_differences_are_judged_where_there_are_enough() -> None:
 
 
 def test_deviations_of_data_and_weights() -> None:
-    mine = {"data": "imagenet:val", "weights": ("vgg16=files/mine.pth",)}
-    theirs = {"data": "imagenet:val", "weights": ()}
+    mine = Settings(data="imagenet:val", weights=("vgg16=files/mine.pth",))
+    theirs = Settings(data="imagenet:val")
     assert data_deviations(theirs, "apop", NETWORKS, 50_000) == [UNSAID]
     assert data_deviations(mine, "apop", ["vgg16", "resnet20", "alexnet"], 1300) == [
         "images: 1,300 of the 50,000 of the ImageNet validation set, if they are from it",
@@ -268,18 +270,18 @@ def test_deviations_of_data_and_weights() -> None:
         "images: 1,281,167, more than the 50,000 of the ImageNet validation set: another set",
         UNSAID,
     ]
-    assert data_deviations({"data": "imagenet-s:x", "weights": ()}, "apop", ["vgg16"], 50_000) == [
+    assert data_deviations(Settings(data="imagenet-s:x"), "apop", ["vgg16"], 50_000) == [
         "data: imagenet-s, not the ImageNet validation set: fewer images, one in eight under another class",
         UNSAID,
     ]
-    assert data_deviations({"data": "cifar10:data", "weights": ("a.npz",)}, "apop", ["vgg16"], 10_000) == [
+    assert data_deviations(Settings(data="cifar10:data", weights=("a.npz",)), "apop", ["vgg16"], 10_000) == [
         "data: cifar10, not the ImageNet validation set; networks made for it",
         UNSAID,
         "weights of vgg16: a.npz, not torchvision's IMAGENET1K_V1, which we assume the paper has",
     ]
     # Of the pairs of Fig. 4 the paper says ImageNet, of the images of Fig. 7 nothing.
     assert data_deviations(theirs, "fig4", ["vgg16"]) == [UNSAID]
-    assert data_deviations({"data": "scenes", "weights": ()}, "fig4", ["vgg16"]) == [
+    assert data_deviations(Settings(data="scenes"), "fig4", ["vgg16"]) == [
         "data: scenes, not ImageNet; networks made for it",
         UNSAID,
     ]
@@ -641,7 +643,7 @@ def test_the_papers_networks_are_the_default(
     seen = []
 
     def look(ctx: click.Context, command: str, *_: object) -> None:
-        seen.append((command, ctx.params["models"], settings.given_settings(ctx).get("models")))
+        seen.append((command, ctx.params["models"], tracked.typed(ctx).get("models")))
 
     monkeypatch.setattr("srd_lab.cli.reproduce.tracked", look)
     assert CliRunner().invoke(main, ["reproduce", name, *given]).exit_code == 0

@@ -21,7 +21,7 @@ from srd_lab.cli import errors, tracked
 from srd_lab.cli.options import Count, WeightsFile, common_options
 from srd_lab.errors import SrdLabError, SrdLabWarning
 from srd_lab.runs.report import progress
-from srd_lab.runs.settings import as_setting, stored_settings, weights_of
+from srd_lab.runs.settings import Settings, weights_of
 from srd_lab.runtime import Batcher, is_out_of_memory, pick_device
 
 # --- batches -----------------------------------------------------------------------------------------------
@@ -229,30 +229,6 @@ def test_how_many() -> None:
             convert(Count(), wrong)
 
 
-@pytest.mark.parametrize(
-    "files", [(), ("{}/a.npz",), ("x={}/a, b.npz", "{}/c.npz"), ('{}/"quoted", twice.npz',)]
-)
-def test_a_run_gives_its_settings_back(files: tuple[str, ...], tmp_path: Path) -> None:
-    """Also files with a comma in their name."""
-    files = tuple(text.replace("{}", str(tmp_path)) for text in files)
-    for text in files:
-        Path(text.rpartition("x=")[2]).touch()
-
-    @click.command()
-    @click.option("--weights", multiple=True, type=WeightsFile())
-    @click.option("--images", type=Count(), default="all")
-    @click.option("--batch-size", type=int)
-    @click.option("--resume")
-    def command(**_: Any) -> None: ...
-
-    arguments = [part for text in files for part in ("--weights", text)]
-    params = command.make_context("it", [*arguments, "--images", "7"]).params
-    stored = {name: str(as_setting(value)) for name, value in params.items() if name != "resume"}
-    bare = command.make_context("it", ["--resume", "abc"])
-    assert stored_settings(bare, stored) == params | {"resume": "abc"}
-    assert as_setting(("srd", "gradient")) == "srd,gradient"
-
-
 # --- signals -----------------------------------------------------------------------------------------------
 
 
@@ -285,8 +261,9 @@ def test_a_signal_ends_a_command_as_ctrl_c_does_unless_it_is_ignored(name: str) 
 
 
 class Fails:
-    def __init__(self, error: BaseException, settings: dict[str, Any]) -> None:
+    def __init__(self, error: BaseException, settings: Settings) -> None:
         self.error, self.settings, self.device = error, settings, "cpu"
+        self.weights_sha256 = ()
 
     def run(self, run: Any) -> None:
         raise type(self.error)(*self.error.args)
@@ -319,7 +296,7 @@ def test_whatever_ends_a_run_says_how_to_go_on(
     @click.pass_context
     @errors.command_errors
     def work(ctx: click.Context, /, **_: Any) -> None:
-        tracked.tracked(ctx, "attack", "it", lambda settings: Fails(error, settings))
+        tracked.tracked(ctx, "attack", "it", lambda given: Fails(error, given.read(Settings)))
 
     def output(*arguments: str) -> str:
         result = CliRunner().invoke(work, arguments)

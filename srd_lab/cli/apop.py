@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from apop.settings import SurveySettings
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import DEFAULT_MODEL, Names, batch_size_option, common_options, images_option
 from srd_lab.cli.tracked import tracked
 
-INPUTS = ("zeros", "ones", "normal")
+INPUTS = SurveySettings.inputs
 
 
 @click.command()
@@ -50,4 +51,5 @@ def apop(ctx: click.Context, /, **_: Any) -> None:
     """
     from apop.study import Survey
 
-    tracked(ctx, "apop", ", ".join(ctx.params["models"]), Survey)
+    subject = ", ".join(ctx.params["models"])
+    tracked(ctx, "apop", subject, lambda given: Survey(given.read(SurveySettings)))

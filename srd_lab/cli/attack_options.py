@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from attacks.settings import ManipulationSettings, ModelManipulationSettings
 from srd_lab.cli.options import steps_option
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]
     """A budget in units of 0..255: above 0, at most 255."""
 
     name = "size"
@@ -33,13 +34,13 @@ class Size(click.ParamType):
         return size
 
 
-def positive(flag: str, default: float, meaning: str) -> Any:
+def positive(flag: str, default: float, meaning: str) -> Callable[[Any], Any]:
     """An option that takes a number above 0."""
     kind = click.FloatRange(0, min_open=True)
     return click.option(flag, default=default, show_default=True, type=kind, help=meaning)
 
 
-def count(flag: str, default: int, meaning: str) -> Any:
+def count(flag: str, default: int, meaning: str) -> Callable[[Any], Any]:
     """An option that takes a whole number, at least 1."""
     return click.option(flag, default=default, show_default=True, type=click.IntRange(1), help=meaning)
 
@@ -67,41 +68,34 @@ BUDGET_OPTIONS = (
     count("--seeds", 1, "Repeats with other random starts; scores are means over them."),
 )
 
-EQ10_DEFAULTS: dict[str, Any] = {
-    "steps": 100,
-    "lr": 1e-3,
-    "output_term": "probabilities",
-    "bound": 8.0,
-    "stop_mse": 1e-3,
-    "beta_start": 10.0,
-    "beta_end": 100.0,
-}
 EQ10_OPTIONS = (
     steps_option,
-    positive("--lr", EQ10_DEFAULTS["lr"], "eq10: step size in normalised units."),
+    positive("--lr", ManipulationSettings.lr, "eq10: step size in normalised units."),
     click.option(
         "--output-term",
         type=click.Choice(["probabilities", "logits"]),
-        default=EQ10_DEFAULTS["output_term"],
+        default=ManipulationSettings.output_term,
         show_default=True,
         help="eq10: what shall stay: probabilities, or logits as Eq. 10 prints it.",
     ),
     click.option(
         "--bound",
-        default=EQ10_DEFAULTS["bound"],
+        default=ManipulationSettings.bound,
         show_default=True,
         type=Size(),
         help="eq10: largest change of a pixel, in units of 0..255.",
     ),
     positive(
         "--stop-mse",
-        EQ10_DEFAULTS["stop_mse"],
+        ManipulationSettings.stop_mse,
         "eq10: stop an image at this mean squared change (normalised).",
     ),
     positive(
-        "--beta-start", EQ10_DEFAULTS["beta_start"], "eq10: softplus beta of the surrogate at the first step."
+        "--beta-start",
+        ManipulationSettings.beta_start,
+        "eq10: softplus beta of the surrogate at the first step.",
     ),
-    positive("--beta-end", EQ10_DEFAULTS["beta_end"], "eq10: ... and after the last."),
+    positive("--beta-end", ManipulationSettings.beta_end, "eq10: ... and after the last."),
 )
 
 
@@ -127,7 +121,7 @@ MANIPULATION_OPTIONS = (
     ),
     click.option(
         "--top-share",
-        default=0.1,
+        default=ModelManipulationSettings.top_share,
         show_default=True,
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
         help="top-k: share of the pixels that the maps shall leave.",
@@ -135,12 +129,16 @@ MANIPULATION_OPTIONS = (
     click.option(
         "--swap",
         nargs=2,
-        default=(0, 1),
+        default=ModelManipulationSettings.swap,
         show_default=True,
         type=click.IntRange(0),
         help="active: the two classes.",
     ),
-    positive("--map-weight", 3.0, "--manipulate-model: weight of the maps against the accuracy."),
+    positive(
+        "--map-weight",
+        ModelManipulationSettings.map_weight,
+        "--manipulate-model: weight of the maps against the accuracy.",
+    ),
     click.option(
         "--keep",
         type=click.Choice(["labels", "outputs"]),
@@ -148,8 +146,8 @@ MANIPULATION_OPTIONS = (
         show_default=True,
         help="--manipulate-model: what shall hold meanwhile.",
     ),
-    count("--train-images", 800, "... images to train on."),
-    count("--train-batch", 16, "... at once."),
-    count("--train-steps", 150, "... Adam steps."),
-    positive("--train-lr", 1e-3, "... their size."),
+    count("--train-images", ModelManipulationSettings.train_images, "... images to train on."),
+    count("--train-batch", ModelManipulationSettings.train_batch, "... at once."),
+    count("--train-steps", ModelManipulationSettings.train_steps, "... Adam steps."),
+    positive("--train-lr", ModelManipulationSettings.train_lr, "... their size."),
 )

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from attacks.settings import ManipulationSettings, ModelManipulationSettings, RobustnessSettings
 from srd_lab.cli.attack_options import (
     BUDGET_OPTIONS,
-    EQ10_DEFAULTS,
     EQ10_OPTIONS,
     MANIPULATION_OPTIONS,
     positive,
@@ -18,7 +18,7 @@ from srd_lab.cli.attack_options import (
 )
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import MethodName, batch_size_option, common_options, model_option, pairs_option
-from srd_lab.cli.tracked import tracked
+from srd_lab.cli.tracked import Given, Study, tracked
 
 MEMBERS = ("dissimilarity", "combined", "top_k", "target", "mass_centre", "polish", "black_box", "transfer")
 ATTACKS = ("standard", *MEMBERS, "eq10")
@@ -72,21 +72,18 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     is changed instead of the images.
     """
 
-    def study(settings: dict[str, Any]) -> Any:
+    def study(given: Given) -> Study:
         from attacks.manipulation_study import ManipulationStudy
         from attacks.model_study import OTHERS, ModelStudy
         from attacks.robustness_study import RobustnessStudy
 
-        if settings["manipulate_model"]:
-            training = {
-                "steps": settings["train_steps"],
-                "lr": settings["train_lr"],
-                "images": settings["pairs"],
-            }
-            return ModelStudy({**settings, **training, "others": OTHERS})
-        if tuple(settings["attacks"]) == ("eq10",):
-            return ManipulationStudy(settings)
-        return RobustnessStudy({**settings, "gates": False, "curve": False, "entries": False, "certify": 0})
+        model = given.read(ModelManipulationSettings, others=OTHERS)
+        if model.manipulate_model:
+            return ModelStudy(model)
+        published = given.read(ManipulationSettings)
+        if published.attacks == ("eq10",):
+            return ManipulationStudy(published)
+        return RobustnessStudy(given.read(RobustnessSettings, gates=False, curve=False, entries=False))
 
     tracked(ctx, "attack", ctx.params["model"], study)
 
@@ -98,7 +95,7 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     "methods",
     multiple=True,
     type=MethodName(("all", "attackable")),
-    default=["srd", "lrp_zplus", "guided_backprop", "gradcam", "sobel"],
+    default=RobustnessSettings.methods,
     show_default=True,
     metavar="NAME",
     help="Explanation method; all = the six of Fig. 4, attackable = every one with a gradient; repeatable.",
@@ -127,9 +124,10 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
 @positive("--sigma", 0.1, "Standard deviation of these draws, pixels in [0, 1].")
 @click.option(
     "--eq10/--no-eq10",
-    "beside",
+    "attacks",
     default=True,
     show_default=True,
+    callback=lambda ctx, option, beside: ("standard", "eq10") if beside else ("standard",),
     help="Also the published attack, not counted.",
 )
 @batch_size_option
@@ -143,12 +141,10 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
     docs/robustness.md explains the protocol.
     """
 
-    def study(settings: dict[str, Any]) -> Any:
+    def study(given: Given) -> Study:
         from attacks.robustness_study import RobustnessStudy
 
-        attacks = ("standard", *(("eq10",) if settings["beside"] else ()))
-        defaults = {"attacks": attacks, "starts": ("contrastive", "ones"), "gates": True, "entries": True}
-        return RobustnessStudy({**EQ10_DEFAULTS, **settings, **defaults})
+        return RobustnessStudy(given.read(RobustnessSettings))
 
     tracked(ctx, "robustness", ctx.params["model"], study)
 

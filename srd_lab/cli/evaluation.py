@@ -20,6 +20,7 @@ from srd_lab.cli.options import (
     model_option,
 )
 from srd_lab.cli.tracked import tracked
+from srd_lab.evaluation.settings import EvaluationSettings, ExplainSettings
 
 
 @click.command()
@@ -66,7 +67,8 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.evaluation.study import Evaluation
 
-    tracked(ctx, "evaluate", ctx.params["model"], Evaluation)
+    subject = ctx.params["model"]
+    tracked(ctx, "evaluate", subject, lambda given: Evaluation(given.read(EvaluationSettings)))
 
 
 @click.command()
@@ -116,4 +118,4 @@ def explain(images: tuple[Path, ...], **settings: Any) -> None:
     """
     from srd_lab.evaluation.explaining import Explaining
 
-    Explaining(settings).run(images)
+    Explaining(ExplainSettings(**settings)).run(images)

@@ -19,7 +19,7 @@ DEFAULT_MODEL = "vgg16"
 DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
 
 
-class WeightsFile(click.ParamType):
+class WeightsFile(click.ParamType):  # type: ignore[type-arg]
     """``FILE``, or ``NAME=FILE`` for the model of that name; stays as it was typed."""
 
     name = "file"
@@ -31,7 +31,7 @@ class WeightsFile(click.ParamType):
         return text
 
 
-class Count(click.ParamType):
+class Count(click.ParamType):  # type: ignore[type-arg]
     """How many: a number from 1 on, or ``all``."""
 
     name = "number"
@@ -45,7 +45,7 @@ class Count(click.ParamType):
         return int(text)
 
 
-class Names(click.ParamType):
+class Names(click.ParamType):  # type: ignore[type-arg]
     """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
 
     allowed : gives the names when one is to be read.
@@ -67,7 +67,7 @@ class Names(click.ParamType):
         return tuple(dict.fromkeys(names))
 
 
-class MethodName(click.ParamType):
+class MethodName(click.ParamType):  # type: ignore[type-arg]
     """The name of an explanation method, a wrapper around one such as ``smoothed(srd,0.1,64)``, or one of ``more``."""
 
     name = "name"

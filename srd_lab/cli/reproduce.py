@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from apop.settings import SurveySettings
+from attacks.settings import ManipulationSettings
 from srd_lab.catalogue import FIGURE_4, TABLE_2, TABLE_4
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
@@ -20,6 +22,7 @@ from srd_lab.cli.options import (
     steps_option,
 )
 from srd_lab.cli.tracked import tracked
+from srd_lab.reproduce.settings import AblationSettings, TableSettings
 
 BUNDLED = ("vgg16", "resnet18", "resnet50")
 TABLE_3 = ("vgg13", "vgg16", "vgg19", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -52,6 +55,10 @@ def _default(ctx: click.Context, paper: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in paper if n in BUNDLED) if ctx.params["data"] == "scenes" else paper
 
 
+def _models(ctx: click.Context) -> str:
+    return ", ".join(ctx.params["models"])
+
+
 def methods_option(paper: tuple[str, ...]) -> Callable[..., Any]:
     """``--methods``, by default those of the paper's table."""
     return click.option(
@@ -74,7 +81,7 @@ def table1(ctx: click.Context, /, **_: Any) -> None:
     """Prediction from activation patterns alone (zeros)."""
     from srd_lab.reproduce.patterns import Table1
 
-    tracked(ctx, "reproduce table1", ", ".join(ctx.params["models"]), Table1)
+    tracked(ctx, "reproduce table1", _models(ctx), lambda given: Table1(given.read(SurveySettings)))
 
 
 @reproduce.command()
@@ -88,7 +95,7 @@ def table3(ctx: click.Context, /, **_: Any) -> None:
     """The same from zeros, ones and noise, & relu."""
     from srd_lab.reproduce.patterns import Table3
 
-    tracked(ctx, "reproduce table3", ", ".join(ctx.params["models"]), Table3)
+    tracked(ctx, "reproduce table3", _models(ctx), lambda given: Table3(given.read(SurveySettings)))
 
 
 @reproduce.command()
@@ -102,7 +109,7 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
     """One activation call binarised, each in turn."""
     from srd_lab.reproduce.patterns import Figure6
 
-    tracked(ctx, "reproduce fig6", ", ".join(ctx.params["models"]), Figure6)
+    tracked(ctx, "reproduce fig6", _models(ctx), lambda given: Figure6(given.read(SurveySettings)))
 
 
 @reproduce.command()
@@ -129,7 +136,9 @@ def fig4(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.manipulation import Figure4
 
-    tracked(ctx, "reproduce fig4", ctx.params["model"], Figure4)
+    tracked(
+        ctx, "reproduce fig4", ctx.params["model"], lambda given: Figure4(given.read(ManipulationSettings))
+    )
 
 
 @reproduce.command()
@@ -146,7 +155,7 @@ def fig7(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.ablation import Figure7
 
-    tracked(ctx, "reproduce fig7", ", ".join(ctx.params["models"]), Figure7)
+    tracked(ctx, "reproduce fig7", _models(ctx), lambda given: Figure7(given.read(AblationSettings)))
 
 
 @reproduce.command()
@@ -162,7 +171,7 @@ def table2(ctx: click.Context, /, **_: Any) -> None:
     """Seventeen methods by five metrics."""
     from srd_lab.reproduce.evaluation import Table2
 
-    tracked(ctx, "reproduce table2", ", ".join(ctx.params["models"]), Table2)
+    tracked(ctx, "reproduce table2", _models(ctx), lambda given: Table2(given.read(TableSettings)))
 
 
 @reproduce.command()
@@ -183,4 +192,4 @@ def table4(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.evaluation import Table4
 
-    tracked(ctx, "reproduce table4", ", ".join(ctx.params["models"]), Table4)
+    tracked(ctx, "reproduce table4", _models(ctx), lambda given: Table4(given.read(TableSettings)))

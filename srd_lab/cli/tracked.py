@@ -5,37 +5,58 @@ Nothing heavy is imported here, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import click
 
 from srd_lab.errors import OtherWork
-from srd_lab.runs.settings import (
-    INFRASTRUCTURE,
-    PACE,
-    as_setting,
-    given_settings,
-    stored_settings,
-)
+from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
+
+# options that no study knows
+OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug")
+FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Where a study's settings come from: the options of a command, and the stored run that it goes on with, if any."""
+
+    options: Mapping[str, Any]
+    stored: Mapping[str, str] | None = None
+
+    def read(self, kind: type[S], **fixed: Any) -> S:
+        """Settings of this kind: what is stored, else what the command fixes, else what the options say."""
+        names = {f.name for f in dataclasses.fields(kind)}
+        values = {name: value for name, value in {**self.options, **fixed}.items() if name in names}
+        values["resumed"] = self.stored is not None
+        if self.stored is None:
+            return kind(**values)
+        stored = dict(self.stored)
+        if self.options.get(PACE):
+            stored.pop(PACE, None)
+        return read_stored(kind, stored, values)
 
 
 class Study(Protocol):
     """What a command does: made from its settings (and so checked) before a run is opened for it.
 
-    settings : the command's, and what else decides the numbers: all that a resumed run has to have in common.
+    weights_sha256 : ``NAME:SHA256`` of every network.
     """
 
-    settings: dict[str, Any]
+    @property
+    def settings(self) -> Settings: ...
+
+    weights_sha256: tuple[str, ...]
     device: Any
 
     def run(self, run: Any) -> None: ...
 
 
-def tracked(
-    ctx: click.Context, command: str, subject: str, study_of: Callable[[dict[str, Any]], Study]
-) -> None:
+def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[Given], Study]) -> None:
     """Make the study that the options describe, or that ``--resume`` names, and run it under tracking.
 
     Wrong settings leave no run behind. Stored with the run: every setting, the environment and the device. An error
@@ -47,11 +68,8 @@ def tracked(
     keep_freed_memory()
     full_precision()
     resume = ctx.params["resume"]
-    study = None if resume else study_of(dict(ctx.params))
-    if study is None:
-        record = given_settings(ctx)
-    else:
-        record = {**_settings(study), **_surroundings(study)}
+    study = None if resume else study_of(Given(ctx.params))
+    record = typed(ctx) if study is None else {**_decisive(study), **_surroundings(study)}
     run = tracking.open_run(
         command,
         f"{command} {subject}",
@@ -64,7 +82,7 @@ def tracked(
     try:
         with run:
             if study is None:
-                study = study_of(stored_settings(ctx, run.params))
+                study = study_of(Given(ctx.params, run.params))
                 _check_same(run, study)
                 _note_what_changed(run, study)
             study.run(run)
@@ -76,8 +94,18 @@ def tracked(
     click.echo(f"\n{run.where}")
 
 
-def _settings(study: Study) -> dict[str, Any]:
-    return {name: as_setting(value) for name, value in study.settings.items() if name not in INFRASTRUCTURE}
+def typed(ctx: click.Context) -> dict[str, str]:
+    """The settings typed by the user (not defaults), less those that are free to differ on resume."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return {
+        name: as_text(value)
+        for name, value in ctx.params.items()
+        if name not in (*OUTSIDE, *FREE, PACE) and ctx.get_parameter_source(name) is source
+    }
+
+
+def _decisive(study: Study) -> dict[str, str]:
+    return study.settings.stored() | {"weights_sha256": as_text(study.weights_sha256)}
 
 
 def _surroundings(study: Study) -> dict[str, Any]:
@@ -89,13 +117,13 @@ def _surroundings(study: Study) -> dict[str, Any]:
 
 def _check_same(run: Any, study: Study) -> None:
     """Refuse to go on where settings that nobody typed (fixed ones, defaults) or weights have changed since."""
-    now, then = study.settings["weights_sha256"], run.params.get("weights_sha256", "").split(",")
-    if changed := [entry.partition(":")[0] for entry in now if entry not in then]:
+    then = run.params.get("weights_sha256", "").split(",")
+    if changed := [entry.partition(":")[0] for entry in study.weights_sha256 if entry not in then]:
         raise OtherWork(
             f"the weights of {', '.join(changed)} are not those that run {run.id} was made with; "
             "put the file back as it was, or start a new run"
         )
-    run.add_params({name: value for name, value in _settings(study).items() if name != PACE})
+    run.add_params({name: value for name, value in _decisive(study).items() if name != PACE})
 
 
 def _note_what_changed(run: Any, study: Study) -> None:

@@ -15,6 +15,7 @@ from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
 from srd_lab.data.pictures import decode, fit, upright
 from srd_lab.errors import SrdLabError
+from srd_lab.evaluation.settings import ExplainSettings
 from srd_lab.logits import class_logits, probabilities
 from srd_lab.models import Classifier, input_size, load_model
 from srd_lab.registry import make_explainer
@@ -28,22 +29,22 @@ TOP = 5
 class Explaining:
     """One call of ``srd-lab explain``: the network, the pictures and the folder for what is made of them."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: ExplainSettings) -> None:
         full_precision()
-        self.device = pick_device(settings["device"])
-        name, data = settings["model"], settings["data"]
-        weights = weights_of(settings["weights"], [name])[name]
+        self.device = pick_device(settings.device)
+        name, data = settings.model, settings.data
+        weights = weights_of(settings.weights, [name])[name]
         self.model: Classifier = load_model(name, data, weights, str(self.device))
         self.size = input_size(name, data)
-        asked: Sequence[str] = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
+        asked: Sequence[str] = tuple(METHODS) if "all" in settings.methods else settings.methods
         self.methods = {method: make_explainer(method) for method in asked}
-        self.out: Path = settings["out"]
+        self.out: Path = settings.out
         with torch.no_grad():
             count = class_logits(
                 self.model(torch.zeros(1, 3, self.size, self.size, device=self.device))
             ).shape[1]
         self.classes = Classes.of(data, count)
-        self.target = None if settings["target"] is None else self.classes.index(settings["target"])
+        self.target = None if settings.target is None else self.classes.index(settings.target)
 
     def run(self, files: Sequence[Path]) -> None:
         """Explain every picture; what is written, and the likeliest classes, are said."""

@@ -15,6 +15,7 @@ from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.errors import SrdLabError
 from srd_lab.evaluation.experiment import Experiment, refusals
+from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise
@@ -43,39 +44,39 @@ test on the same images, p < 0.05 after Holm's correction for {tests} tests)"""
 class Evaluation:
     """One run of ``srd-lab evaluate``, from settings to tables and figures."""
 
-    def __init__(self, settings: dict[str, Any], models: Sequence[str] = ()) -> None:
+    def __init__(self, settings: EvaluationSettings, models: Sequence[str] = ()) -> None:
         """models : all that the settings' weights are for, where the model is one of several."""
         self.settings = settings
-        self.device = pick_device(settings["device"], float64=True)
-        name = settings["model"]
+        self.device = pick_device(settings.device, float64=True)
+        name = settings.model
         self.dataset = data_for(settings, name)
         self.model = network_for(settings, name, models or [name], self.device, self.dataset)
-        settings["weights_sha256"] = weights_sums(settings, models or [name])
-        self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
-        asked = tuple(METHODS) if "all" in settings["methods"] else settings["methods"]
+        self.weights_sha256 = weights_sums(settings, models or [name])
+        self.indices = draw_images(self.dataset, settings.images, settings.seed)
+        asked = tuple(METHODS) if "all" in settings.methods else settings.methods
         explainers = {method: registry.make_explainer(method) for method in asked}
-        self.metrics = tuple(METRICS) if "all" in settings["metrics"] else settings["metrics"]
-        side = input_size(name, settings["data"])
+        self.metrics = tuple(METRICS) if "all" in settings.metrics else settings.metrics
+        side = input_size(name, settings.data)
         self.refused = refusals(self.model, torch.rand(1, 3, side, side).to(self.device), asked)
         methods = tuple(method for method in asked if method not in self.refused)
         if not methods:
             raise SrdLabError(f"no method goes with {name}: {next(iter(self.refused.values()))}")
-        if settings["reference"] != "srd" and settings["reference"] not in methods:
+        if settings.reference != "srd" and settings.reference not in methods:
             raise SrdLabError(
-                f"the reference {settings['reference']} is not among the methods ({', '.join(methods)}); "
+                f"the reference {settings.reference} is not among the methods ({', '.join(methods)}); "
                 "add it with --methods"
             )
-        known = registry.METRICS | {"fidelity": Fidelity(baseline=settings["baseline"])}
+        known = registry.METRICS | {"fidelity": Fidelity(baseline=settings.baseline)}
         self.experiment = Experiment(
-            {method: _seeded(explainers[method], settings["seed"]) for method in methods},
-            {metric: _seeded(known[metric], settings["seed"]) for metric in self.metrics},
-            settings["target"],
+            {method: _seeded(explainers[method], settings.seed) for method in methods},
+            {metric: _seeded(known[metric], settings.seed) for metric in self.metrics},
+            settings.target,
         )
-        self.batcher = Batcher(settings["batch_size"] or _images_at_once(side))
-        source = settings["data"].partition(":")[0]
+        self.batcher = Batcher(settings.batch_size or _images_at_once(side))
+        source = settings.source
         self.title = (
             f"{name} on {source}, {len(self.indices)} of {len(self.dataset)} images, "
-            f"{'their own' if settings['target'] == 'label' else 'the predicted'} class explained"
+            f"{'their own' if settings.target == 'label' else 'the predicted'} class explained"
         )
         self.masks = MASKS.get(source, "")
 
@@ -95,7 +96,7 @@ class Evaluation:
         found = []
         for arrays in in_batches(
             *(run, self.dataset, self.indices, self.settings, work, self.batcher),
-            label=self.settings["model"],
+            label=self.settings.model,
             steps=len(self.experiment.methods),
         ):
             pictures += len(arrays.get("images", ()))
@@ -112,8 +113,8 @@ class Evaluation:
 
     def report(self, run: Run, table: Arrays) -> None:
         """Print and store what compares the methods."""
-        scores, seed = self.scores(table), self.settings["seed"]
-        against = comparisons(scores, self.settings["reference"], seed)
+        scores, seed = self.scores(table), self.settings.seed
+        against = comparisons(scores, self.settings.reference, seed)
         for method in scores:
             with run.child(method, options_of(self.experiment.methods[method])) as child:
                 child.log_metrics(self._metrics(table, scores[method], method))
@@ -127,7 +128,7 @@ class Evaluation:
     def _metrics(self, table: Arrays, own: dict[str, np.ndarray], method: str) -> dict[str, float]:
         found: dict[str, float] = {"seconds_per_image": float(table[f"{method}/seconds"].mean())}
         for metric, values in own.items():
-            s = summarise(values, self.settings["seed"])
+            s = summarise(values, self.settings.seed)
             found |= {metric: s.mean, f"{metric}_low": s.low, f"{metric}_high": s.high}
         return found
 
@@ -161,14 +162,14 @@ class Evaluation:
         self, table: Arrays, scores: dict[str, dict[str, np.ndarray]], against: Sequence[Comparison]
     ) -> str:
         """The report."""
-        seed = self.settings["seed"]
+        seed = self.settings.seed
         right = float((table["label"] == table["predicted"]).mean())
         parts = [f"{self.title}; accuracy {right:.3f}. Mean [95 % interval]"]
         for first in range(0, len(self.metrics), COLUMNS):
             some = self.metrics[first : first + COLUMNS]
             parts.append(text_table(*score_table(scores, some, against, seed)))
         tests = sum(np.isfinite(c.p) for c in against)
-        held = COMPARED.format(reference=self.settings["reference"], tests=tests) if tests else ""
+        held = COMPARED.format(reference=self.settings.reference, tests=tests) if tests else ""
         parts.append(LEGEND.format(compared=held))
         parts.append("Cost:\n\n" + text_table(*_cost_table(table, tuple(self.experiment.methods))))
         parts += self._notes(table, scores)
@@ -180,7 +181,7 @@ class Evaluation:
         if self.masked:
             notes = [f"Masks: {self.masks}{f', of {self.masked} images' if self.masked < count else ''}."]
         if "fidelity" in self.metrics:
-            notes.append(f"Fidelity sets pixels to the baseline {self.settings['baseline']}.")
+            notes.append(f"Fidelity sets pixels to the baseline {self.settings.baseline}.")
         lacking: dict[str, list[str]] = {}
         for metric in self.metrics:
             lacking.setdefault(_unscored({m: scores[m][metric] for m in scores}), []).append(
@@ -190,8 +191,8 @@ class Evaluation:
         if lacking:
             said = "; ".join(f"{', '.join(titles)}: {of}" for of, titles in lacking.items())
             notes.append(f"Not scored, of {count} images: {said}.")
-        if self.settings["reference"] not in scores and len(scores) > 1:
-            notes.append(f"No comparisons: {self.settings['reference']} is not among the methods.")
+        if self.settings.reference not in scores and len(scores) > 1:
+            notes.append(f"No comparisons: {self.settings.reference} is not among the methods.")
         notes += [f"{title_of(m)} does not go with this network: {why}" for m, why in self.refused.items()]
         notes += [skipped_report(self.skipped)] if self.skipped else []
         return [*notes, *filter(None, [few_note(len(table["name"]), "images")])]

@@ -58,17 +58,17 @@ class Images:
     @property
     def scale(self) -> Tensor:
         """What one unit of pixel value is in normalised units, (1, C, 1, 1)."""
-        return self.once("scale", lambda: normalisation_scale(self.model, self.x))  # type: ignore[no-any-return]
+        return self.once("scale", lambda: normalisation_scale(self.model, self.x))
 
     @property
     def given(self) -> Tensor:
         """The images as the network proper is fed with them: normalised."""
-        return self.once("given", lambda: self.normalised(self.x))  # type: ignore[no-any-return]
+        return self.once("given", lambda: self.normalised(self.x))
 
     def normalised(self, x: Tensor) -> Tensor:
         """Pixels as the network proper is fed with them."""
         with torch.no_grad():
-            return split_normalisation(self.model)[0](x.clone())  # type: ignore[no-any-return]
+            return split_normalisation(self.model)[0](x.clone())
 
     def generator(self, i: int, seed: int, *names: int | str) -> torch.Generator:
         """Random numbers of image ``i``."""
@@ -96,7 +96,7 @@ class Images:
         key = ("layout", self.size)
         if key not in self.of_model:
             self.of_model[key] = fast_layout(network, self.given)
-        return self.of_model[key]  # type: ignore[no-any-return]
+        return self.of_model[key]
 
     def drops(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
         """How far the logit of the explained class falls from image ``i`` to each variant, (count,)."""

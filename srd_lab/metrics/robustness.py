@@ -215,7 +215,7 @@ def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> li
             found.append((explained.again(images.x + n / images.scale), float64(n).flatten(1).norm(dim=1)))
         return found
 
-    return explained.once(("noise", noise, draws, seed), compute)  # type: ignore[no-any-return]
+    return explained.once(("noise", noise, draws, seed), compute)
 
 
 def _norm(maps: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.models import input_size
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, publish
+from srd_lab.reproduce.settings import AblationSettings
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.runs.inputs import checked_networks, data_for, network_for
+from srd_lab.runs.inputs import checked_networks, data_for, network_for, weights_sums
 from srd_lab.runs.report import csv_text, text_table
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
@@ -40,12 +41,13 @@ as a heat map shows it (0 = smooth, 1 = white noise)."""
 class Figure7:
     """One run of ``srd-lab reproduce fig7``: the three variants on the same images, for the predicted class."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: AblationSettings) -> None:
         self.settings = settings
-        self.models = list(dict.fromkeys(settings["models"]))
-        self.device = pick_device(settings["device"])
+        self.models = list(dict.fromkeys(settings.models))
+        self.device = pick_device(settings.device)
         self.dataset = checked_networks(settings, self.models)
-        self.indices = draw_images(self.dataset, settings["images"], settings["seed"])
+        self.weights_sha256 = weights_sums(settings, self.models)
+        self.indices = draw_images(self.dataset, settings.images, settings.seed)
         self.seconds = 0.0
 
     def run(self, run: Run) -> None:
@@ -77,9 +79,7 @@ class Figure7:
             advance(len(some))
             return arrays
 
-        batcher = Batcher(
-            self.settings["batch_size"] or images_at_once(input_size(name, self.settings["data"]))
-        )
+        batcher = Batcher(self.settings.batch_size or images_at_once(input_size(name, self.settings.data)))
         found: list[Arrays] = []
         for arrays in in_batches(child, dataset, self.indices, self.settings, measure, batcher, label=name):
             sheet += _sheet_rows(arrays)[: PICTURES - len(sheet)]
@@ -101,7 +101,7 @@ class Figure7:
     def _report(
         self, run: Run, results: dict[str, dict[str, Arrays]], sheets: dict[str, list[render.SheetRow]]
     ) -> None:
-        seed, source = self.settings["seed"], self.settings["data"].partition(":")[0]
+        seed, source = self.settings.seed, self.settings.source
         title = f"Fig. 7 of the paper on {source}, {len(self.indices)} of {len(self.dataset)} images, predicted class"
         header = ["Model", "variant", "sparseness", "roughness", "roughness of |map|"]
         lines = []
@@ -123,7 +123,7 @@ class Figure7:
         publish(run, title, tables, findings, deviations, self.seconds)
 
     def _findings(self, name: str, measured: dict[str, Arrays]) -> list[Finding]:
-        seed = self.settings["seed"]
+        seed = self.settings.seed
         pairs = {
             f"{name}: roughness of {SCALAR} - SRD": ("roughness", SCALAR),
             f"{name}: roughness of |{SCALAR}| - |SRD|": ("roughness_abs", SCALAR),

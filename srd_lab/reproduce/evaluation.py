@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import click
 import numpy as np
@@ -16,6 +16,7 @@ from srd_lab.errors import SrdLabError
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
 from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report
+from srd_lab.reproduce.settings import TableSettings
 from srd_lab.runs.inputs import weights_sums
 from srd_lab.runs.report import csv_text, publish, text_table
 from srd_lab.runs.settings import weights_of
@@ -37,22 +38,22 @@ class _Table(ABC):
     methods: Sequence[str]
     metrics: Sequence[str]
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self.models = list(dict.fromkeys(settings["models"]))
+    def __init__(self, settings: TableSettings) -> None:
+        self.models = list(dict.fromkeys(settings.models))
         if not self.models:
             raise SrdLabError(
                 f"{self.name} has no network for this data; give --data cifar100:PATH, and --model NAME "
                 "--weights NAME=FILE for each"
             )
-        weights_of(settings["weights"], self.models)
-        asked = self.methods if "all" in settings["methods"] else settings["methods"]
+        weights_of(settings.weights, self.models)
+        asked = self.methods if "all" in settings.methods else settings.methods
         self.asked = [method for method in self.methods if method in asked]
-        fixed = {"methods": tuple(self.asked), "metrics": self.metrics, "target": "label", "reference": "srd"}
-        settings |= fixed
-        self.device = pick_device(settings["device"], float64=True)
-        self.evaluations = {name: Evaluation(settings | {"model": name}, self.models) for name in self.models}
-        settings["weights_sha256"] = weights_sums(settings, self.models)
+        self.settings = replace(
+            settings, methods=tuple(self.asked), metrics=tuple(self.metrics), target="label", reference="srd"
+        )
+        self.device = pick_device(settings.device, float64=True)
+        self.evaluations = {name: Evaluation(self.settings.of(name), self.models) for name in self.models}
+        self.weights_sha256 = weights_sums(settings, self.models)
 
     def run(self, run: Run) -> None:
         """Evaluate every network and report."""
@@ -79,7 +80,7 @@ class _Table(ABC):
         publish(run, report(self.title(), tables, [], self.deviations(), said), seconds)
 
     def title(self) -> str:
-        source = self.settings["data"].partition(":")[0]
+        source = self.settings.source
         first = next(iter(self.evaluations.values()))
         return f"{self.name} of the paper on {source}, {len(first.indices)} images"
 
@@ -88,7 +89,7 @@ class _Table(ABC):
         found = []
         for method, own in scores.items():
             for metric, values in own.items():
-                value, s = self.printed(name, method, metric), summarise(values, self.settings["seed"])
+                value, s = self.printed(name, method, metric), summarise(values, self.settings.seed)
                 if value is not None and s.n:
                     what = f"{name}: {metric} of {method}"
                     found.append(against_value(what, value, s.mean, s.low, s.high, s.n))
@@ -96,7 +97,7 @@ class _Table(ABC):
 
     def cell(self, name: str, method: str, metric: str, values: np.ndarray) -> str:
         """Mean, half an interval, the paper's value."""
-        s, value = summarise(values, self.settings["seed"]), self.printed(name, method, metric)
+        s, value = summarise(values, self.settings.seed), self.printed(name, method, metric)
         if not s.n:
             return "–"
         half = "–" if np.isnan(s.low) else f"{(s.high - s.low) / 2:.3f}"
@@ -115,7 +116,7 @@ class _Table(ABC):
 
     def deviations(self) -> list[str]:
         """How this is not what the paper did."""
-        said, source = paper()["settings"][self.key], self.settings["data"].partition(":")[0]
+        said, source = paper()["settings"][self.key], self.settings.source
         first = next(iter(self.evaluations.values()))
         lines = []
         if source != said["source"]:
@@ -123,7 +124,7 @@ class _Table(ABC):
             lines.append(f"data: {source}{masks}, not {said['data']}")
         if len(first.indices) != said["images"]:
             lines.append(f"images: {len(first.indices):,}, not {said['images']:,}")
-        files = weights_of(self.settings["weights"], self.models)
+        files = weights_of(self.settings.weights, self.models)
         lines += [
             f"weights of {name}: {file.name}; the paper's are not stated"
             for name, file in files.items()
@@ -139,7 +140,7 @@ class _Table(ABC):
             lines.append(skipped_report(first.skipped))
         return [
             *lines,
-            f"the 0 that fidelity sets pixels to: {self.settings['baseline']} here, not stated in the paper",
+            f"the 0 that fidelity sets pixels to: {self.settings.baseline} here, not stated in the paper",
             "numbers of draws, the space of noise, and the explained class: not stated in the paper",
         ]
 
@@ -155,7 +156,7 @@ class Table2(_Table):
 
     def printed(self, name: str, method: str, metric: str) -> float | None:
         """The cell of a network that the paper has."""
-        return paper()["table2"].get(name, {}).get(method, {}).get(metric)  # type: ignore[no-any-return]
+        return paper()["table2"].get(name, {}).get(method, {}).get(metric)
 
     def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
         """A table per network, and how alike the order of the methods is."""
@@ -196,7 +197,7 @@ class Table4(_Table):
 
     def printed(self, name: str, method: str, metric: str) -> float | None:
         """The cell of the network's activation."""
-        return paper()["table4"][metric].get(method, {}).get(activation_of(name))  # type: ignore[no-any-return]
+        return paper()["table4"][metric].get(method, {}).get(activation_of(name))
 
     def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
         """Methods by networks."""

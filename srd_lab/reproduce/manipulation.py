@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from attacks.budget import LEGACY_LINF
 from attacks.experiment import Arrays, at_equal_perturbation
 from attacks.manipulation_study import ManipulationStudy, seconds
-from attacks.objective import Eq10
+from attacks.settings import ManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
@@ -15,6 +15,8 @@ from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, pape
 from srd_lab.runs.tracking import Run
 
 SRD = "srd_ones"
+PUBLISHED = ManipulationSettings()
+OF_THE_PAPER = ("lr", "output_term", "bound", "stop_mse", "beta_start", "beta_end")
 UNANSWERED = (
     "SRD or what it is compared with is missing from this run, so the paper's claim cannot be tested."
 )
@@ -23,11 +25,9 @@ UNANSWERED = (
 class Figure4(ManipulationStudy):
     """The paper's comparison, and what it leaves out: equal perturbation, controls, both starts of SRD."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        fixed = {"starts": ("ones", "contrastive"), "lr": 1e-3, "stop_mse": 1e-3, "bound": LEGACY_LINF}
-        smooth = {"output_term": Eq10().output_term, "beta_start": 10.0, "beta_end": 100.0}
-        settings.update(fixed, **smooth)
-        super().__init__(settings)
+    def __init__(self, settings: ManipulationSettings) -> None:
+        fixed = {name: getattr(PUBLISHED, name) for name in OF_THE_PAPER}
+        super().__init__(replace(settings, **fixed, starts=("ones", "contrastive")))
 
     def report(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Print and store tables, findings and deviations."""
@@ -41,7 +41,7 @@ class Figure4(ManipulationStudy):
         """The claim that SRD (from ones) stands above every other method: at the stop, and at equal perturbation."""
         if SRD not in tables:
             return []
-        seed, others = self.settings["seed"], [name for name in tables if not name.startswith("srd")]
+        seed, others = self.settings.seed, [name for name in tables if not name.startswith("srd")]
         equal = {score: at_equal_perturbation(tables, score) for score in ("ssim", "pcc")}
         found = []
         for score in ("ssim", "pcc"):
@@ -57,9 +57,9 @@ class Figure4(ManipulationStudy):
     def deviations(self) -> list[str]:
         """How this differs from section 4.3."""
         said, s = paper()["settings"]["fig4"], self.settings
-        lines = data_deviations(s, "fig4", [s["model"]])
-        if s["model"] != said["network"]:
-            lines.append(f"network: {s['model']}, not {said['network']}")
+        lines = data_deviations(s, "fig4", [s.model])
+        if s.model != said["network"]:
+            lines.append(f"network: {s.model}, not {said['network']}")
         if len(self.pairs) != said["pairs"]:
             lines.append(f"pairs: {len(self.pairs)}, not {said['pairs']}")
         lines.append(
@@ -68,8 +68,8 @@ class Figure4(ManipulationStudy):
         left = [m for m in FIGURE_4 if m not in {method for method, _ in self.variants.values()}]
         if left:
             lines.append(f"left out: {', '.join(left)}")
-        lines.append(f"output term: {s['output_term']}; Eq. 10 prints logits, which paralyse the attack")
-        lines.append(f"at most {s['steps']} steps; the paper does not say how many")
+        lines.append(f"output term: {s.output_term}; Eq. 10 prints logits, which paralyse the attack")
+        lines.append(f"at most {s.steps} steps; the paper does not say how many")
         if self.skipped:
             lines.append(skipped_report(self.skipped))
         return lines

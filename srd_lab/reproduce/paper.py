@@ -14,7 +14,7 @@ import numpy as np
 from srd_lab.metrics.summary import FEW, interval_text, summarise
 from srd_lab.runs.report import csv_text, text_table
 from srd_lab.runs.report import publish as publish_text
-from srd_lab.runs.settings import weights_of
+from srd_lab.runs.settings import Settings, weights_of
 from srd_lab.runs.tracking import Run
 
 HEADER = ("", "paper", "measured [95 % interval]", "n", "paper's value")
@@ -27,7 +27,7 @@ def paper() -> dict[str, Any]:
     ``source``; ``settings`` (``apop`` for Tables 1 and 3 and Fig. 6, ``fig4``, ``fig7``); ``assumed``, what it does not
     say and we suppose; ``table1``, ``table3`` (network -> ... -> accuracy); ``claims`` (figure -> text).
     """
-    return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def publish(
 
 
 def data_deviations(
-    settings: dict[str, Any], experiment: str, models: Sequence[str], count: int | None = None
+    settings: Settings, experiment: str, models: Sequence[str], count: int | None = None
 ) -> list[str]:
     """How data, weights and networks differ from what the paper says of ``experiment``, a key of its settings.
 
     count : how many images were used, where the paper used all of a set.
     """
     said, assumed = paper()["settings"][experiment], paper()["assumed"]
-    source = settings["data"].partition(":")[0]
+    source = settings.source
     lines = []
     if said["data"] is None:
         lines.append(f"data: {source}; the paper does not say what its images are from")
@@ -133,7 +133,7 @@ def data_deviations(
     elif count and count > assumed["images"]:
         lines.append(f"images: {count:,}, more than the {assumed['images']:,} of {said['data']}: another set")
     lines.append(assumed["why"])
-    files = weights_of(settings["weights"], models)
+    files = weights_of(settings.weights, models)
     lines += [
         f"weights of {name}: {file.name}, not {assumed['weights']}, which we assume the paper has"
         for name, file in files.items()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from statistics import median
 from typing import Any, ClassVar
 
 from apop.experiment import Hits
+from apop.settings import SurveySettings
 from apop.study import Survey, table_3
 from srd_lab import render
 from srd_lab.data import skipped_report
@@ -32,9 +34,8 @@ class _Reproduction(Survey, ABC):
     NAME = ""
     FIXED: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        settings.update(self.FIXED, save_patterns=False)
-        super().__init__(settings)
+    def __init__(self, settings: SurveySettings) -> None:
+        super().__init__(replace(settings, **self.FIXED, save_patterns=False))
 
     def report(self, run: Run, results: dict[str, Hits]) -> None:
         """Print and store table, findings and deviations."""

@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from srd_lab.data import Loaded, load_batches, skipped_report
 from srd_lab.errors import OtherWork, SrdLabError
 from srd_lab.runs.report import progress
+from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher
 from srd_lab.types import Dataset, Sample
@@ -55,7 +55,7 @@ def in_batches(
     run: Run,
     dataset: Dataset,
     items: Sequence[int] | Sequence[tuple[int, ...]],
-    settings: dict[str, Any],
+    settings: Settings,
     work: Callable[[Sequence[Item], Advance], Arrays],
     batcher: Batcher,
     *,
@@ -65,7 +65,7 @@ def in_batches(
     """The arrays of every batch, in order: those that an interrupted session stored, and fresh ones, which are stored.
 
     items : what is worked on: indices of ``dataset``, or tuples of indices that belong together.
-    settings : ``resume`` (whether there may be stored batches) and ``workers`` (that decode ahead).
+    settings : of which ``resumed`` (whether there may be stored batches) and ``workers`` (that decode ahead) count.
     work : makes arrays of some items, whose first axis is the item, and tells ``advance`` the steps that it did;
         an item with a file that cannot be used is left out. The result must not depend on what else is in a batch.
     batcher : how many items at once; free to differ from that of the earlier session.
@@ -77,7 +77,7 @@ def in_batches(
     Raises SrdLabError where a stored batch is of other files, and after the last batch if not one image is left.
     """
     groups = [item if isinstance(item, tuple) else (int(item),) for item in items]
-    stored = _stored(run) if settings["resume"] else {}
+    stored = _stored(run) if settings.resumed else {}
     plan = _plan(len(groups), batcher.size, stored)
     if strange := set(stored) - {first for first, _ in plan}:
         raise _other(run, stored[min(strange)])
@@ -86,7 +86,7 @@ def in_batches(
         for first, last in plan
         if first not in stored
     ]
-    arriving = load_batches(dataset, to_read, settings["workers"])
+    arriving = load_batches(dataset, to_read, settings.workers)
     skipped: dict[str, str] = {}
     anything = False
     with progress(len(groups) * steps, label) as move:

@@ -1,4 +1,14 @@
-"""Settings of a run, as the command line gives them, as a run stores them, and back."""
+"""What decides a run: frozen values of known types, stored with the run and read back from it.
+
+Every study has settings of its own, a dataclass that extends :class:`Settings`. A field is stored under its own name, so
+the option that sets it may be spelled anew; a field that is renamed no longer finds what older runs stored.
+
+Example
+-------
+>>> restored = read_stored(Settings, {"data": "cifar10:DIR", "weights": "a.npz,b.npz", "seed": "3"})
+>>> restored.source, restored.weights, restored.seed, restored.batch_size
+('cifar10', ('a.npz', 'b.npz'), 3, None)
+"""
 
 from __future__ import annotations
 
@@ -6,18 +16,107 @@ import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import click
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from srd_lab.errors import SrdLabError
 
-# how, not what: free to differ on resume
-INFRASTRUCTURE = ("track", "tracking_uri", "out", "resume", "debug", "device", "workers")
+FREE = {"free": True}  # how the work is done, not what: never stored, free to differ on resume
+PACE = (
+    "batch_size"  # free to differ as well, but a resumed run goes on as it was told: to the same last digits
+)
 
 
-PACE = "batch_size"  # so is this, but a resumed run goes on as it was told to first: to the same last digits
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every study is told.
+
+    data : ``scenes``, or ``SOURCE:PATH`` (see :func:`srd_lab.data.load_data`).
+    weights : files as typed, ``FILE`` or ``NAME=FILE``; () = the networks' default weights.
+    non_rgb : ``skip`` or ``convert`` images that are not RGB.
+    seed : decides everything that is drawn.
+    batch_size : items at once; None = by the size of the images.
+    device : ``auto``, or a name that PyTorch knows.
+    workers : processes that decode images; None = by data and cores, 0 = none.
+    resumed : whether there may be batches of an earlier session.
+    """
+
+    data: str = "scenes"
+    weights: tuple[str, ...] = ()
+    non_rgb: str = "skip"
+    seed: int = 0
+    batch_size: int | None = None
+    device: str = field(default="auto", metadata=FREE)
+    workers: int | None = field(default=None, metadata=FREE)
+    resumed: bool = field(default=False, metadata=FREE)
+
+    @property
+    def source(self) -> str:
+        """The kind of data, without its path."""
+        return self.data.partition(":")[0]
+
+    def stored(self) -> dict[str, str]:
+        """Name -> text of everything that decides a number."""
+        return {f.name: as_text(getattr(self, f.name)) for f in dataclasses.fields(self) if not f.metadata}
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_stored(kind: type[S], stored: Mapping[str, str], more: Mapping[str, Any] | None = None) -> S:
+    """The settings of a stored run.
+
+    stored : name -> text, as :meth:`Settings.stored` made it; other names are ignored.
+    more : values of fields that are not stored.
+
+    Raises SrdLabError where a text is not of the field's type.
+    """
+    types, values = get_type_hints(kind), dict(more or {})
+    for f in dataclasses.fields(kind):
+        if f.name in stored and not f.metadata:
+            try:
+                values[f.name] = _from_text(types[f.name], stored[f.name])
+            except ValueError:
+                raise SrdLabError(
+                    f"the stored run has {f.name} = {stored[f.name]!r}, which this version cannot read; "
+                    "go on with the version that made it, or start a new run"
+                ) from None
+    return kind(**values)
+
+
+def as_text(value: Any) -> str:
+    """A value as a run stores it; None is the empty string, a tuple a line of CSV."""
+    if not isinstance(value, tuple):
+        return "" if value is None else str(value)
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(value)  # quotes what holds a comma
+    return line.getvalue()
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """The reverse of :func:`as_text` for a field of this type."""
+    kinds = [k for k in get_args(kind) if k not in (NoneType, ...)]
+    if get_origin(kind) is tuple:
+        return tuple(_from_text(kinds[0], part) for part in next(csv.reader([text]), ()))
+    if text == "" and NoneType in get_args(kind):
+        return None
+    if kind is bool or kinds == [bool]:
+        if text not in ("True", "False"):
+            raise ValueError
+        return text == "True"
+    if set(kinds) == {int, str}:
+        return int(text) if text.isdecimal() else text
+    return (kinds or [kind])[0](text)
+
+
+def options_of(explainer: Any) -> dict[str, str]:
+    """An explainer's hyper-parameters as a run stores them."""
+    return {name: as_text(value) for name, value in dataclasses.asdict(explainer).items()}
+
+
+# --- weights ------------------------------------------------------------------------------------------
 
 
 def named_file(text: str) -> tuple[str, Path]:
@@ -45,44 +144,3 @@ def weights_of(given: Sequence[str], models: Sequence[str]) -> dict[str, Path | 
             raise SrdLabError(f"two --weights files for {name or models[0]}; give one")
         files[name or models[0]] = file
     return files
-
-
-def given_settings(ctx: click.Context) -> dict[str, Any]:
-    """The settings typed by the user (not defaults), those of INFRASTRUCTURE left out."""
-    source = click.core.ParameterSource.COMMANDLINE
-    return {
-        name: as_setting(value)
-        for name, value in ctx.params.items()
-        if name not in (*INFRASTRUCTURE, PACE) and ctx.get_parameter_source(name) is source
-    }
-
-
-def as_setting(value: Any) -> Any:
-    """A setting as a run stores it; what is unset is the empty string."""
-    if value is None:
-        return ""
-    if not isinstance(value, tuple):
-        return value
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(value)  # quotes what holds a comma
-    return line.getvalue()
-
-
-def stored_settings(ctx: click.Context, stored: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of a stored run, in the types of the command's options."""
-    values = dict(ctx.params)
-    for option in ctx.command.params:
-        name = option.name or ""
-        if name in INFRASTRUCTURE or name not in stored or (name == PACE and values[name]):
-            continue
-        text = stored[name]
-        raw: Any = None if text == "" else text
-        if getattr(option, "multiple", False) or option.nargs > 1:
-            raw = next(csv.reader([text]), ())
-        values[name] = option.type_cast_value(ctx, raw)
-    return values
-
-
-def options_of(explainer: Any) -> dict[str, Any]:
-    """An explainer's hyper-parameters as a run stores them."""
-    return {name: as_setting(value) for name, value in dataclasses.asdict(explainer).items()}

@@ -1,0 +1,55 @@
+"""Settings of the evaluation; see :mod:`srd_lab.runs.settings` for what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from srd_lab.runs.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings(Settings):
+    """What is scored, and how.
+
+    methods : names, wrapped or not; ``all``.
+    metrics : names; ``all``.
+    images : how many, drawn by the seed; ``all``.
+    target : the class explained: ``label`` or ``predicted``.
+    reference : the method that every other is compared with.
+    baseline : what fidelity sets pixels to (:data:`srd_lab.catalogue.BASELINES`).
+    """
+
+    methods: tuple[str, ...] = ("all",)
+    metrics: tuple[str, ...] = ("all",)
+    images: int | str = 200
+    target: str = "label"
+    reference: str = "srd"
+    baseline: str = "black"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(ScoringSettings):
+    """Scores of methods on one network, ``model``."""
+
+    model: str = "vgg16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainSettings:
+    """Maps of single pictures.
+
+    model : the network's name.
+    data : what it was made for, as in :class:`srd_lab.runs.settings.Settings`; weights, device : likewise.
+    methods : names, wrapped or not; ``all``.
+    target : class to explain: index, name or WordNet number; None = the predicted one.
+    out : folder for what is made.
+    """
+
+    model: str = "vgg16"
+    data: str = "scenes"
+    weights: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("srd",)
+    target: str | None = None
+    device: str = "auto"
+    out: Path = Path("explanations")
