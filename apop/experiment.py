@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apop.pattern import ActivationPattern, binarize, record, replay
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue, BadWeights
 from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import generator
 from srd_lab.types import Sample
@@ -114,7 +114,7 @@ class Experiment:
     def __post_init__(self) -> None:
         for name in self.inputs:
             if name not in INPUTS:
-                raise SrdLabError(f"there is no input {name!r} for a replay; choose of {', '.join(INPUTS)}")
+                raise BadValue(f"there is no input {name!r} for a replay; choose of {', '.join(INPUTS)}")
 
     def passes(self, layers: int) -> int:
         """Forward passes per batch, for a network with so many activation calls."""
@@ -135,7 +135,7 @@ class Experiment:
         Raises SrdLabError where the model is no ReLU network, or has no class for a label.
         """
         if not samples:
-            raise SrdLabError("a batch needs at least one image; give one sample or more")
+            raise BadInput("a batch needs at least one image; give one sample or more")
         labels = torch.tensor([sample.label for sample in samples])
         normalise, network = split_normalisation(model)
         with torch.no_grad():
@@ -184,7 +184,7 @@ def in_top(logits: Tensor, labels: Tensor, top: int) -> Tensor:
     """
     classes = logits.shape[1]
     if int(labels.max()) >= classes:
-        raise SrdLabError(
+        raise BadWeights(
             f"an image has class {int(labels.max())}, but the model knows 0..{classes - 1}; "
             "give a model of the same classes as the data"
         )

@@ -36,7 +36,7 @@ from srd_lab.engine.geometry import MaxPool, take
 from srd_lab.engine.interceptor import Interceptor
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.spellings import Call, function_name
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadInput, BadValue, Refused, StoreTrouble
 
 VERSION = 1
 RELU, MAX_POOL = "relu", "max_pool"
@@ -95,7 +95,7 @@ class ActivationPattern:
         """The pattern of these images of the batch alone. Raises SrdLabError if one is not there."""
         size = min(entry.shape[0] for entry in self.entries)
         if any(not 0 <= row < size for row in rows) or not rows:
-            raise SrdLabError(f"the pattern holds images 0..{size - 1}, got {list(rows)}")
+            raise BadValue(f"the pattern holds images 0..{size - 1}, got {list(rows)}")
         index = torch.tensor(list(rows))
         return ActivationPattern(
             tuple(
@@ -137,7 +137,7 @@ class ActivationPattern:
                 np.savez_compressed(file, **arrays)
             part.replace(path)
         except OSError as error:
-            raise SrdLabError(f"cannot write the pattern to {path}: {error.strerror}") from None
+            raise StoreTrouble(f"cannot write the pattern to {path}: {error.strerror}") from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -148,15 +148,13 @@ class ActivationPattern:
             with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return ActivationPattern.from_arrays(arrays)
         except FileNotFoundError:
-            raise SrdLabError(
-                f"there is no pattern file {path}; make one with ActivationPattern.save"
-            ) from None
+            raise BadData(f"there is no pattern file {path}; make one with ActivationPattern.save") from None
         except (
             *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError),
             *(zipfile.BadZipFile, zlib.error, NotImplementedError),
         ) as error:
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise SrdLabError(
+            raise BadData(
                 f"{path} is not an activation pattern, or is damaged ({reason}); record and save it again"
             ) from None
 
@@ -193,7 +191,7 @@ class _Follower(Interceptor, ABC):
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         if call.kind != RELU:
-            raise SrdLabError(
+            raise Refused(
                 f"APOP is defined for ReLU networks, but activation {call.name!r} is of kind {call.kind!r}; "
                 "choose a network whose activations are all ReLU, such as a VGG, a ResNet or a SqueezeNet"
             )
@@ -209,7 +207,7 @@ class _Follower(Interceptor, ABC):
         if function in _ADAPTIVE:
             return self._adaptive_pool(function, *args, **kwargs)
         if function in _OTHER_POOLS:
-            raise SrdLabError(
+            raise Refused(
                 f"{function_name(function)} in {self.where()} is a max pool whose winners cannot be frozen here; "
                 "expected max_pool2d or adaptive_max_pool2d"
             )
@@ -228,7 +226,7 @@ class _Follower(Interceptor, ABC):
         self._pools[where] += 1
         name = where if self._pools[where] == 1 else f"{where}#{self._pools[where]}"
         if x.dim() != 4:
-            raise SrdLabError(f"max pool {name!r} has an input {tuple(x.shape)}; expected (N, C, H, W)")
+            raise Refused(f"max pool {name!r} has an input {tuple(x.shape)}; expected (N, C, H, W)")
         out, indices = self.pool(name, x, apply)
         return (out, indices) if return_indices else out
 
@@ -274,7 +272,7 @@ class _Replayer(_Follower):
         winners = self._next(name, MAX_POOL, x)
         expected = tuple(apply(torch.empty_like(x, device="meta"))[0].shape)
         if expected != tuple(winners.shape):
-            raise SrdLabError(
+            raise BadInput(
                 f"max pool {name!r} has an output {expected}, but the pattern recorded {tuple(winners.shape)} there; "
                 "replay the model that was recorded"
             )
@@ -283,14 +281,14 @@ class _Replayer(_Follower):
     def _next(self, name: str, kind: str, x: Tensor) -> Tensor:
         """The recorded values for this call; refuses any other call than the one recorded."""
         if self.done == len(self.entries):
-            raise SrdLabError(
+            raise BadInput(
                 f"the pattern ends after {self.done} calls, but the model goes on with {_KINDS[kind]} call {name!r}; "
                 "replay the model that was recorded"
             )
         entry = self.entries[self.done]
         self.done += 1
         if entry.kind != kind or entry.shape != tuple(x.shape):
-            raise SrdLabError(
+            raise BadInput(
                 f"{_KINDS[kind]} call {name!r} with input {tuple(x.shape)} does not fit the pattern, which recorded "
                 f"{_KINDS[entry.kind]} call {entry.name!r} with input {entry.shape} there; replay the model that was "
                 "recorded, on a batch of as many images of the same size"
@@ -340,7 +338,7 @@ def replay(model: nn.Module, x: Tensor, pattern: ActivationPattern, relu: bool =
     logits = replayer.run(x.clone())
     if replayer.done < len(pattern.entries):
         missed = pattern.entries[replayer.done]
-        raise SrdLabError(
+        raise BadInput(
             f"the model made {replayer.done} of the {len(pattern.entries)} calls recorded; the first one missing is "
             f"{_KINDS[missed.kind]} call {missed.name!r}; replay the model that was recorded"
         )
@@ -360,7 +358,7 @@ def binarize(model: nn.Module, x: Tensor, layer: int | str) -> Tensor:
     logits = binariser.run(x.clone())
     if not binariser.found:
         names = ", ".join(call.name for call in binariser.calls)
-        raise SrdLabError(
+        raise BadValue(
             f"the model has no activation call {layer!r}; choose 0..{len(binariser.calls) - 1} or one of {names}"
         )
     return logits

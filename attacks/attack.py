@@ -26,7 +26,7 @@ from attacks.optimiser import PGD, Optimiser, unit
 from attacks.scores import SCORES, as_read, ssim_for
 from attacks.surrogate import Surrogate
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue, NoGradient
 from srd_lab.logits import check_target
 from srd_lab.metrics.similarity import PCC
 from srd_lab.normalise import normalisation_scale
@@ -96,9 +96,9 @@ class Attack:
     def __post_init__(self) -> None:
         for name in ("steps", "draws"):
             if not getattr(self, name) > 0:
-                raise SrdLabError(f"the attack needs {name} > 0, got {getattr(self, name)}")
+                raise BadValue(f"the attack needs {name} > 0, got {getattr(self, name)}")
         if not self.start >= 0:
-            raise SrdLabError(f"the attack needs start >= 0, got {self.start}")
+            raise BadValue(f"the attack needs start >= 0, got {self.start}")
 
     def run(
         self,
@@ -271,17 +271,13 @@ class Best:
             self.images[name][some[better]] = x[better]
 
 
-class NoGradient(SrdLabError):
-    """A method whose map has no gradient was attacked by gradients."""
-
-
 def check_pixels(model: nn.Module, *batches: Tensor) -> None:
     """Refuse what is no batch of pixels (N, C, H, W) in [0, 1] for this model."""
     for x in batches:
         check_input(x, model)
         low, high = (float(v) for v in x.detach().aminmax())
         if low < 0 or high > 1:
-            raise SrdLabError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]")
+            raise BadInput(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]")
 
 
 def _started(how: Attack, x: Tensor, scale: Tensor, keys: Sequence[int | str]) -> Tensor:

@@ -35,7 +35,7 @@ from attacks.budget import Budget
 from attacks.scores import as_read, similarity
 from srd_lab.engine.preconditions import check_input, check_model
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.logits import check_target
 from srd_lab.metrics.similarity import PCC
 from srd_lab.models.classifier import Classifier
@@ -119,10 +119,10 @@ class Backdoor:
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "beta"):
             if not getattr(self, name) > 0:
-                raise SrdLabError(f"a backdoor needs {name} > 0, got {getattr(self, name)}")
+                raise BadValue(f"a backdoor needs {name} > 0, got {getattr(self, name)}")
         for name in ("softness", "margin"):
             if not getattr(self, name) >= 0:
-                raise SrdLabError(f"a backdoor needs {name} >= 0, got {getattr(self, name)}")
+                raise BadValue(f"a backdoor needs {name} >= 0, got {getattr(self, name)}")
 
     def plant(
         self,
@@ -160,7 +160,7 @@ class Backdoor:
         while self.budget.violation(grey + (level + 1) / 255 * pattern, grey, scale) <= 1 + 1e-4:
             level += 1
         if not level:
-            raise SrdLabError(
+            raise BadValue(
                 f"the trigger changes pixels by a level of 1/255 or more, but the budget is {self.budget}; give a larger one"
             )
         return level
@@ -188,7 +188,7 @@ def _responses(clean: Tensor, triggered: Tensor, trigger: Tensor) -> tuple[float
     low = float((clean * unit).sum((1, 2, 3)).amax())
     high = float((triggered * unit).sum((1, 2, 3)).amin())
     if not high > low:
-        raise SrdLabError(
+        raise BadValue(
             f"the trigger's response {high:.3g} does not exceed that of clean images, {low:.3g}; give a larger budget"
         )
     return low, high
@@ -236,7 +236,7 @@ class _Payload:
                 if score > best:
                     best, found = score, payload
         if not best[0]:
-            raise SrdLabError(
+            raise BadInput(
                 f"no payload keeps the class of any of the {len(self.x)} images; give more steps or another seed"
             )
         self.branch.load(found)

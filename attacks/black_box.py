@@ -27,7 +27,7 @@ from attacks.budget import Budget
 from attacks.objective import Reference
 from attacks.optimiser import unit
 from attacks.scores import SCORES
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.logits import check_target
 from srd_lab.normalise import normalisation_scale
 from srd_lab.runtime import generator
@@ -60,7 +60,7 @@ class BlackBox:
     def __post_init__(self) -> None:
         for name in ("queries", "pairs", "smooth"):
             if getattr(self, name) < 1:
-                raise SrdLabError(f"the black-box attack needs {name} >= 1, got {getattr(self, name)}")
+                raise BadValue(f"the black-box attack needs {name} >= 1, got {getattr(self, name)}")
 
     def run(
         self,

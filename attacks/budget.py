@@ -25,7 +25,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 
 NORMS = ("legacy", "l2", "linf")
 LEGACY_MSE, LEGACY_LINF = 1e-3, 8.0
@@ -56,24 +56,24 @@ class Budget:
         for name in ("linf", "rms"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 255:
-                raise SrdLabError(f"the budget's {name} must lie in (0, 255] (units of 0..255), got {value}")
+                raise BadValue(f"the budget's {name} must lie in (0, 255] (units of 0..255), got {value}")
         for name in ("mse", "stop_mse"):
             value = getattr(self, name)
             if value is not None and not 0 < value < torch.inf:
-                raise SrdLabError(f"the budget needs {name} > 0 and finite (normalised units), got {value}")
+                raise BadValue(f"the budget needs {name} > 0 and finite (normalised units), got {value}")
         if self.rms is not None and self.mse is not None:
-            raise SrdLabError("a budget has rms or mse, not both; leave one out")
+            raise BadValue("a budget has rms or mse, not both; leave one out")
         if self.linf is None and self.rms is None and self.mse is None:
-            raise SrdLabError("a budget needs a bound: give linf, rms or mse")
+            raise BadValue("a budget needs a bound: give linf, rms or mse")
 
     @classmethod
     def named(cls, norm: str, size: float | None = None) -> Self:
         """``l2``: RMS of ``size`` / 255; ``linf``: ``size`` / 255; ``legacy``: MSE 1e-3 (normalised) and 8/255, where
         ``size`` scales both (1 = as published). ``size=None`` is 2, 8 and 1."""
         if norm not in NORMS:
-            raise SrdLabError(f"the norm {norm!r} is not known; expected one of {', '.join(NORMS)}")
+            raise BadValue(f"the norm {norm!r} is not known; expected one of {', '.join(NORMS)}")
         if size is not None and not 0 < size <= 255:
-            raise SrdLabError(f"the budget must lie in (0, 255] (units of 0..255), got {size}")
+            raise BadValue(f"the budget must lie in (0, 255] (units of 0..255), got {size}")
         if norm == "legacy":
             factor = 1.0 if size is None else size
             return cls(linf=min(255.0, LEGACY_LINF * factor), mse=LEGACY_MSE * factor**2)
@@ -96,7 +96,7 @@ class Budget:
         if self.mse is None:
             return x.new_full((1, 1, 1, 1), 255.0)
         if scale is None:
-            raise SrdLabError("a budget in normalised units needs the scale of the normalisation")
+            raise BadValue("a budget in normalised units needs the scale of the normalisation")
         return scale
 
     @property

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.methods.smoothed import Smoothed, check_wrapped
 from srd_lab.types import Explainer
 
@@ -62,9 +62,7 @@ class Sparsified(Explainer):
         check_wrapped(self)
         _check_share("the share of pixels kept", self.share)
         if self.ones is not None and not 0 < self.ones <= self.share:
-            raise SrdLabError(
-                f"the share of ones must be in (0, {self.share}], the share kept, got {self.ones}"
-            )
+            raise BadValue(f"the share of ones must be in (0, {self.share}], the share kept, got {self.ones}")
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
@@ -128,7 +126,7 @@ class Certificate:
         check_input(x, model)
         given = [None] * len(x) if target is None else torch.as_tensor(target)
         if isinstance(given, Tensor) and given.shape not in ((), (len(x),)):
-            raise SrdLabError(f"expected one target per image, shape ({len(x)},), got {tuple(given.shape)}")
+            raise BadInput(f"expected one target per image, shape ({len(x)},), got {tuple(given.shape)}")
         own = given.expand(len(x)).split(1) if isinstance(given, Tensor) else given
         with torch.no_grad():
             return torch.cat(
@@ -214,9 +212,9 @@ class PixelCertificate(Certificate):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.5 < self.tau < 1:
-            raise SrdLabError(f"the certificate needs tau in (0.5, 1), a majority, got {self.tau}")
+            raise BadValue(f"the certificate needs tau in (0.5, 1), a majority, got {self.tau}")
         if self.correction not in CORRECTIONS:
-            raise SrdLabError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
+            raise BadValue(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
 
     def certify(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> PixelVotes:
         """Certify images x (N, C, H, W) in [0, 1] for classes ``target`` (N,), None = predicted."""
@@ -266,7 +264,7 @@ def rms255(radius: Any, values: int) -> Any:
     """An L2 radius (number, array or tensor) in units of pixels in [0, 1], as the root mean square of the change over the
     ``values`` = C * H * W of an image, in units of 0..255."""
     if values < 1:
-        raise SrdLabError(f"an image has C * H * W >= 1 values, got {values}")
+        raise BadValue(f"an image has C * H * W >= 1 values, got {values}")
     return radius * 255 / sqrt(values)
 
 
@@ -278,14 +276,14 @@ def top_count(share: float, n: int) -> int:
 def _radii(radii: Sequence[float] | Tensor) -> Tensor:
     found = torch.as_tensor(radii, dtype=torch.float64)
     if found.dim() != 1 or not len(found) or not ((found >= 0) & found.isfinite()).all():
-        raise SrdLabError(f"radii must be a list of L2 norms >= 0, got {found.tolist()}")
+        raise BadValue(f"radii must be a list of L2 norms >= 0, got {found.tolist()}")
     return found
 
 
 def _check_share(what: str, share: float) -> None:
     if not 0 < share < 1:
-        raise SrdLabError(f"{what} must be in (0, 1), got {share}")
+        raise BadValue(f"{what} must be in (0, 1), got {share}")
 
 
-def _too_few(draws: int, n: int, enough: int) -> SrdLabError:
-    return SrdLabError(f"{draws} draws can certify nothing of {n} pixels; take draws >= {enough}")
+def _too_few(draws: int, n: int, enough: int) -> BadValue:
+    return BadValue(f"{draws} draws can certify nothing of {n} pixels; take draws >= {enough}")

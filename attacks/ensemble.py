@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from attacks.attack import Attack, NoGradient, Outcome
+from attacks.attack import Attack, Outcome
 from attacks.black_box import BlackBox
 from attacks.budget import Budget, to_8_bits
 from attacks.judge import Found, Judge, diagnosis, noise_of_norm
@@ -49,7 +49,7 @@ from attacks.objective import (
 )
 from attacks.optimiser import PGD
 from attacks.surrogate import SURROGATES, Surrogate
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, NoGradient
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
 
@@ -111,12 +111,12 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise SrdLabError(f"the mode {self.mode!r} is not known; expected one of {', '.join(MODES)}")
+            raise BadValue(f"the mode {self.mode!r} is not known; expected one of {', '.join(MODES)}")
         if unknown := [name for name in self.members if name not in MEMBERS]:
-            raise SrdLabError(f"there is no attack {unknown[0]!r}; choose of {', '.join(MEMBERS)}")
+            raise BadValue(f"there is no attack {unknown[0]!r}; choose of {', '.join(MEMBERS)}")
         for name in ("steps", "queries"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise SrdLabError(f"the ensemble needs {name} > 0, got {value}; None takes the mode's")
+                raise BadValue(f"the ensemble needs {name} > 0, got {value}; None takes the mode's")
 
     @property
     def white_box(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from attacks.settings import RobustnessSettings
 from attacks.statistics import explanation_rate
 from attacks.thresholds import TAU
 from srd_lab.catalogue import METHODS
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadEntry
 from srd_lab.methods.smoothed import plain_name
 from srd_lab.metrics.summary import summarise
 from srd_lab.runs.environment import device_name, environment
@@ -154,18 +154,14 @@ def read_entry(file: Path) -> dict[str, Any]:
     try:
         entry = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SrdLabError(
+        raise BadEntry(
             f"{file} cannot be read as an entry ({error}); expected the entry.json of a run"
         ) from None
     missing = [name for name in NEEDED if not isinstance(entry, dict) or name not in entry]
     if missing:
-        raise SrdLabError(
-            f"{file} is no entry: {', '.join(missing)} missing; expected the entry.json of a run"
-        )
+        raise BadEntry(f"{file} is no entry: {', '.join(missing)} missing; expected the entry.json of a run")
     if entry["version"] != VERSION:
-        raise SrdLabError(
-            f"{file} is of version {entry['version']}, but this program reads version {VERSION}"
-        )
+        raise BadEntry(f"{file} is of version {entry['version']}, but this program reads version {VERSION}")
     return entry
 
 

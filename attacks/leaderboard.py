@@ -15,7 +15,7 @@ from typing import Any
 
 from attacks.entry import read_entry
 from attacks.robustness_report import UNRANKING
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadEntry
 from srd_lab.metrics.summary import interval_text
 
 HEADER = (
@@ -76,13 +76,13 @@ class Leaderboard:
 def leaderboard(files: Sequence[Path]) -> Leaderboard:
     """The table of these entries; SrdLabError where they did not measure the same thing."""
     if not files:
-        raise SrdLabError("a leaderboard needs at least one entry; give the entry.json of a run")
+        raise BadEntry("a leaderboard needs at least one entry; give the entry.json of a run")
     entries = {file: read_entry(file) for file in files}
     first_file, first = next(iter(entries.items()))
     for what, key in SAME.items():
         for file, entry in entries.items():
             if key(entry) != key(first):
-                raise SrdLabError(
+                raise BadEntry(
                     f"{file} and {first_file} differ in their {what}, so they cannot be compared; "
                     f"give only entries with the same {what}"
                 )

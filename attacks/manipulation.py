@@ -27,7 +27,7 @@ from attacks.optimiser import Adam
 from attacks.scores import as_read, ssim_for
 from attacks.surrogate import Surrogate
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput
 from srd_lab.metrics.similarity import PCC
 from srd_lab.types import Explainer
 
@@ -136,7 +136,7 @@ class Manipulation:
         """
         check_pixels(model, x, goal_images)
         if x.shape != goal_images.shape:
-            raise SrdLabError(
+            raise BadInput(
                 f"every image needs one goal image of its shape, got {tuple(x.shape)} and {tuple(goal_images.shape)}"
             )
         goal = self.explainer.explain(model, goal_images.detach())

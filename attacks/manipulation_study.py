@@ -23,7 +23,7 @@ from attacks.settings import ManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.report import csv_text, publish, text_table
@@ -89,7 +89,7 @@ class ManipulationStudy(PairStudy):
             parts.append({key: values for key, values in arrays.items() if values.ndim <= 2})
         table = joined(parts)
         if lost := skipped_in(table):
-            raise SrdLabError(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
+            raise BadData(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
         self.shown[name] = self._pictures(joined(shown))
         self._log(name, child, table)
         return table

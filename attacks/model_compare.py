@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attacks.model_objective import Cases, MapObjective
 from attacks.scores import as_read, similarity
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadWeights
 from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 
@@ -81,9 +81,7 @@ def save_weights(model: nn.Module, file: str | Path) -> None:
     elif file.suffix == ".pth":
         torch.save(state, file)
     else:
-        raise SrdLabError(
-            f"{file} is no weights file that is known here; expected .pth, .npz or .safetensors"
-        )
+        raise BadWeights(f"{file} is no weights file that is known here; expected .pth, .npz or .safetensors")
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

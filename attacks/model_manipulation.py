@@ -48,7 +48,7 @@ from attacks.model_compare import shown_maps
 from attacks.model_objective import Cases, MapObjective
 from srd_lab.data import Loaded, load_batches, skipped_report
 from srd_lab.engine.preconditions import check_model
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadInput, BadValue, NoGradient, Refused
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
 from srd_lab.runtime import generator
 from srd_lab.types import Dataset, Explainer
@@ -95,13 +95,13 @@ class ModelManipulation:
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "batch", "clip"):
             if not getattr(self, name) > 0:
-                raise SrdLabError(f"model manipulation needs {name} > 0, got {getattr(self, name)}")
+                raise BadValue(f"model manipulation needs {name} > 0, got {getattr(self, name)}")
         if not self.weight >= 0:
-            raise SrdLabError(f"model manipulation needs weight >= 0, got {self.weight}")
+            raise BadValue(f"model manipulation needs weight >= 0, got {self.weight}")
         if self.keep not in KEEPS:
-            raise SrdLabError(f"keep={self.keep!r} is not known; expected one of {', '.join(KEEPS)}")
+            raise BadValue(f"keep={self.keep!r} is not known; expected one of {', '.join(KEEPS)}")
         if isinstance(self.explainer, ScoreCAM | AblationCAM):
-            raise SrdLabError(
+            raise Refused(
                 f"{type(self.explainer).__name__} recomputes its passes: its map has no whole derivative in the weights; "
                 "choose another method"
             )
@@ -127,7 +127,7 @@ class ModelManipulation:
         labels = torch.as_tensor(dataset.labels)
         chosen = torch.arange(len(labels)) if indices is None else torch.as_tensor(list(indices))
         if len(chosen) == 0:
-            raise SrdLabError("there are no images to train on; give one index or more")
+            raise BadInput("there are no images to train on; give one index or more")
         training = _Training(self, model)
         for step, (task, maps) in enumerate(self._batches(dataset, labels, chosen, workers)):
             training.step(step, _tensors(task, training.like), _tensors(maps, training.like))
@@ -149,7 +149,7 @@ class ModelManipulation:
         for c in classes:
             of_class = chosen[labels[chosen] == c]
             if len(of_class) == 0:
-                raise SrdLabError(f"no training image is of class {c}; choose classes that the data has")
+                raise BadData(f"no training image is of class {c}; choose classes that the data has")
             plans.append(load_plan(of_class, share, self.steps, generator(self.seed, "class", c)))
         together = [[i for part in parts for i in part] for parts in zip(*plans, strict=True)]
         yield from zip(task, load_batches(dataset, together, workers), strict=True)
@@ -162,7 +162,7 @@ class _Training:
         self.how, self.original, self.copy = how, model, copy.deepcopy(model)
         self.weights = [p.requires_grad_() for p in self.copy.parameters() if p.is_floating_point()]
         if not self.weights:
-            raise SrdLabError("the model has no weights to change; expected a network with parameters")
+            raise Refused("the model has no weights to change; expected a network with parameters")
         self.like = self.weights[0]
         self.explainer = _in_one_pass(how.explainer)
         self.adam = torch.optim.Adam(self.weights, lr=how.lr)
@@ -199,7 +199,7 @@ class _Training:
     def _map_slopes(self, score: Tensor, i: int) -> list[Tensor]:
         slopes = _slopes(score, self.weights) if score.requires_grad else []
         if i == 0 and not any(slope.any() for slope in slopes):
-            raise SrdLabError(
+            raise NoGradient(
                 f"{self.how.objective.what}: of {type(self.explainer).__name__} it has no derivative in the weights; "
                 "choose another method or objective (maps that are the same for all classes cannot be swapped)"
             )
@@ -208,7 +208,7 @@ class _Training:
     def _move(self, slopes: list[Tensor], i: int) -> None:
         size = torch.stack([slope.norm() for slope in slopes]).norm()
         if not torch.isfinite(size):
-            raise SrdLabError(
+            raise BadValue(
                 f"the gradient of step {i + 1} is not finite; choose a smaller lr or weight, or another method"
             )
         factor = (self.how.clip / size.clamp_min(self.how.clip)).to(self.like)
@@ -233,9 +233,7 @@ def load_plan(indices: Tensor, batch: int, steps: int, chance: torch.Generator) 
 
 def _tensors(loaded: Loaded, like: Tensor) -> tuple[Tensor, Tensor]:
     if not loaded.samples:
-        raise SrdLabError(
-            f"not one image of a training batch could be read: {skipped_report(loaded.skipped)}"
-        )
+        raise BadData(f"not one image of a training batch could be read: {skipped_report(loaded.skipped)}")
     images = torch.stack([sample.image for sample in loaded.samples]).to(like)
     return images, torch.tensor([sample.label for sample in loaded.samples], device=like.device)
 

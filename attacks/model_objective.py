@@ -27,7 +27,7 @@ from torch import Tensor
 
 from attacks.scores import top_pixels
 from srd_lab import maps
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.metrics.similarity import PCC
 
 
@@ -97,13 +97,13 @@ class Location(_Passive):
 
     def __post_init__(self) -> None:
         if self.mask is None and self.frame < 1:
-            raise SrdLabError(f"the frame must be 1 pixel wide or more, got {self.frame}")
+            raise BadValue(f"the frame must be 1 pixel wide or more, got {self.frame}")
         if self.mask is not None and (self.mask.dtype != torch.bool or self.mask.dim() != 2):
-            raise SrdLabError(
+            raise BadValue(
                 f"the region must be a bool mask (H, W), got {self.mask.dtype} {tuple(self.mask.shape)}"
             )
         if self.mask is not None and bool(self.mask.all() | ~self.mask.any()):
-            raise SrdLabError("the region holds all pixels or none; mark some of them")
+            raise BadValue("the region holds all pixels or none; mark some of them")
 
     @property
     def what(self) -> str:
@@ -117,12 +117,12 @@ class Location(_Passive):
         """The region as a mask (height, width)."""
         if self.mask is not None:
             if self.mask.shape != (height, width):
-                raise SrdLabError(
+                raise BadValue(
                     f"the region is {tuple(self.mask.shape)}, but maps are read at {(height, width)}; give one of that size"
                 )
             return self.mask
         if 2 * self.frame >= min(height, width):
-            raise SrdLabError(
+            raise BadValue(
                 f"a frame of {self.frame} pixels leaves nothing of images of {height} x {width}; take a narrower one"
             )
         inside = torch.zeros(height - 2 * self.frame, width - 2 * self.frame, dtype=torch.bool)
@@ -144,7 +144,7 @@ class TopK(_Passive):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise SrdLabError(f"the share of pixels on top must lie in (0, 1), got {self.share}")
+            raise BadValue(f"the share of pixels on top must lie in (0, 1), got {self.share}")
 
     @property
     def what(self) -> str:
@@ -180,7 +180,7 @@ class Active:
 
     def __post_init__(self) -> None:
         if min(self.a, self.b) < 0 or self.a == self.b:
-            raise SrdLabError(f"two different classes are swapped, 0 or more, got {self.a} and {self.b}")
+            raise BadValue(f"two different classes are swapped, 0 or more, got {self.a} and {self.b}")
 
     @property
     def what(self) -> str:
@@ -199,7 +199,7 @@ class Active:
         of_a, of_b = x[labels == self.a], x[labels == self.b]
         count = min(len(of_a), len(of_b))
         if count == 0:
-            raise SrdLabError(
+            raise BadInput(
                 f"there are {len(of_a)} images of class {self.a} and {len(of_b)} of class {self.b}; give some of both"
             )
         asked = torch.zeros(count, dtype=torch.long, device=x.device)

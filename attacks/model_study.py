@@ -25,7 +25,7 @@ from attacks.settings import ModelManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import load_batches, load_data, skipped_report
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadValue
 from srd_lab.metrics.summary import few_note
 from srd_lab.models import input_size
 from srd_lab.normalise import split_normalisation
@@ -72,7 +72,7 @@ def pool_of(dataset: Dataset, indices: Sequence[int], workers: int | None) -> Po
     """The samples of these indices; SrdLabError if not one can be read."""
     loaded = next(load_batches(dataset, [indices], workers))
     if not loaded.samples:
-        raise SrdLabError(f"not one image is left; {skipped_report(loaded.skipped)}")
+        raise BadData(f"not one image is left; {skipped_report(loaded.skipped)}")
     return Pool(list(dataset.classes), loaded.samples)
 
 
@@ -80,7 +80,7 @@ def objective_of(settings: ModelManipulationSettings, side: int) -> MapObjective
     """What the settings have the maps say; the frame is an eighth of the image unless given."""
     kind = settings.manipulate_model
     if kind not in OBJECTIVES:
-        raise SrdLabError(f"the objective {kind!r} is not known; expected one of {', '.join(OBJECTIVES)}")
+        raise BadValue(f"the objective {kind!r} is not known; expected one of {', '.join(OBJECTIVES)}")
     if kind == "location":
         return Location(settings.frame or max(1, side // 8))
     if kind == "top-k":
@@ -117,7 +117,7 @@ class ModelStudy:
             rest = torch.randperm(len(source), generator=generator(s.seed, "training")).tolist()
             return source, rest[: s.train_images], held
         if not rest:
-            raise SrdLabError(
+            raise BadValue(
                 f"all {len(order)} images are held out, which leaves none to train on; hold out fewer than {s.pairs}"
             )
         return self.dataset, rest[: s.train_images], held

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from attacks.scores import SHARE, as_read, scores_of, ssim_for, top_pixels
 from srd_lab import maps
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.metrics.similarity import PCC
 
 OUTPUT_TERMS = ("probabilities", "logits")
@@ -78,7 +78,7 @@ class Reference:
         """The goal maps as they are read."""
         goal = self.goal
         if goal is None:
-            raise SrdLabError("this objective aims at a goal map; give the attack goal maps or goal images")
+            raise BadInput("this objective aims at a goal map; give the attack goal maps or goal images")
         return self._once("goal", lambda: as_read(goal, self.size))
 
     def scores(self, raw: Tensor) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise SrdLabError(f"the share of pixels must lie in (0, 1), got {self.share}")
+            raise BadValue(f"the share of pixels must lie in (0, 1), got {self.share}")
 
     def __call__(self, view: View) -> Tensor:
         return _mass_on(view.shown, top_pixels(view.reference.shown, self.share))
@@ -214,14 +214,14 @@ class Eq10:
 
     def __post_init__(self) -> None:
         if self.output_term not in OUTPUT_TERMS:
-            raise SrdLabError(
+            raise BadValue(
                 f"output term {self.output_term!r} is not known; expected one of {', '.join(OUTPUT_TERMS)}"
             )
 
     def __call__(self, view: View) -> Tensor:
         """Loss (N,); the goal map is the reference's."""
         if view.reference.goal is None:
-            raise SrdLabError("Eq. 10 aims at a goal map; give the attack goal maps or goal images")
+            raise BadInput("Eq. 10 aims at a goal map; give the attack goal maps or goal images")
         return self.map_weight * goal_error(view.map, view.reference.goal) + self.output_weight * (
             self._output_error(view.logits, view.reference.logits)
         )

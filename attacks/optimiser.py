@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attacks.budget import Budget
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 
 BETAS = (0.9, 0.999)  # Adam's defaults, as in both papers' code
 EPSILON = 1e-8
@@ -63,9 +63,9 @@ class PGD:
     def __post_init__(self) -> None:
         for name in ("first", "last"):
             if not getattr(self, name) > 0:
-                raise SrdLabError(f"PGD needs {name} > 0, got {getattr(self, name)}")
+                raise BadValue(f"PGD needs {name} > 0, got {getattr(self, name)}")
         if not 0 <= self.momentum < 1:
-            raise SrdLabError(f"PGD needs a momentum in [0, 1), got {self.momentum}")
+            raise BadValue(f"PGD needs a momentum in [0, 1), got {self.momentum}")
 
     def begin(self, x: Tensor, budget: Budget, scale: Tensor, steps: int) -> Moves:
         return _PGDMoves(self, x, budget, scale, steps, torch.zeros_like(x))
@@ -101,7 +101,7 @@ class Adam:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise SrdLabError(f"the attack needs lr > 0, got {self.lr}")
+            raise BadValue(f"the attack needs lr > 0, got {self.lr}")
 
     def begin(self, x: Tensor, budget: Budget, scale: Tensor, steps: int) -> Moves:
         return _AdamMoves(self.lr, x, budget, scale, torch.zeros_like(x), torch.zeros_like(x))

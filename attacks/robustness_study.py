@@ -30,7 +30,7 @@ from attacks.settings import RobustnessSettings
 from attacks.surrogate import Surrogate
 from srd_lab.catalogue import FIGURE_4, attackable
 from srd_lab.data import skipped_report
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import options_of
@@ -141,7 +141,7 @@ class RobustnessStudy(PairStudy):
         ]
         table = joined(parts)
         if lost := skipped_in(table):
-            raise SrdLabError(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
+            raise BadData(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
         return Subject(name, explainer, child, experiment, table, {}, None, {}, {})
 
     def _members_for(self, found: Probe) -> Ensemble:

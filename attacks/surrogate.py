@@ -17,7 +17,7 @@ from typing import Self
 from torch import nn
 
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Surrogate:
     def __post_init__(self) -> None:
         for name, value in (("beta_start", self.beta), ("beta_end", self.beta_end)):
             if value is not None and not value > 0:
-                raise SrdLabError(f"the attack needs {name} > 0, got {value}")
+                raise BadValue(f"the attack needs {name} > 0, got {value}")
         if self.beta is None and self.beta_end is not None:
-            raise SrdLabError("a surrogate with a last beta needs a first one")
+            raise BadValue("a surrogate with a last beta needs a first one")
 
     @classmethod
     def named(cls, name: str) -> Self:
         """One of :data:`SURROGATES`."""
         if name not in SURROGATES:
-            raise SrdLabError(f"the surrogate {name!r} is not known; expected one of {', '.join(SURROGATES)}")
+            raise BadValue(f"the surrogate {name!r} is not known; expected one of {', '.join(SURROGATES)}")
         return cls(*SURROGATES[name])
 
     @property

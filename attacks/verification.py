@@ -25,7 +25,7 @@ from attacks.experiment import attack_explainer
 from attacks.gates import GATED, Gates, check_gates
 from attacks.robustness_experiment import images_of
 from attacks.scores import SCORES, similarity
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadEntry, BadWeights
 from srd_lab.models import load_model, weights_file
 from srd_lab.normalise import normalisation_scale
 from srd_lab.runs.settings import options_of
@@ -47,7 +47,7 @@ def verify(file: Path, weights: Path | None = None, device: str | None = None) -
     try:
         return _verified(file, entry, weights, device)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise SrdLabError(
+        raise BadEntry(
             f"{file} is no whole entry ({type(error).__name__}: {error}); expected the entry.json of a run"
         ) from None
 
@@ -59,7 +59,7 @@ def _verified(file: Path, entry: dict[str, Any], weights: Path | None, device: s
     given = weights_file(entry["model"], entry["data"], weights)
     with given.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != entry["weights_sha256"]:
-            raise SrdLabError(
+            raise BadWeights(
                 f"{given} does not hold the weights of this entry; give them with --weights FILE"
             )
     place = pick_device(device)
@@ -90,9 +90,7 @@ def _images(file: Path, entry: Mapping[str, Any]) -> tuple[dict[str, np.ndarray]
     try:
         content = place.read_bytes()
     except OSError as error:
-        raise SrdLabError(
-            f"the images of {file} cannot be read ({error}); put {place.name} beside it"
-        ) from None
+        raise BadEntry(f"the images of {file} cannot be read ({error}); put {place.name} beside it") from None
     if hashlib.sha256(content).hexdigest() != entry["images"]["sha256"]:
         return {}, [f"{place.name} is not the file that the entry was made with (its SHA-256 differs)"]
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:

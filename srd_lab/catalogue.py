@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 
 Class = TypeVar("Class", bound=type)
 Entry = TypeVar("Entry")
@@ -80,7 +80,7 @@ class Declared(Mapping[str, Entry]):
     def add(self, name: str, entry: Entry) -> None:
         """Declare an entry. Raises SrdLabError if the name is taken."""
         if name in self._found:
-            raise SrdLabError(f"{name!r} is declared twice in {self._package}; choose another name")
+            raise BadValue(f"{name!r} is declared twice in {self._package}; choose another name")
         self._found[name] = entry
 
     def _all(self) -> dict[str, Entry]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, Refused
 
 
 def class_logits(output: Any) -> Any:
@@ -53,7 +53,7 @@ def check_target(target: Any, logits: Any) -> Tensor:
     Raises SrdLabError for what is no logits (N, K) and for what is no class of theirs.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise SrdLabError(
+        raise Refused(
             f"the model's output must be logits (N, K), got {_described(logits)}; pass a module whose forward() returns "
             "them alone, first in a tuple, or under 'logits'"
         )
@@ -63,20 +63,18 @@ def check_target(target: Any, logits: Any) -> Tensor:
     try:
         index = torch.as_tensor(target, device=logits.device)
     except (TypeError, ValueError, RuntimeError):
-        raise SrdLabError(
+        raise BadInput(
             f"targets must be class indices, one per image or one for all, got {target!r:.60}; give an int, a list of "
             f"{n} ints, or None for the predicted classes"
         ) from None
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise SrdLabError(f"targets must be integer class indices, got {index.dtype}")
+        raise BadInput(f"targets must be integer class indices, got {index.dtype}")
     if index.dim() == 0:
         index = index.expand(n)
     if index.shape != (n,):
-        raise SrdLabError(f"expected one target per image, shape ({n},), got {tuple(index.shape)}")
+        raise BadInput(f"expected one target per image, shape ({n},), got {tuple(index.shape)}")
     if int(index.min()) < 0 or int(index.max()) >= classes:
-        raise SrdLabError(
-            f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}"
-        )
+        raise BadInput(f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}")
     return index.long()
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 
 CHANNELS = ("sum", "abs_sum", "max_abs")
 
@@ -19,7 +19,7 @@ def reduce_channels(attribution: Tensor, how: str) -> Tensor:
         return attribution.abs().sum(1)
     if how == "max_abs":
         return attribution.abs().amax(1)
-    raise SrdLabError(f"channels={how!r} is not known; expected one of {', '.join(CHANNELS)}")
+    raise BadValue(f"channels={how!r} is not known; expected one of {', '.join(CHANNELS)}")
 
 
 def sum_to_one(maps: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 
 
 @runtime_checkable
@@ -29,7 +29,7 @@ def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         return nn.Identity(), model
     normalise, network = model.normalisation_and_network()
     if network is not model and (model._forward_hooks or model._forward_pre_hooks):
-        raise SrdLabError(
+        raise Refused(
             "forward hooks are on the whole classifier, whose normalisation and network run one by one; put them on "
             "model.network"
         )

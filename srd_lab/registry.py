@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from srd_lab.catalogue import METHODS
 from srd_lab.catalogue import METRICS as DECLARED_METRICS
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.methods.smoothed import parse_explainer
 from srd_lab.metrics.explained import Metric
 from srd_lab.normalise import split_normalisation
@@ -24,15 +24,15 @@ def make_explainer(method: str, **options: Any) -> Explainer:
     """The explainer of that name, or of a wrapper such as ``smoothed(srd,0.1,64)``; options are a plain method's fields."""
     if "(" in method:
         if options:
-            raise SrdLabError(f"{method} takes its options in the brackets; leave out {', '.join(options)}")
+            raise BadValue(f"{method} takes its options in the brackets; leave out {', '.join(options)}")
         return parse_explainer(method, make_explainer)
     if method not in EXPLAINERS:
-        raise SrdLabError(f"unknown method {method!r}; expected one of {', '.join(EXPLAINERS)}")
+        raise BadValue(f"unknown method {method!r}; expected one of {', '.join(EXPLAINERS)}")
     default: Any = EXPLAINERS[method]
     known = [field.name for field in fields(default)]
     if unknown := sorted(set(options) - set(known)):
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise SrdLabError(f"{method} has no option {', '.join(unknown)}; {takes}")
+        raise BadValue(f"{method} has no option {', '.join(unknown)}; {takes}")
     return replace(default, **options)
 
 
@@ -60,4 +60,4 @@ def _check_range(model: nn.Module, x: Tensor) -> None:
     if isinstance(normalise, nn.Identity) or (low >= -1 and high <= 2):
         return
     cure = "divide by 255" if high > 2 and low >= 0 else "pass model.network, if they are normalised already"
-    raise SrdLabError(f"the model expects pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")
+    raise BadInput(f"the model expects pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Unavailable
 
 _NO_MEMORY = (
     "out of memory",
@@ -41,7 +41,7 @@ def pick_device(name: str | None = None, *, float64: bool = False) -> torch.devi
         torch.empty(1, dtype=torch.float64 if float64 else None, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         why = str(error).splitlines()[0].partition(". ")[0]  # torch goes on for pages
-        raise SrdLabError(f"device {name!r} cannot be used here ({why}); try --device cpu") from None
+        raise Unavailable(f"device {name!r} cannot be used here ({why}); try --device cpu") from None
     return device
 
 
@@ -123,7 +123,7 @@ class Batcher:
 
     def _halve(self, tried: int) -> None:
         if tried == 1:
-            raise SrdLabError(
+            raise Unavailable(
                 "not even one image fits into memory; take a smaller network or image, or another --device"
             )
         self.size = tried // 2

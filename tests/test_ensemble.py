@@ -23,7 +23,7 @@ from small_networks import (
 from torch import Tensor, nn
 
 from attacks import ensemble as ensemble_module
-from attacks.attack import Attack, NoGradient
+from attacks.attack import Attack
 from attacks.black_box import BlackBox
 from attacks.budget import Budget, to_8_bits
 from attacks.ensemble import MEMBERS, Ensemble
@@ -46,7 +46,7 @@ from attacks.probe import NEAR, probe
 from attacks.scores import SCORES, similarity, top_pixels
 from attacks.surrogate import SURROGATES, Surrogate
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import NoGradient, SrdLabError
 from srd_lab.metrics.similarity import PCC, SSIM
 from srd_lab.normalise import normalisation_scale
 from srd_lab.registry import make_explainer

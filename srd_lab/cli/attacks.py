@@ -166,13 +166,13 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
 def verify(entry: Path, weights: Path | None, device: str) -> None:
     """Recompute bounds, classes, maps and scores of ENTRY (an entry.json) from its images alone."""
     from attacks.verification import verify as check
-    from srd_lab.errors import SrdLabError
+    from srd_lab.errors import BadEntry
 
     problems = check(entry, weights, device)
     for problem in problems:
         click.echo(f"disagrees: {problem}")
     if problems:
-        raise SrdLabError(f"{entry} does not verify; see above")
+        raise BadEntry(f"{entry} does not verify; see above")
     click.echo(f"{entry} verifies: hashes, bounds, classes, maps, scores and gates agree")
 
 

@@ -13,7 +13,7 @@ from srd_lab import registry, render
 from srd_lab.catalogue import METHODS, METRICS, title_of
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, Refused
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
@@ -60,9 +60,9 @@ class Evaluation:
         self.refused = refusals(self.model, torch.rand(1, 3, side, side).to(self.device), asked)
         methods = tuple(method for method in asked if method not in self.refused)
         if not methods:
-            raise SrdLabError(f"no method goes with {name}: {next(iter(self.refused.values()))}")
+            raise Refused(f"no method goes with {name}: {next(iter(self.refused.values()))}")
         if settings.reference != "srd" and settings.reference not in methods:
-            raise SrdLabError(
+            raise BadValue(
                 f"the reference {settings.reference} is not among the methods ({', '.join(methods)}); "
                 "add it with --methods"
             )

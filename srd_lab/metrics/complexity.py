@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srd_lab.catalogue import metric
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput
 from srd_lab.metrics.explained import Explained
 from srd_lab.metrics.similarity import float64
 
@@ -96,7 +96,7 @@ def _ascending(rows: Tensor) -> Tensor:
 
 def _pixels(maps: Tensor) -> Tensor:
     if maps.dim() != 3 or 0 in maps.shape[1:]:
-        raise SrdLabError(
+        raise BadInput(
             f"a batch of maps (N, H, W) is scored, got shape {tuple(maps.shape)}; add a batch axis with maps[None]"
         )
     return float64(maps)

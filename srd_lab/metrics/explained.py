@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.logits import class_logits, probabilities
 from srd_lab.normalise import normalisation_scale, split_normalisation
 from srd_lab.runtime import fast_layout, generator
@@ -152,7 +152,7 @@ def check_counts(metric: object, *names: str) -> None:
     """Refuse a metric of which one of these fields is below 1."""
     for name in names:
         if (value := getattr(metric, name)) is not None and value < 1:
-            raise SrdLabError(f"{type(metric).__name__} needs {name} >= 1, got {value}")
+            raise BadValue(f"{type(metric).__name__} needs {name} >= 1, got {value}")
 
 
 def unscorable(maps: Tensor) -> Tensor:

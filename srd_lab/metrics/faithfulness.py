@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srd_lab.catalogue import BASELINES, metric
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.metrics.explained import Explained, Images, check_counts, unscorable
 from srd_lab.metrics.similarity import float64
 from srd_lab.runtime import derived_seed
@@ -51,7 +51,7 @@ class Fidelity:
         check_counts(self, "pixels", "draws")
         if self.baseline not in BASELINES:
             known = ", ".join(BASELINES)
-            raise SrdLabError(f"fidelity has no baseline {self.baseline!r}; expected one of {known}")
+            raise BadValue(f"fidelity has no baseline {self.baseline!r}; expected one of {known}")
 
     def of(self, explained: Explained) -> Tensor:
         images = explained.images
@@ -63,7 +63,7 @@ class Fidelity:
         """Sets of pixels (N, draws, pixels), flat indices, and how far the logit falls without each, (N, draws)."""
         places = images.size[0] * images.size[1]
         if self.pixels >= places:
-            raise SrdLabError(
+            raise BadValue(
                 f"fidelity takes sets of {self.pixels} pixels, but the images have {places}; take fewer"
             )
         sets, drops = [], []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.catalogue import metric
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.metrics.explained import Explained, check_counts, unscorable
 from srd_lab.metrics.similarity import PCC, SSIM, float64
 from srd_lab.runtime import derived_seed
@@ -167,7 +167,7 @@ def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Modul
     """Copies of a model with its last 1/stages, 2/stages ... of layers initialised anew."""
     layers = [name for name, module in model.named_modules() if _new_weights(module) is not None]
     if not layers:
-        raise SrdLabError(
+        raise Refused(
             "the model has no layer that can be initialised anew, so that randomization cannot be scored"
         )
     count = len(layers) if stages is None else min(stages, len(layers))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SSIM:
         """Similarity of maps a and b, both (N, H, W), as (N,)."""
         _check(a, b)
         if self.window < 1 or self.window % 2 == 0 or self.window > min(a.shape[1:]):
-            raise SrdLabError(
+            raise BadValue(
                 f"SSIM window must be odd and at most the map's side {min(a.shape[1:])}, got {self.window}"
             )
         a, b = float64(a)[:, None], float64(b)[:, None]
@@ -81,6 +81,6 @@ def _unit(t: Tensor) -> Tensor:
 
 def _check(a: Tensor, b: Tensor) -> None:
     if a.dim() != 3 or a.shape != b.shape:
-        raise SrdLabError(
+        raise BadInput(
             f"two batches of maps (N, H, W) of one shape are compared, got {tuple(a.shape)} and {tuple(b.shape)}"
         )

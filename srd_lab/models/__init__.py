@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, BadWeights
 from srd_lab.models.cifar import Cifar
 from srd_lab.models.classifier import Classifier, Family, Normalise, check_classes
 from srd_lab.models.files import fill, read_state
@@ -89,9 +89,7 @@ def weights_file(name: str, data: str = "scenes", weights: str | Path | None = N
     kind, family = _family(name, data)
     file = weights or family.file(name)
     if file is None:
-        raise SrdLabError(
-            f"there are no weights of {name} for {kind} here; give your own with --weights FILE"
-        )
+        raise BadWeights(f"there are no weights of {name} for {kind} here; give your own with --weights FILE")
     return Path(file)
 
 
@@ -117,7 +115,7 @@ def cards() -> list[dict[str, Any]]:
 def _kind(data: str) -> str:
     kind, colon, _ = data.partition(":")
     if kind not in FAMILIES or (kind == "scenes" and colon):
-        raise SrdLabError(f"there are no models for data {data!r}; choose {SPECS}")
+        raise BadValue(f"there are no models for data {data!r}; choose {SPECS}")
     return kind
 
 
@@ -130,7 +128,5 @@ def _family(name: str, data: str) -> tuple[str, Family]:
         more = (
             "torchvision's are for imagenet:DIR" if kind == "scenes" else "srd_lab.models.networks tells all"
         )
-        raise SrdLabError(
-            f"there is no network {name!r} for {kind}; choose one like {', '.join(near)} ({more})"
-        )
+        raise BadValue(f"there is no network {name!r} for {kind}; choose one like {', '.join(near)} ({more})")
     return kind, FAMILIES[kind]

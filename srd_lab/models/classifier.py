@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadWeights
 from srd_lab.types import Dataset
 
 Colour = tuple[float, float, float]
@@ -82,7 +82,7 @@ def last_parameter(network: nn.Module) -> tuple[str, Tensor]:
 def check_classes(model: Classifier, data: Dataset) -> None:
     """Refuse data with more or fewer classes than the model, whose labels would mean something else there."""
     if len(data.classes) != model.classes:
-        raise SrdLabError(
+        raise BadWeights(
             f"the model tells {model.classes} classes apart, but the data has {len(data.classes)}; "
             "give the weights of a network trained on these classes with --weights FILE"
         )

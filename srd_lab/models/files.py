@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadWeights
 
 
 def _read_npz(file: Path) -> dict[str, Any]:
@@ -57,15 +57,15 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
     """
     file = Path(file).expanduser()
     if file.suffix not in READERS:
-        raise SrdLabError(f"{file} is no weights file that is known here; expected {', '.join(READERS)}")
+        raise BadWeights(f"{file} is no weights file that is known here; expected {', '.join(READERS)}")
     if not file.is_file():
-        raise SrdLabError(f"there is no weights file {file}; give the path of a {file.suffix} state dict")
+        raise BadWeights(f"there is no weights file {file}; give the path of a {file.suffix} state dict")
     reader, beginning = READERS[file.suffix]
     try:
         _check_beginning(file, beginning)
         return _plain(_unwrapped(reader(file)))
     except Exception as error:  # the readers fail on a damaged file in every way there is
-        raise SrdLabError(
+        raise BadWeights(
             f"{file} cannot be read as a state dict ({_reason(error)}); save model.state_dict() there"
         ) from None
 
@@ -146,7 +146,7 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     own, state = network.state_dict(), OrderedDict(state)
     complaints = _complaints(own, state)
     if complaints:
-        raise SrdLabError(
+        raise BadWeights(
             f"{source} does not fit: {', '.join(complaints)}; give the weights of this very architecture"
         )
     # A module that changed between versions (MNASNet) reads its own here, and would else rebuild itself.

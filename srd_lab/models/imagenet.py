@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadWeights, Unavailable
 from srd_lab.models.classifier import Statistics, last_parameter
 
 
@@ -111,14 +111,14 @@ def vgg_head(name: str, state: Mapping[str, Tensor]) -> Head | None:
     found = [re.fullmatch(r"classifier\.(\d+)\.weight", key) for key in state]
     places = sorted(int(match[1]) for match in found if match)
     if not places:
-        raise SrdLabError(
+        raise BadWeights(
             f"these weights of {name} have no classifier; give a whole file, or train a head: scripts/train_head.py"
         )
     shapes = [tuple(state[f"classifier.{place}.weight"].shape) for place in places]
     regular = places == list(range(0, 3 * len(places), 3))
     if not regular or any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][1] not in VGG_POOLS:
         layers = ", ".join(f"{place}: {shape}" for place, shape in zip(places, shapes, strict=True))
-        raise SrdLabError(
+        raise BadWeights(
             f"these weights of {name} have a classifier of no known shape ({layers}); expected linear layers "
             f"0, 3, 6, ..., the first one with {' or '.join(map(str, VGG_POOLS))} inputs"
         )
@@ -154,7 +154,7 @@ def _cached_file(name: str) -> Path:
     """
     entries = torchvision.models.get_model_weights(name).__members__
     if "IMAGENET1K_V1" not in entries:
-        raise SrdLabError(
+        raise BadWeights(
             f"torchvision has no IMAGENET1K_V1 weights for {name}; give your own with --weights FILE"
         )
     url = entries["IMAGENET1K_V1"].url
@@ -169,7 +169,7 @@ def _cached_file(name: str) -> Path:
         )
     except (OSError, RuntimeError, HTTPException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SrdLabError(
+        raise Unavailable(
             f"torchvision's {file.name} is not in {file.parent} and cannot be downloaded ({reason}); "
             "put the file there, or give it with --weights FILE"
         ) from None

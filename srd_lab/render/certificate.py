@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, style, title_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def certificate_plot(
     for name, curve in (*attacked.items(), *certified.items()):
         _check_curve(name, *curve)
     if values < 1:
-        raise SrdLabError(f"an image has C * H * W >= 1 values, got {values}")
+        raise BadValue(f"an image has C * H * W >= 1 values, got {values}")
     left, right = _ends([sizes for sizes, _ in (*attacked.values(), *certified.values())])
     methods = list(dict.fromkeys((*attacked, *certified)))
     with style():
@@ -116,17 +116,15 @@ def _ends(sizes: list[np.ndarray]) -> tuple[float, float]:
     positive = np.concatenate([np.asarray(own, dtype=float) for own in sizes] or [np.zeros(0)])
     positive = positive[positive > 0]
     if not len(positive):
-        raise SrdLabError("nothing to draw: expected at least one curve with a size above 0")
+        raise BadValue("nothing to draw: expected at least one curve with a size above 0")
     return float(positive.min()) / 1.3, float(positive.max()) * 1.1
 
 
 def _check_curve(name: str, sizes: np.ndarray, scores: np.ndarray) -> None:
     x, y = np.asarray(sizes, dtype=float), np.asarray(scores, dtype=float)
     if x.ndim != 1 or x.shape != y.shape or not len(x):
-        raise SrdLabError(
-            f"{name}: expected as many sizes as scores, shape (S,), got {x.shape} and {y.shape}"
-        )
+        raise BadValue(f"{name}: expected as many sizes as scores, shape (S,), got {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and (x >= 0).all() and (np.diff(x) > 0).all()):
-        raise SrdLabError(f"{name}: sizes must be finite, >= 0 and ascending, got {x.tolist()}")
+        raise BadValue(f"{name}: sizes must be finite, >= 0 and ascending, got {x.tolist()}")
     if not ((y >= 0) & (y <= 1)).all():
-        raise SrdLabError(f"{name}: scores must be in [0, 1], got {y.tolist()}")
+        raise BadValue(f"{name}: scores must be in [0, 1], got {y.tolist()}")

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from srd_lab.catalogue import METRICS, TABLE_2, TABLE_2_METRICS, TABLE_4
 from srd_lab.data import skipped_report
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
 from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report
@@ -41,7 +41,7 @@ class _Table(ABC):
     def __init__(self, settings: TableSettings) -> None:
         self.models = list(dict.fromkeys(settings.models))
         if not self.models:
-            raise SrdLabError(
+            raise BadValue(
                 f"{self.name} has no network for this data; give --data cifar100:PATH, and --model NAME "
                 "--weights NAME=FILE for each"
             )

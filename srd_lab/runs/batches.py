@@ -22,7 +22,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from srd_lab.data import Loaded, load_batches, skipped_report
-from srd_lab.errors import OtherWork, SrdLabError
+from srd_lab.errors import BadData, OtherWork
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import Run
@@ -112,7 +112,7 @@ def in_batches(
             skipped |= skipped_in(arrays)
             yield arrays
     if not anything:
-        raise SrdLabError(f"not one image is left; {skipped_report(skipped)}")
+        raise BadData(f"not one image is left; {skipped_report(skipped)}")
 
 
 def _worked(

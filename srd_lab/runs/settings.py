@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadRun, BadValue
 
 FREE = {"free": True}  # how the work is done, not what: never stored, free to differ on resume
 PACE = (
@@ -79,7 +79,7 @@ def read_stored(kind: type[S], stored: Mapping[str, str], more: Mapping[str, Any
             try:
                 values[f.name] = _from_text(types[f.name], stored[f.name])
             except ValueError:
-                raise SrdLabError(
+                raise BadRun(
                     f"the stored run has {f.name} = {stored[f.name]!r}, which this version cannot read; "
                     "go on with the version that made it, or start a new run"
                 ) from None
@@ -133,14 +133,14 @@ def weights_of(given: Sequence[str], models: Sequence[str]) -> dict[str, Path | 
     for text in given:
         name, file = named_file(text)
         if not name and len(models) > 1:
-            raise SrdLabError(
+            raise BadValue(
                 f"--weights {text} does not say which of {len(models)} models it is for; give NAME={text}"
             )
         if name and name not in files:
-            raise SrdLabError(
+            raise BadValue(
                 f"--weights {text} is for a model that is not asked for; the models are {', '.join(models)}"
             )
         if files[name or models[0]]:
-            raise SrdLabError(f"two --weights files for {name or models[0]}; give one")
+            raise BadValue(f"two --weights files for {name or models[0]}; give one")
         files[name or models[0]] = file
     return files

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadRun, StoreTrouble, Unavailable
 from srd_lab.runs.environment import git_commit
 
 if TYPE_CHECKING:
@@ -59,15 +59,15 @@ class Store:
             stored = self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise SrdLabError(_one_line(error)) from None
-            raise SrdLabError(f"no run {run_id} in {self.uri}; `srd-lab ui` lists them") from None
+                raise StoreTrouble(_one_line(error)) from None
+            raise BadRun(f"no run {run_id} in {self.uri}; `srd-lab ui` lists them") from None
         tags = stored.data.tags
         if stored.info.lifecycle_stage == "deleted":
-            raise SrdLabError(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` undoes it")
+            raise BadRun(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` undoes it")
         if parent := tags.get("mlflow.parentRunId"):
-            raise SrdLabError(f"run {run_id} is one part of run {parent}; resume that one")
+            raise BadRun(f"run {run_id} is one part of run {parent}; resume that one")
         if (made_by := tags.get(_COMMAND, "another program")) != self.command:
-            raise SrdLabError(f"run {run_id} was made by {made_by!r}, not by {self.command!r}")
+            raise BadRun(f"run {run_id} was made by {made_by!r}, not by {self.command!r}")
         return stored
 
     def find_child(self, parent: str, name: str) -> StoredRun | None:
@@ -134,7 +134,7 @@ def _absolute(uri: str) -> str:
         return uri
     path = (Path.cwd() / file).as_posix()
     if "%" in path or "?" in path:  # read as an escape by some versions of MLflow and SQLAlchemy only
-        raise SrdLabError(f"MLflow cannot use {path} because of its '%' or '?'; give another --tracking-uri")
+        raise StoreTrouble(f"MLflow cannot use {path} because of its '%' or '?'; give another --tracking-uri")
     return f"sqlite:///{path}"
 
 
@@ -151,7 +151,7 @@ def open_store(uri: str, experiment: str, command: str) -> Store:
     try:
         from mlflow import MlflowClient
     except ImportError:
-        raise SrdLabError("mlflow is not installed; `pip install mlflow`, or use --no-track") from None
+        raise Unavailable("mlflow is not installed; `pip install mlflow`, or use --no-track") from None
     file = _database(uri)
     with _alone(file) if file else contextlib.nullcontext(), _store_errors(uri), _impatient():
         client = MlflowClient(tracking_uri=uri)
@@ -178,7 +178,7 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str
             if found is None:
                 raise error
     if found.lifecycle_stage == "deleted":
-        raise SrdLabError(
+        raise StoreTrouble(
             f"experiment {name!r} was deleted; "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
         )
@@ -203,9 +203,11 @@ def _alone(file: Path) -> Iterator[None]:
                     file.unlink(missing_ok=True)
                 raise
     except Timeout:
-        raise SrdLabError(f"another process has held {file} locked for two minutes; is it stuck?") from None
+        raise StoreTrouble(f"another process has held {file} locked for two minutes; is it stuck?") from None
     except (OSError, sqlite3.Error) as error:
-        raise SrdLabError(f"{file} cannot be used as an MLflow store ({error}); see --tracking-uri") from None
+        raise StoreTrouble(
+            f"{file} cannot be used as an MLflow store ({error}); see --tracking-uri"
+        ) from None
 
 
 def _follow_move(file: Path, experiment: str) -> str:
@@ -252,7 +254,7 @@ def _store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise SrdLabError(f"the MLflow store {uri} cannot be used: {_one_line(error)}") from None
+        raise StoreTrouble(f"the MLflow store {uri} cannot be used: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:
@@ -291,10 +293,10 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
     """
     uri = store_uri(tracking_uri)
     if uri.startswith("http"):
-        raise SrdLabError(f"{uri} is a server already: open it in a browser")
+        raise StoreTrouble(f"{uri} is a server already: open it in a browser")
     file = _database(uri)
     if file and not file.is_file():
-        raise SrdLabError(f"no runs yet: {file} does not exist; run a command first, or give --tracking-uri")
+        raise BadRun(f"no runs yet: {file} does not exist; run a command first, or give --tracking-uri")
     _require_free(host, port)
     _quiet_mlflow()
     print(f"{uri} will be shown at {_page(host, port, file)} (Ctrl-C ends it)", flush=True)
@@ -310,7 +312,7 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
         server.wait()
         return
     if status:
-        raise SrdLabError(f"`mlflow ui` stopped with exit status {status}; what it said stands above")
+        raise StoreTrouble(f"`mlflow ui` stopped with exit status {status}; what it said stands above")
 
 
 def _page(host: str, port: int, file: Path | None) -> str:
@@ -318,7 +320,7 @@ def _page(host: str, port: int, file: Path | None) -> str:
     try:
         number = _follow_move(file, EXPERIMENT) if file else ""
     except sqlite3.Error as error:
-        raise SrdLabError(f"{file} is not an MLflow store ({error}); see --tracking-uri") from None
+        raise StoreTrouble(f"{file} is not an MLflow store ({error}); see --tracking-uri") from None
     path = f"/#/experiments/{number}/runs?workflowType=machine_learning" if number else ""
     return f"http://{host}:{port}{path}"
 
@@ -329,4 +331,4 @@ def _require_free(host: str, port: int) -> None:
             pass
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise SrdLabError(f"cannot listen on {host}:{port} ({reason}); give another --port") from None
+        raise StoreTrouble(f"cannot listen on {host}:{port} ({reason}); give another --port") from None

@@ -32,7 +32,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from srd_lab.errors import OtherWork, SrdLabError
+from srd_lab.errors import BadRun, BadValue, OtherWork, SrdLabError, StoreTrouble
 from srd_lab.runs.store import EXPERIMENT, Store, local_folder, open_store, store_uri
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class FolderFiles:
             part.write_bytes(content)
             part.replace(place)
         except OSError as error:
-            raise SrdLabError(f"cannot write {place}: {error.strerror}") from None
+            raise StoreTrouble(f"cannot write {place}: {error.strerror}") from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -83,7 +83,7 @@ class FolderFiles:
         try:
             return (self.folder / path).read_bytes()
         except OSError as error:
-            raise SrdLabError(f"cannot read {self.folder / path}: {error.strerror}") from None
+            raise StoreTrouble(f"cannot read {self.folder / path}: {error.strerror}") from None
 
     def names(self, folder: str) -> list[str]:
         found = (self.folder / folder).glob("[!.]*")
@@ -197,7 +197,7 @@ class Run(ABC):
     def save_arrays(self, path: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Store arrays as the compressed npz file ``path``, replacing what was there."""
         if objects := [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]:
-            raise SrdLabError(f"{path}: {objects[0]!r} holds Python objects; give numbers or strings")
+            raise BadValue(f"{path}: {objects[0]!r} holds Python objects; give numbers or strings")
         buffer = io.BytesIO()
         named: dict[str, Any] = dict(arrays)
         np.savez_compressed(buffer, **named)
@@ -220,7 +220,7 @@ class Run(ABC):
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 return dict(arrays)
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise SrdLabError(f"file {path} of run {self.id} is damaged ({error}); remove it") from None
+            raise BadRun(f"file {path} of run {self.id} is damaged ({error}); remove it") from None
 
     def list(self, folder: str = "") -> Names:
         """Paths of the files directly in ``folder``, sorted; empty if there is no such folder."""
@@ -251,7 +251,7 @@ class MlflowRun(Run):
         texts = {key: _param_text(value) for key, value in params.items()}
         for key, text in texts.items():
             if self.params.get(key, text) != text:
-                raise SrdLabError(
+                raise BadRun(
                     f"run {self.id} was made with {key} = {self.params[key]}, not {text}; "
                     "leave the setting out, or start a new run"
                 )
@@ -366,7 +366,7 @@ def open_run(
     """
     if not track:
         if resume:
-            raise SrdLabError("only a tracked run can be resumed; leave --no-track or --resume out")
+            raise BadValue("only a tracked run can be resumed; leave --no-track or --resume out")
         return FolderRun(command, name, params, out)
     store = open_store(store_uri(tracking_uri), experiment, command)
     stored = store.get_run(resume) if resume else store.create_run(name)
@@ -391,5 +391,5 @@ def _param_text(value: object) -> str:
 def _checked(path: str) -> str:
     parts = PurePosixPath(path)
     if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
-        raise SrdLabError(f"{path!r} is not a path inside a run; give one like 'parts/000.npz'")
+        raise BadValue(f"{path!r} is not a path inside a run; give one like 'parts/000.npz'")
     return str(parts)
