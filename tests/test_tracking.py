@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import SrdLabError, StoreTrouble
 from srd_lab.runs import environment as record
 from srd_lab.runs import store as mlflow_store
 from srd_lab.runs import tracking
@@ -303,6 +304,77 @@ def test_an_interrupted_first_use_leaves_no_half_made_store(
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def _script(text: str, folder: Path) -> None:
+    """Run a program in a process and a folder of its own."""
+    environ = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environ["PYTHONPATH"] = str(Path(tracking.__file__).parents[2])
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import mlflow  # once, then fork: an import takes longer than a store
+from srd_lab.runs.tracking import open_run
+
+def start(folder):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.chdir(folder)
+        with open_run("attack", "x", {}) as run:
+            run.save_text("a.txt", "x")
+    except BaseException as error:
+        print(error, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+def work(folder):
+    return os.waitpid(start(folder), 0)[1]
+
+folders = [Path(str(k)) for k in range(9)]
+for folder in folders:
+    folder.mkdir()
+began = time.monotonic()
+assert work(folders[0]) == 0
+took = time.monotonic() - began
+halves = 0
+for k, folder in enumerate(folders[1:]):
+    child = start(folder)
+    time.sleep(took * (k + 0.5) / 8)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    halves += (folder / ".mlflow.db.part").exists()
+    if k == 2 or (folder / "mlflow.db").exists():  # what is not there yet is made as in the first folder
+        assert work(folder) == 0
+        assert not (folder / ".mlflow.db.part").exists()
+assert halves, "no kill came while a store was made"
+"""
+
+
+def test_a_kill_while_the_store_is_made_is_harmless(tmp_path: Path) -> None:
+    """Killed at eight moments between the first step and the last."""
+    _script(_KILLED, tmp_path)
+
+
+def test_half_a_store_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    half, other = tmp_path / "half.db", tmp_path / "other.db"
+    for file, table in ((half, "runs"), (other, "recipes")):
+        with contextlib.closing(sqlite3.connect(file)) as database, database:
+            database.execute(f"CREATE TABLE {table} (id INTEGER)")
+    with pytest.raises(StoreTrouble, match=r"half\.db is half an MLflow store.*remove it"):
+        open_run("attack", "x", {}, tracking_uri=f"sqlite:///{half}")
+    with pytest.raises(StoreTrouble, match=r"other\.db is a database, but not one of MLflow"):
+        open_run("attack", "x", {}, tracking_uri=f"sqlite:///{other}")
+    empty = tmp_path / "empty.db"
+    empty.touch()
+    with open_run("attack", "x", {}, tracking_uri=f"sqlite:///{empty}"):
+        pass
+
+
 def test_a_moved_directory_keeps_its_files(here: Path, tmp_path: Path) -> None:
     with open_run("attack", "moved", {}) as run, run.child("srd", {}) as part:
         fill(part)
@@ -349,11 +421,7 @@ sys.exit(sum(worker.exitcode != 0 for worker in workers))
 
 
 def test_four_processes_at_once_on_a_fresh_store(tmp_path: Path) -> None:
-    environ = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    environ["PYTHONPATH"] = str(Path(tracking.__file__).parents[2])
-    command = [sys.executable, "-c", _FIRST_USE]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stderr) == (0, "")
+    _script(_FIRST_USE, tmp_path)
     fresh = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     found = [e for e in fresh.search_experiments() if e.name == "srd-lab"]
     assert len(found) == 1

@@ -154,12 +154,42 @@ def open_store(uri: str, experiment: str, command: str) -> Store:
         raise Unavailable("mlflow is not installed; `pip install mlflow`, or use --no-track") from None
     file = _database(uri)
     with _alone(file) if file else contextlib.nullcontext(), _store_errors(uri), _impatient():
-        client = MlflowClient(tracking_uri=uri)
         location = _artifact_folder(file, experiment) if file else None
+        if file and not _is_there(file):
+            _make(file, experiment, location)
+        client = MlflowClient(tracking_uri=uri)
         store = Store(client, uri, _experiment_id(client, experiment, location), command)
     if file:
         _follow_move(file, experiment)
     return store
+
+
+def _is_there(file: Path) -> bool:
+    """Whether ``file`` is an MLflow store; raises StoreTrouble if it is half of one, or something else."""
+    if not file.exists() or file.stat().st_size == 0:
+        return False
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        # MLflow makes its first experiment last
+        whole = "experiments" in tables and database.execute("SELECT 1 FROM experiments").fetchone()
+    if not whole and tables & {"experiments", "runs", "alembic_version"}:
+        raise StoreTrouble(
+            f"{file} is half an MLflow store: a process was killed while it made it; it holds no runs, so remove it"
+        )
+    if not whole:
+        raise StoreTrouble(f"{file} is a database, but not one of MLflow; give another --tracking-uri")
+    return True
+
+
+def _make(file: Path, experiment: str, location: str | None) -> None:
+    """Make a store beside its place and move it there whole: who is killed meanwhile leaves no half of one."""
+    from mlflow import MlflowClient
+
+    part = file.with_name(f".{file.name}.part")
+    for leftover in file.parent.glob(f"{part.name}*"):
+        leftover.unlink()
+    _experiment_id(MlflowClient(tracking_uri=f"sqlite:///{part.as_posix()}"), experiment, location)
+    part.replace(file)
 
 
 def _artifact_folder(file: Path, experiment: str) -> str:
@@ -193,15 +223,7 @@ def _alone(file: Path) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(f".{file.name}.lock"), timeout=120):
-            fresh = not file.exists()
-            with contextlib.closing(sqlite3.connect(file)) as database:
-                database.execute("PRAGMA schema_version")
-            try:
-                yield
-            except BaseException:
-                if fresh:  # half a schema could never be opened again
-                    file.unlink(missing_ok=True)
-                raise
+            yield
     except Timeout:
         raise StoreTrouble(f"another process has held {file} locked for two minutes; is it stuck?") from None
     except (OSError, sqlite3.Error) as error:
