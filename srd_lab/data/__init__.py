@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srd_lab.data.loading import Loaded, load_batches, skipped_report
-from srd_lab.data.pictures import NON_RGB, SkippedFile
+from srd_lab.data.loading import Loaded, load_batches
+from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
 from srd_lab.errors import SrdLabError
 from srd_lab.types import Dataset
 
@@ -55,6 +55,8 @@ def load_data(
         RGB of them.
     boxes : for ``imagenet``, the folder of XML annotations or the table of bounding boxes that give the masks,
         where they do not lie in DIR or beside it.
+
+    Files in class folders that Pillow cannot open are left out, and a warning counts and names them.
 
     Raises SrdLabError for an unknown source, split or size, and for files that cannot be used; on access
     SkippedFile for one that cannot.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srd_lab.data.boxes import boxes_of, rasterise, read_table
-from srd_lab.data.pictures import EXTENSIONS, Picture, PictureFolder, complaint, images_in
+from srd_lab.data.pictures import Picture, PictureFolder, complaint, images_in, kinds
 from srd_lab.errors import SrdLabError
 
 if TYPE_CHECKING:
@@ -69,16 +69,15 @@ def wnid_folders(home: Path) -> list[Path]:
     return folders
 
 
-def pictures_by_wnid(home: Path, folders: Iterable[Path]) -> list[Picture]:
-    """The images in class folders, by folder, then file name, with the class indices of ImageNet."""
+def pictures_by_wnid(home: Path, folders: Iterable[Path], left_out: dict[str, str]) -> list[Picture]:
+    """The images in class folders, by folder, then file name, with the class indices of ImageNet; see ``images_in``."""
     found = [
         Picture(file, index_of()[folder.name], f"{folder.name}/{file.name}")
         for folder in folders
-        for file in images_in(folder)
+        for file in images_in(folder, home, left_out)
     ]
     if not found:
-        kinds = ", ".join(sorted(EXTENSIONS))
-        raise SrdLabError(f"the class folders in {home} hold no images; expected files that end in {kinds}")
+        raise SrdLabError(f"the class folders in {home} hold no images; expected files such as {kinds()}")
     return found
 
 
@@ -207,7 +206,7 @@ class ImageNetFolder(PictureFolder):
     """The images of ``imagenet:DIR`` with ImageNet's class indices and, where there are boxes, masks.
 
     In class folders the label comes from the name of the folder, so that any part of the 1,000 classes will do;
-    other files and folders beside them are passed over, but for a ``labels.csv`` that contradicts them, which
+    files and folders beside them are passed over, but for a ``labels.csv`` that contradicts them, which
     is refused. Images are in the order of folder, then file name; ``name`` is ``nXXXXXXXX/file.JPEG``, in a flat
     folder ``file.JPEG``. ``boxes`` is a folder of XML annotations or a table, if it is not where
     ``boxes.boxes_of`` finds it; the mask is the union of an image's boxes, None where it has none.
@@ -235,11 +234,11 @@ class ImageNetFolder(PictureFolder):
         homes = [root / place for place in PLACES if (root / place).is_dir()]
         for home in homes:
             if folders := wnid_folders(home):
-                pictures = pictures_by_wnid(home, folders)
+                pictures = pictures_by_wnid(home, folders, self.left_out)
                 _check(pictures, home, root)
                 return pictures
         for home in homes:
-            if files := images_in(home):
+            if files := images_in(home, home, {}):  # beside them lie label files
                 return _flat_pictures(home, root, files)
         raise SrdLabError(
             f"{root} holds no class folders; expected folders named like n01440764, or images with a label file"

@@ -43,7 +43,7 @@ class ImageNetS(PictureFolder):
                     f"{folder} is not a folder; give imagenet-s:DIR, where DIR holds {IMAGES} and {MASKS}"
                 )
         folders = wnid_folders(home)
-        pictures = pictures_by_wnid(home, folders)
+        pictures = pictures_by_wnid(home, folders, self.left_out)
         self.categories = self._categories([folder.name for folder in folders])
         self.classes = class_names()
         return pictures

@@ -58,14 +58,6 @@ def load_batches(
     return _by_workers(read, plan, min(workers, len(plan))) if workers and plan else map(read.batch, plan)
 
 
-def skipped_report(skipped: dict[str, str], shown: int = 5) -> str:
-    """One line: ``2 files skipped: a.JPEG (not RGB but L), b.JPEG (cannot be decoded: ...)``."""
-    named = [f"{name} ({reason})" for name, reason in list(skipped.items())[:shown]]
-    more = ["..."] if len(skipped) > shown else []
-    what = f"{len(skipped)} file{'' if len(skipped) == 1 else 's'} skipped"
-    return f"{what}: {', '.join(named + more)}" if skipped else what
-
-
 def _worth(dataset: Dataset, images: int) -> int:
     """How many workers these images are worth."""
     if not isinstance(dataset, PictureFolder) or images < WORTH_WORKERS:
