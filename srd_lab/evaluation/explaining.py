@@ -22,6 +22,7 @@ from srd_lab.errors import SrdLabError
 from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 from srd_lab.logits import class_logits, probabilities
 from srd_lab.models import Classifier, input_size, load_model
+from srd_lab.overflow import refuse_overflow
 from srd_lab.registry import make_explainer
 from srd_lab.runs.report import text_table
 from srd_lab.runs.settings import weights_of
@@ -86,7 +87,9 @@ class Explaining:
     def _explain(self, file: Path, folder: Path, image: Tensor) -> render.SheetRow:
         x = image[None].to(self.device)
         with torch.no_grad():
-            likely = probabilities(self.model(x)).cpu().double()[0]
+            output = self.model(x)
+        refuse_overflow(self.model, x, class_logits(output))
+        likely = probabilities(output).cpu().double()[0]
         top = likely.topk(min(TOP, len(likely)))
         targets = self.targets or [int(top.indices[0])]
         explained = [f"{self.classes.name(t)}, probability {float(likely[t]):.3f}" for t in targets]
