@@ -130,7 +130,10 @@ class Certificate:
         own = given.expand(len(x)).split(1) if isinstance(given, Tensor) else given
         with torch.no_grad():
             return torch.cat(
-                [self.smoothed.explain(model, *one) for one in zip(x.split(1), own, strict=True)]
+                [
+                    self.smoothed.explain_with_logits(model, *one)[0]
+                    for one in zip(x.split(1), own, strict=True)
+                ]
             )
 
 

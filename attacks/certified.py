@@ -89,7 +89,7 @@ def both_sides(
             )
             images = attack.run(model, x, target).images["top_k"]
             with torch.no_grad():
-                raw = certificate.smoothed.explain(model, images, target)
+                raw, _ = certificate.smoothed.explain_with_logits(model, images, target)
             after = top_pixels(as_read(raw, (x.shape[2], x.shape[3])))
             share = (after & before).double().sum((1, 2)) / before.double().sum((1, 2))
             stays = stays.minimum(share.cpu())

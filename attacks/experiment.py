@@ -82,7 +82,7 @@ def control_scores(
         [torch.randn(x.shape[1:], generator=generator(seed, "noise", n)) for n in numbers]
     ).to(x)
     noisy = noise_at_equal_mse(x, result.mse, scale, how.budget, noise)
-    raw = how.explainer.explain(model, noisy, result.target)
+    raw, _ = how.explainer.explain_with_logits(model, noisy, result.target)
     return similarity(raw, result.map_original, result.map_target, (x.shape[2], x.shape[3]))
 
 

@@ -113,9 +113,11 @@ def _measured(
     size = (x.shape[2], x.shape[3])
     raw, logits = explainer.explain_with_logits(model, x)
     target = check_target(None, logits)
-    runner_up = explainer.explain(model, x, logits.scatter(1, target[:, None], -torch.inf).argmax(1))
-    least_likely = explainer.explain(model, x, logits.argmin(1))
-    gone = explainer.explain(blank, x, target)
+    runner_up, _ = explainer.explain_with_logits(
+        model, x, logits.scatter(1, target[:, None], -torch.inf).argmax(1)
+    )
+    least_likely, _ = explainer.explain_with_logits(model, x, logits.argmin(1))
+    gone, _ = explainer.explain_with_logits(blank, x, target)
     images = Images(model, x, target, keys)
     found = {
         "runner_up": similarity(runner_up, raw, size)["pcc"],

@@ -139,7 +139,7 @@ class Manipulation:
             raise BadInput(
                 f"every image needs one goal image of its shape, got {tuple(x.shape)} and {tuple(goal_images.shape)}"
             )
-        goal = self.explainer.explain(model, goal_images.detach())
+        goal, _ = self.explainer.explain_with_logits(model, goal_images.detach())
         outcome = self.attack.run(model, x, target, goal=goal, on_step=on_step)
         return self._result(model, x.detach(), goal, outcome)
 
@@ -148,7 +148,7 @@ class Manipulation:
         none_kept = outcome.worst["goal_error"].isinf()[:, None, None, None]
         best = torch.where(none_kept, outcome.adversarial, outcome.images["goal_error"])
         map_last, logits = self.explainer.explain_with_logits(model, outcome.adversarial, target)
-        map_best = self.explainer.explain(model, best, target)
+        map_best, _ = self.explainer.explain_with_logits(model, best, target)
 
         def scores(raw: Tensor) -> dict[str, Tensor]:
             return similarity(raw, reference.map, goal, reference.size)
@@ -189,7 +189,8 @@ class Manipulation:
             some = (outcome.steps == steps).nonzero()[:, 0]
             surrogate, target = SmoothModel(model, self._beta(steps)), outcome.target[some]
             before, after = (
-                self.explainer.explain(surrogate, images[some], target) for images in (x, outcome.adversarial)
+                self.explainer.explain_with_logits(surrogate, images[some], target)[0]
+                for images in (x, outcome.adversarial)
             )
             scores = similarity(after, before, goal[some], outcome.reference.size)
             for name, values in found.items():

@@ -49,7 +49,9 @@ def shown_maps(
     """
     x = cases.images.detach().requires_grad_(differentiable)
     size = (x.shape[2], x.shape[3])
-    return torch.stack([as_read(explainer.explain(model, x, c), size) for c in cases.classes], 1)
+    return torch.stack(
+        [as_read(explainer.explain_with_logits(model, x, c)[0], size) for c in cases.classes], 1
+    )
 
 
 def compare(

@@ -65,7 +65,7 @@ def probe(
     """Try every surrogate on images x with a short attack of so many steps, by ``batcher`` some images at a time."""
     first, logits = explainer.explain_with_logits(model, x, target)
     classes = check_target(target, logits)
-    again = explainer.explain(model, x, classes)
+    again, _ = explainer.explain_with_logits(model, x, classes)
     random = not torch.equal(first, again)
     scores: dict[str, float] = {}
     why = "its gradient is zero on every surrogate"
@@ -85,7 +85,6 @@ def probe(
         return Probe(None, scores, why, random=random)
     # Where the network itself does about as well, it is taken: looking at it costs nothing then.
     best = Surrogate.named(next(name for name in scores if scores[name] <= min(scores.values()) + NEAR))
-    likeness = similarity(
-        explainer.explain(best.at(model, 0, 1), x, classes), first, (x.shape[2], x.shape[3])
-    )
+    raw, _ = explainer.explain_with_logits(best.at(model, 0, 1), x, classes)
+    likeness = similarity(raw, first, (x.shape[2], x.shape[3]))
     return Probe(best, scores, "", float(likeness["pcc"].mean()), random)

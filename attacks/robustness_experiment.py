@@ -56,7 +56,7 @@ class Experiment:
             to_8_bits(torch.stack([s.image for s in some])).to(device) for some in (originals, goals)
         )
         names = [sample.name for sample in originals]
-        goal = self.explainer.explain(model, goal_images)
+        goal, _ = self.explainer.explain_with_logits(model, goal_images)
         founds = [
             replace(self.ensemble, seed=self.ensemble.seed + SEED_STEP * k).run(
                 model,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from srd_lab.errors import Leak
+
 if TYPE_CHECKING:  # the command line imports this module, and must start quickly
     from torch import Tensor, nn
 
@@ -52,11 +54,22 @@ class Explainer(Protocol):
 
         ``target=None`` is the predicted class. Differentiable if and only if ``x`` asks for a gradient.
         The model, its flags, hooks and ``param.grad``, and ``x``, are left as they were.
+
+        Raises SrdLabError where numbers overflow, so that there is no map of some image.
         """
-        return self.explain_with_logits(model, x, target)[0]
+        from srd_lab.overflow import refuse_overflow
+
+        try:
+            raw, logits = self.explain_with_logits(model, x, target)
+        except Leak:
+            refuse_overflow(model, x, None, x.new_zeros(1, 1, 1), squares=True)  # then the reason is known
+            raise
+        refuse_overflow(model, x, logits, raw, squares=getattr(self, "squares", False))
+        return raw
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map, and the model's output (N, K) from the same forward pass."""
+        """The map, and the model's output (N, K) from the same forward pass; finite or not, for work on many images that
+        leaves single ones out."""
         ...

@@ -331,7 +331,7 @@ class Made:
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self.make(x), model(x)
+        return self.make(x), model(x.clone())  # a model may change its input in place
 
 
 LEVELS = Made(

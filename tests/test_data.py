@@ -253,7 +253,7 @@ def folder(tmp_path: Path) -> Path:
     _save(_ramp(40, 30), tmp_path / "n01443537" / "b.png")
     _save(_ramp(40, 30), tmp_path / "n01443537" / "a.PNG", format="PNG")
     _save(_ramp(30, 40), tmp_path / "n15075141" / "z.JPEG", format="JPEG")
-    (tmp_path / "n01443537" / "notes.txt").write_text("not an image")
+    (tmp_path / "n01443537" / "Thumbs.db").write_text("not an image")
     (tmp_path / "labels.csv").write_text("file,wnid")
     (tmp_path / "other").mkdir()
     (tmp_path / "n01440764").mkdir()

@@ -22,7 +22,7 @@ from PIL import Image
 from srd_lab.data import SkippedFile, load_data
 from srd_lab.data.cifar import CIFAR10_CLASSES
 from srd_lab.data.imagenet import index_of, wnids
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import SrdLabError, SrdLabWarning
 from srd_lab.types import Dataset, Sample
 
 SHARED = Path(__file__).parents[2] / "shared" / "assets"
@@ -519,15 +519,130 @@ def test_imagefolder_numbers_its_sorted_folders(tmp_path: Path) -> None:
     save(painted(8, 8), tmp_path / "zebra" / "a.png")
     save(painted(8, 8), tmp_path / "apple" / "deep" / "er" / "c.png")
     save(painted(8, 8), tmp_path / "apple" / "b.png")
-    save(painted(8, 8), tmp_path / ".hidden" / "b.png")
-    (tmp_path / "empty").mkdir()
     data = load_data(f"imagefolder:{tmp_path}", size=8)
-    assert data.classes == ["apple", "empty", "zebra"]
+    assert data.classes == ["apple", "zebra"]
     assert [data[k].name for k in range(3)] == ["apple/b.png", "apple/deep/er/c.png", "zebra/a.png"]
-    assert data.labels.tolist() == [0, 0, 2]
+    assert data.labels.tolist() == [0, 0, 1]
     assert data[0].mask is None
-    with pytest.raises(SrdLabError, match=r"holds no folders with images.*\.jpeg"):
-        load_data(f"imagefolder:{tmp_path / 'empty'}")
+    with pytest.raises(SrdLabError, match=r"holds no folders with images.*\.jpeg.*\.tif"):
+        load_data(f"imagefolder:{tmp_path / 'zebra'}")
+
+
+RESIDUE = (".git", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN")
+JUNK = (".DS_Store", "Thumbs.db", "desktop.ini", "._a.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_systems_leave_behind_is_no_class_and_no_picture(tmp_path: Path) -> None:
+    for home in ("apple", "zebra"):
+        save(painted(8, 8), tmp_path / home / "a.png")
+        for name in JUNK:
+            write(tmp_path / home / name, "not an image")
+    for name in RESIDUE:
+        save(painted(8, 8), tmp_path / name / "apple" / "a.png")
+        save(painted(8, 8), tmp_path / "zebra" / name / "a-checkpoint.png")
+    write(tmp_path / "README", "beside the classes")
+    data = load_data(f"imagefolder:{tmp_path}", size=8)
+    assert data.classes == ["apple", "zebra"]
+    assert [data.name(k) for k in range(len(data))] == ["apple/a.png", "zebra/a.png"]
+
+
+def test_folders_without_images_are_no_classes_and_are_named(tmp_path: Path) -> None:
+    save(painted(8, 8), tmp_path / "b" / "a.png")
+    (tmp_path / "a" / "deeper").mkdir(parents=True)
+    write(tmp_path / "c" / "Thumbs.db", "no image")
+    with pytest.warns(SrdLabWarning, match=r"are no classes and take no index \(2 of 3\): a, c$"):
+        data = load_data(f"imagefolder:{tmp_path}", size=8)
+    assert (data.classes, data.labels.tolist()) == (["b"], [0])
+
+
+def as_pillow_writes() -> dict[str, dict[str, Any]]:
+    """Extension -> how to write it, of RGB or, where the format has none, of other modes."""
+    with_rgb = {
+        ".tif": {},
+        ".TIFF": {"compression": "tiff_lzw"},
+        ".ppm": {},
+        ".jfif": {},
+        ".jpe": {},
+        ".bmp": {},
+    }
+    with_rgb |= {".webp": {"lossless": True}, ".tga": {}, ".dib": {}, ".jp2": {}, "": {"format": "PNG"}}
+    with_rgb |= {".data": {"format": "JPEG"}, ".gif": {}, ".pgm": {}, ".mpo": {"format": "MPO"}}
+    return with_rgb
+
+
+@pytest.mark.parametrize("source", ["imagenet", "imagefolder"])
+def test_what_pillow_can_open_is_read_whatever_its_name(tmp_path: Path, source: str) -> None:
+    shades = {}
+    for k, (suffix, options) in enumerate(as_pillow_writes().items()):
+        picture = Image.new(
+            "L" if suffix == ".pgm" else "RGB", (8, 8), 3 * k if suffix == ".pgm" else (3 * k,) * 3
+        )
+        name = save(picture, tmp_path / TENCH / f"p{k:02d}{suffix}", **options).name
+        shades[f"{TENCH}/{name}"] = 3 * k
+    data = load_data(f"{source}:{tmp_path}", size=8, non_rgb="convert")
+    assert [data.name(k) for k in range(len(data))] == sorted(shades)
+    for sample in (data[k] for k in range(len(data))):
+        assert (255 * sample.image - shades[sample.name]).abs().max() <= 2, sample.name
+    assert set(skipped(load_data(f"{source}:{tmp_path}", size=8)).values()) == {
+        "not RGB but P",
+        "not RGB but L",
+    }
+
+
+POSTSCRIPT = ("%!PS-Adobe-3.0 EPSF-3.0", "%%BoundingBox: 0 0 8 8", "%%EndComments", "showpage")
+
+
+@pytest.mark.parametrize("source", ["imagenet", "imagefolder"])
+def test_files_that_are_no_images_are_named_and_counted(tmp_path: Path, source: str) -> None:
+    save(painted(8, 8), tmp_path / TENCH / "a.png")
+    write(tmp_path / TENCH / "notes.txt", "no image")
+    write(tmp_path / TENCH / "drawing.eps", *POSTSCRIPT)
+    os.mkfifo(tmp_path / TENCH / "pipe")
+    names = ("drawing.eps", "notes.txt", "pipe")
+    said = ", ".join(f"{TENCH}/{name} (no image)" for name in names)
+    with pytest.warns(SrdLabWarning) as caught:
+        data = load_data(f"{source}:{tmp_path}", size=8)
+    assert [str(warning.message) for warning in caught] == [f"3 files skipped: {said}"]
+    assert len(data) == 1
+
+
+def test_images_beside_the_class_folders_are_named(tmp_path: Path) -> None:
+    save(painted(8, 8), tmp_path / "a" / "a.png")
+    save(painted(8, 8), tmp_path / "lost.tif")
+    write(tmp_path / "classes.txt", "a")
+    with pytest.warns(SrdLabWarning, match=r"^1 file skipped: lost\.tif \(in no class folder\)$"):
+        assert len(load_data(f"imagefolder:{tmp_path}", size=8)) == 1
+
+
+def test_postscript_is_not_run_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would call Ghostscript on it."""
+    from PIL import EpsImagePlugin
+
+    called: list[Any] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: called.append(a))
+    write(tmp_path / "a" / "b.png", *POSTSCRIPT)
+    data = load_data(f"imagefolder:{tmp_path}", size=8, non_rgb="convert")
+    assert skipped(data) == {"a/b.png": "cannot be decoded: EPS holds no pixels that can be read"}
+    assert not called
+
+
+@pytest.mark.parametrize(("suffix", "options"), [(".bmp", {}), (".tif", {"compression": "tiff_lzw"})])
+def test_widths_and_offsets_with_16_in_them_are_not_16_bits(
+    tmp_path: Path, suffix: str, options: dict[str, Any]
+) -> None:
+    """Rows of a BMP of 720 pixels are 2160 bytes; a TIFF notes where its tables begin."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 720, 3), dtype=np.uint8)
+    file = save(Image.fromarray(noise), tmp_path / "a" / f"a{suffix}", **options)
+    with Image.open(file) as image:
+        assert "16" in str(image.tile[0][3]), "the case that this test is about"
+    assert skipped(load_data(f"imagefolder:{tmp_path}", size=8)) == {}
+
+
+def test_ppm_of_16_bits_is_named_as_png_is(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "deep.ppm").write_bytes(b"P6 8 8 65535\n" + b"\x80\x01" * 3 * 64)
+    assert skipped(load_data(f"imagefolder:{tmp_path}", size=8)) == {"a/deep.ppm": "16 bits per channel"}
 
 
 # --- PASCAL VOC -----------------------------------------------------------------------------------

@@ -262,6 +262,20 @@ def test_a_leaderboard_of_two(run: Path, tmp_path: Path) -> None:
     assert leaderboard(files[::-1]).rows == board.rows
 
 
+def test_a_leaderboard_overwrites_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = str(run / "gradient" / "entry.json")
+    mine = tmp_path / "table.html"
+    mine.write_text("mine")
+    result = command("leaderboard", entry, "--out", str(tmp_path / "table"))
+    assert result.exit_code == 1
+    assert f"{mine} would be overwritten; give another --out" in result.output
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("table.html", "mine")]
+    monkeypatch.chdir(tmp_path)
+    assert "leaderboard.md and leaderboard.html" in command("leaderboard", entry).output
+    Path("leaderboard.md").unlink()
+    assert "leaderboard-2.md and leaderboard-2.html" in command("leaderboard", entry).output
+
+
 def write(folder: Path, entry: dict[str, Any], name: str) -> Path:
     file = folder / f"{name}.json"
     file.write_text(json.dumps(entry))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from srd_lab.cli.main import main
 from srd_lab.errors import SrdLabError
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.explaining import Classes
+from srd_lab.evaluation.outputs import write_new
 from srd_lab.evaluation.study import PICTURES
 from srd_lab.evaluation.tables import comparisons, ranks, score_table, signed_rank
 from srd_lab.metrics.explained import Explained, Images
@@ -447,6 +449,118 @@ def test_explain_takes_a_class_by_name_or_number(pictures: list[Path], tmp_path:
         0
     ]
     assert not np.allclose(found[0], other.numpy())
+
+
+def explained(file: Path, out: Path, *more: str) -> dict[str, np.ndarray]:
+    """Name -> raw map of what ``explain`` writes for a picture; each has its overlay."""
+    succeed("explain", str(file), *more, "--out", str(out), "--device", "cpu")
+    found = {map_.stem: np.load(map_) for map_ in (out / file.stem).glob("*.npy")}
+    assert sorted(found) == sorted(overlay.stem for overlay in (out / file.stem).glob("*.png"))
+    return found
+
+
+def test_several_targets_give_a_map_per_class_side_by_side(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    sheet = render.method_sheet
+    monkeypatch.setattr(render, "method_sheet", lambda rows, title: drawn.append(rows) or sheet(rows, title))
+    methods = ("--methods", "srd,gradcam")
+    ring = str(load_data("scenes").classes.index("ring"))
+    twice = ("--target", "ring", "--target", "star", "--target", ring)  # one class by name and by number
+    both = explained(pictures[0], tmp_path / "both", *methods, *twice)
+    assert sorted(both) == ["gradcam-ring", "gradcam-star", "srd-ring", "srd-star"]
+    assert list(drawn[0][0].maps) == [
+        "SRD, input: ring",
+        "SRD, input: star",
+        "Grad-CAM: ring",
+        "Grad-CAM: star",
+    ]
+    assert drawn[0][0].label == "photo"
+    for name in ("ring", "star"):
+        alone = explained(pictures[0], tmp_path / name, *methods, "--target", name)
+        assert sorted(alone) == ["gradcam", "srd"]
+        for method, map_ in alone.items():
+            assert np.array_equal(map_, both[f"{method}-{name}"])
+    assert not np.array_equal(both["srd-ring"], both["srd-star"])
+    one = explained(pictures[0], tmp_path / "one", "--target", "ring", "--target", ring)
+    assert sorted(one) == ["srd"], "the same class twice is one class"
+    text = succeed("explain", str(pictures[0]), *twice, "--out", str(tmp_path / "said"), "--device", "cpu")
+    assert "photo.png: explained for ring, probability 0." in text.splitlines()[0]
+    assert "; star, probability 0." in text.splitlines()[0]
+
+
+def test_a_wrong_target_among_several_is_one_line(pictures: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--target", "ring", "--target", "unicorn", "--out", str(out), "--device", "cpu")
+    result = call("explain", str(pictures[0]), *options)
+    assert result.exit_code == 1
+    assert "no class is called 'unicorn'" in result.output
+    assert not out.exists()
+
+
+def test_labels_of_classes_are_unambiguous_and_names_of_files() -> None:
+    for classes in (
+        Classes.of("imagenet", 1000),
+        Classes(["a/b", "A B", "a", "a 1", "...", "\u00c4pfel", "", "c" * 300]),
+    ):
+        indices = range(len(classes.names))
+        files = [classes.file_label(i) for i in indices]
+        assert len({file.casefold() for file in files}) == len(files) == len(set(map(classes.label, indices)))
+        for file in files:
+            assert re.fullmatch(r"[^\W_](?:[\w-]*\w)?", file)
+            assert len(file.encode()) < 100
+    classes = Classes.of("imagenet", 1000)
+    assert (classes.file_label(281), classes.file_label(2)) == ("tabby", "great-white-shark")
+    assert (classes.file_label(264), classes.label(474)) == ("Cardigan-264", "cardigan (474)")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("taken", ["contact_sheet.png", "photo/srd.npy", "photo-2/srd.png"])
+def test_explain_overwrites_nothing(pictures: list[Path], tmp_path: Path, taken: str) -> None:
+    out = tmp_path / "out"
+    (out / taken).parent.mkdir(parents=True)
+    (out / taken).write_text("mine")
+    result = call("explain", *map(str, pictures), "--out", str(out), "--device", "cpu")
+    assert result.exit_code == 1
+    assert f"{out / taken} would be overwritten; give another --out" in result.output
+    assert "explained for" not in result.output, "it is said before any work"
+    assert contents(out) == {taken: b"mine"}
+    (out / taken).rename(out / "notes.txt")
+    succeed("explain", *map(str, pictures), "--out", str(out), "--device", "cpu")
+    assert contents(out)["notes.txt"] == b"mine"
+
+
+def test_without_out_every_call_gets_a_folder_of_its_own(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "written: explanations/contact_sheet.png" in succeed(
+        "explain", str(pictures[0]), "--device", "cpu"
+    )
+    before = contents(Path("explanations"))
+    said = succeed("explain", str(pictures[0]), "--target", "star", "--device", "cpu")
+    assert "written: explanations-2/contact_sheet.png" in said
+    assert contents(Path("explanations")) == before
+    assert set(contents(Path("explanations-2"))) == set(before)
+
+
+def test_what_another_process_wrote_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    write_new(tmp_path / "new" / "a", b"mine")
+    with pytest.raises(SrdLabError, match=r"has been written by somebody else meanwhile"):
+        write_new(tmp_path / "new" / "a", b"other")
+    assert (tmp_path / "new" / "a").read_bytes() == b"mine"
+
+
+def test_pictures_called_as_the_sheet_get_folders_of_another_name(
+    pictures: list[Path], tmp_path: Path
+) -> None:
+    file = pictures[0].rename(tmp_path / "contact_sheet.png.png")
+    succeed("explain", str(file), "--out", str(tmp_path / "out"), "--device", "cpu")
+    assert (tmp_path / "out" / "contact_sheet.png-2" / "srd.npy").is_file()
 
 
 def test_classes_of_imagenet_by_index_name_and_wnid() -> None:

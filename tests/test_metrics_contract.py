@@ -183,11 +183,14 @@ def test_maps_that_stop_being_finite_are_not_scored(name: str, bad: float) -> No
 
     @dataclass(frozen=True)
     class Breaks(Made):
-        def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-            broken = super().explain(model, x, target).clone()
+        def explain_with_logits(
+            self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+        ) -> tuple[Tensor, Tensor]:
+            raw, logits = super().explain_with_logits(model, x, target)
+            broken = raw.clone()
             if model is not images.model or not torch.equal(x, images.x):
                 broken[1, 2, 3] = bad
-            return broken
+            return broken, logits
 
     steady = Made(lambda x: x[:, 0])
     scores = PIECES[name].of(Explained.by(Breaks(steady.make), images))
@@ -202,9 +205,12 @@ def test_maps_that_vanish_are_scored(name: str) -> None:
 
     @dataclass(frozen=True)
     class Vanishes(Made):
-        def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        def explain_with_logits(
+            self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+        ) -> tuple[Tensor, Tensor]:
             stays = model is images.model and torch.equal(x, images.x)
-            return super().explain(model, x, target) * float(stays)
+            raw, logits = super().explain_with_logits(model, x, target)
+            return raw * float(stays), logits
 
     explained = Explained.by(Vanishes(lambda x: x[:, 0]), images)
     scores = PIECES[name].of(explained)

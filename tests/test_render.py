@@ -299,6 +299,25 @@ def test_a_method_sheet_has_a_column_per_method_and_signed_colours() -> None:
     assert {text.get_text() for text in figure.texts} >= {"image", *names}
 
 
+def test_a_method_sheet_leaves_white_what_a_row_lacks_and_clips_no_name() -> None:
+    up = np.ones((8, 8))
+    names = [
+        "Guided Backprop: a class with a name of many, many words",
+        "c-Excitation BP: hammerhead shark (4)",
+    ]
+    image = np.zeros((3, 8, 8))
+    rows = [
+        render.SheetRow("a", image, {names[1]: up}),
+        render.SheetRow("b", image, dict.fromkeys(names, up)),
+    ]
+    for order in (rows, rows[::-1]):
+        figure = render.method_sheet(order)
+        check_nothing_clipped(figure)
+        places = [round(axes.get_position().x0, 3) for axes in figure.axes]
+        assert len(places) == 5
+        assert len(set(places)) == 3, "a map of one row stands below that of another row with its name"
+
+
 def test_a_rank_chart_puts_the_best_mean_rank_on_top() -> None:
     ranks = {"fidelity": {"a": 3.0, "b": 1.0, "c": 2.0}, "stability": {"a": 2.0, "b": 1.0}}
     figure = render.rank_chart(ranks, "resnet18 on scenes")

@@ -182,18 +182,22 @@ def verify(entry: Path, weights: Path | None, device: str) -> None:
 )
 @click.option(
     "--out",
-    default="leaderboard",
-    show_default=True,
     type=click.Path(path_type=Path),
-    help="Where to write OUT.md and OUT.html.",
+    help="Where to write OUT.md and OUT.html; no file is overwritten. [default: leaderboard, else leaderboard-2, ...]",
 )
 @command_errors
-def leaderboard(entries: tuple[Path, ...], out: Path) -> None:
+def leaderboard(entries: tuple[Path, ...], out: Path | None) -> None:
     """One table of ENTRIES (entry.json files) that measured the same thing."""
     from attacks.leaderboard import leaderboard as table
+    from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 
+    def files(place: Path) -> tuple[Path, Path]:
+        return place.with_name(f"{place.name}.md"), place.with_name(f"{place.name}.html")
+
+    markdown, html = files(out or first_free("leaderboard", files))
+    refuse_taken((markdown, html))
     found = table(entries)
-    for suffix, text in ((".md", found.markdown), (".html", found.html)):
-        out.with_name(out.name + suffix).write_text(text, encoding="utf-8")
+    write_new(markdown, found.markdown.encode())
+    write_new(html, found.html.encode())
     click.echo(found.markdown)
-    click.echo(f"written: {out}.md and {out}.html")
+    click.echo(f"written: {markdown} and {html}")

@@ -95,7 +95,12 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     show_default=True,
     help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
 )
-@click.option("--target", help="Class to explain: index, name or WordNet number. [default: the predicted]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Class to explain: index, name or WordNet number; repeatable. [default: the predicted]",
+)
 @click.option(
     "--device",
     default="auto",
@@ -104,17 +109,16 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 )
 @click.option(
     "--out",
-    default="explanations",
-    show_default=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for what is made.",
+    help="Folder for what is made; no file there is overwritten. [default: explanations, else explanations-2, ...]",
 )
 @command_errors
 def explain(images: tuple[Path, ...], **settings: Any) -> None:
     """Explain IMAGES: overlays, raw maps, a contact sheet.
 
     Prints the likeliest classes. For every picture OUT/NAME/METHOD.png shows where the map is positive (full
-    colour: what half a percent of its pixels exceed), and METHOD.npy is the raw map at its own resolution.
+    colour: what half a percent of its pixels exceed), and METHOD.npy is the raw map at its own resolution. With
+    several --target there is a METHOD-CLASS.png and .npy for each, side by side in the contact sheet.
     """
     from srd_lab.evaluation.explaining import Explaining
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srd_lab.data.loading import Loaded, load_batches, skipped_report
-from srd_lab.data.pictures import NON_RGB, SkippedFile
-from srd_lab.errors import SrdLabError
+from srd_lab.data.loading import Loaded, load_batches
+from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.types import Dataset
 
 __all__ = [
@@ -56,12 +56,14 @@ def load_data(
     boxes : for ``imagenet``, the folder of XML annotations or the table of bounding boxes that give the masks,
         where they do not lie in DIR or beside it.
 
+    Files in class folders that Pillow cannot open are left out, and a warning counts and names them.
+
     Raises SrdLabError for an unknown source, split or size, and for files that cannot be used; on access
     SkippedFile for one that cannot.
     """
     source, _, place = spec.partition(":")
     if boxes is not None and source != "imagenet":
-        raise SrdLabError(f"boxes go with imagenet:DIR, not with {spec}; leave them out")
+        raise BadValue(f"boxes go with imagenet:DIR, not with {spec}; leave them out")
     if spec == "scenes":
         return _scenes(split, seed, size, limit)
     side = 224 if size is None else size
@@ -83,16 +85,14 @@ def load_data(
         from srd_lab.data.voc import Voc
 
         return Voc(place, side, limit=limit, non_rgb=non_rgb)
-    raise SrdLabError(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
+    raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 
 def _cifar(kind: str, path: str, split: str, size: int | None, limit: int | None, non_rgb: str) -> Dataset:
     from srd_lab.data.cifar import SIZE, Cifar
 
     if size not in (None, SIZE):
-        raise SrdLabError(
-            f"{kind} has {SIZE} x {SIZE} pixels, size {size} is not to be had; leave the size out"
-        )
+        raise BadValue(f"{kind} has {SIZE} x {SIZE} pixels, size {size} is not to be had; leave the size out")
     return Cifar(path, kind, split, limit=limit, non_rgb=non_rgb)
 
 
@@ -100,9 +100,7 @@ def _scenes(split: str, seed: int, size: int | None, limit: int | None) -> Datas
     from srd_lab.data.scenes import LENGTHS, SIZE, Scenes
 
     if size not in (None, SIZE):
-        raise SrdLabError(
-            f"scenes are {SIZE} x {SIZE} pixels, size {size} is not to be had; leave the size out"
-        )
+        raise BadValue(f"scenes are {SIZE} x {SIZE} pixels, size {size} is not to be had; leave the size out")
     if limit is not None and split in LENGTHS:
         limit = min(limit, LENGTHS[split])
     return Scenes(split, seed=seed, length=limit)
@@ -115,7 +113,7 @@ def batch(dataset: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
     """
     samples = [dataset[int(index)] for index in indices]
     if not samples:
-        raise SrdLabError("a batch needs at least one image; give one index or more")
+        raise BadInput("a batch needs at least one image; give one index or more")
     return torch.stack([sample.image for sample in samples]), torch.tensor(
         [sample.label for sample in samples]
     )

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from srd_lab.data.pictures import Picture, SkippedFile, complaint
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,7 +39,7 @@ def boxes_of(root: Path, given: str | Path | None, wnids: tuple[str, ...]) -> Bo
     if given is not None:
         place = Path(given).expanduser()
         if not place.exists():
-            raise SrdLabError(f"there are no boxes at {place}; give a folder of XML files or a boxes.csv")
+            raise BadData(f"there are no boxes at {place}; give a folder of XML files or a boxes.csv")
         return XmlBoxes(place, wnids) if place.is_dir() else TableBoxes(place)
     if (root / "boxes.csv").is_file():
         return TableBoxes(root / "boxes.csv")
@@ -110,7 +110,7 @@ class TableBoxes:
         for row in read_table(file):
             self.rows.setdefault(row.get("file") or "", []).append(row)
         if "" in self.rows or not self.rows:
-            raise SrdLabError(f"{file} names no image in some line; expected columns file, x0, y0, x1, y1")
+            raise BadData(f"{file} names no image in some line; expected columns file, x0, y0, x1, y1")
         labels = file.with_name("labels.csv")
         sizes = read_table(labels) if labels.is_file() else []
         self.originals: Mapping[str, tuple[str, str]] = {
@@ -134,8 +134,8 @@ class TableBoxes:
                     x0, y0, x1, y1 = (float(row[corner + suffix]) for corner in CORNERS)
                     return _edges((x0, y0, x1, y1), (int(drawn_on[0]), int(drawn_on[1])), size)
         except (ValueError, ZeroDivisionError):
-            raise SrdLabError(f"{self.file} has a box of {name} that is not in numbers; mend it") from None
-        raise SrdLabError(
+            raise BadData(f"{self.file} has a box of {name} that is not in numbers; mend it") from None
+        raise BadData(
             f"{self.file} has no box of {name} for an image of {size[0]} x {size[1]} pixels; expected columns x0, y0, "
             "x1, y1, or x0_orig, ... and the original's size in labels.csv"
         )
@@ -147,4 +147,4 @@ def read_table(file: Path) -> list[dict[str, str]]:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             return list(csv.DictReader(lines))
     except (OSError, ValueError, csv.Error) as error:
-        raise SrdLabError(f"{file} cannot be read as a table ({complaint(error)}); expected CSV") from None
+        raise BadData(f"{file} cannot be read as a table ({complaint(error)}); expected CSV") from None

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from srd_lab.data.pictures import NON_RGB, SkippedFile, complaint, decode, spread
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadValue
 from srd_lab.types import Sample
 
 SIZE = 32
@@ -167,7 +167,7 @@ def _unpickle(raw: bytes, where: str) -> dict[str, Any]:
         found = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
     except Exception as error:  # a damaged pickle fails in any way
-        raise SrdLabError(
+        raise BadData(
             f"{where} is refused as a pickle ({complaint(error)}); bring the original archive"
         ) from None
 
@@ -187,7 +187,7 @@ def _from_archive(path: Path, kind: Kind, split: str) -> _Contents:
         parts = [_binary_batch(files[name], f"{path}: {name}", kind) for name in binary]
         classes = files.get(kind.text, b"").decode("utf-8", "replace").split()
     else:
-        raise SrdLabError(
+        raise BadData(
             f"{path} does not hold all of {', '.join(batches)}; give the folder, its parent or the .tar.gz of the "
             "archive, or an .npz"
         )
@@ -213,7 +213,7 @@ def _files(path: Path, kind: Kind, names: set[str]) -> dict[str, bytes]:
                 and (file := archive.extractfile(member))
             }
     except (OSError, EOFError, tarfile.TarError, ValueError, zlib.error) as error:
-        raise SrdLabError(
+        raise BadData(
             f"{path} cannot be read as a CIFAR archive ({complaint(error)}); give its folder, its .tar.gz or an .npz"
         ) from None
 
@@ -223,7 +223,7 @@ def _python_batch(raw: bytes, where: str, kind: Kind) -> tuple[Pixels, np.ndarra
     try:
         return _planar(batch["data"].pixels()), np.array(batch[kind.labels], dtype=np.int64)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise SrdLabError(
+        raise BadData(
             f"{where} is no batch of images ({complaint(error)}); expected data (N, 3072) and {kind.labels} (N)"
         ) from None
 
@@ -231,9 +231,7 @@ def _python_batch(raw: bytes, where: str, kind: Kind) -> tuple[Pixels, np.ndarra
 def _binary_batch(raw: bytes, where: str, kind: Kind) -> tuple[Pixels, np.ndarray]:
     length = kind.head + 3 * SIZE * SIZE
     if not raw or len(raw) % length:
-        raise SrdLabError(
-            f"{where} has {len(raw)} bytes; expected records of {length}, so bring the whole file"
-        )
+        raise BadData(f"{where} has {len(raw)} bytes; expected records of {length}, so bring the whole file")
     records = np.frombuffer(raw, np.uint8).reshape(-1, length)
     return _planar(records[:, kind.head :]), records[:, kind.head - 1].astype(np.int64)
 
@@ -281,7 +279,7 @@ def _from_npz(file: Path, kind: Kind, split: str, non_rgb: str) -> _Contents:
             images, labels = _arrays(arrays, file, split, non_rgb)
             classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else []
     except Exception as error:  # a damaged npz fails in any way
-        raise SrdLabError(
+        raise BadData(
             f"{file} cannot be used ({complaint(error)}); expected {split}_images and {split}_labels, images and "
             "labels, or jpeg, offsets and labels"
         ) from None
@@ -334,13 +332,13 @@ class Cifar:
     ) -> None:
         self.path, self.kind, self.split = Path(path).expanduser(), kind, split
         if split not in SPLITS:
-            raise SrdLabError(f"{kind} has no split {split!r}; choose one of {', '.join(SPLITS)}")
+            raise BadValue(f"{kind} has no split {split!r}; choose one of {', '.join(SPLITS)}")
         if limit is not None and limit < 1:
-            raise SrdLabError(f"limit {limit} must be 1 or more")
+            raise BadValue(f"limit {limit} must be 1 or more")
         if non_rgb not in NON_RGB:
-            raise SrdLabError(f"files that are not RGB cannot be {non_rgb!r}; choose {' or '.join(NON_RGB)}")
+            raise BadValue(f"files that are not RGB cannot be {non_rgb!r}; choose {' or '.join(NON_RGB)}")
         if not self.path.exists():
-            raise SrdLabError(
+            raise BadData(
                 f"there is no {self.path}; give {kind}:PATH of the archive's folder, .tar.gz or an .npz"
             )
         found = (
@@ -356,13 +354,13 @@ class Cifar:
     def _refuse(self, found: _Contents) -> None:
         """Labels that do not go with the images or the classes."""
         if not 0 < len(found.images) == len(found.labels):
-            raise SrdLabError(
+            raise BadData(
                 f"{self.path} has {len(found.images)} images and {len(found.labels)} labels; expected as many, "
                 "so bring a whole file"
             )
         low, high, count = found.labels.min(), found.labels.max(), KINDS[self.kind].count
         if low < 0 or high >= count or len(found.classes) != count:
-            raise SrdLabError(
+            raise BadData(
                 f"{self.path} has labels {low}..{high} and {len(found.classes)} class names; {self.kind} has {count} "
                 "classes, so give a file of it"
             )

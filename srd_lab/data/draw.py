@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from srd_lab.data import Loaded, load_batches
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.logits import class_logits
 from srd_lab.runtime import Batcher, generator
 from srd_lab.types import Dataset, Sample
@@ -63,8 +63,8 @@ def draw_pairs(
         right = (
             "are all of one class" if waiting else "are none: do the labels and --weights belong together?"
         )
-        raise SrdLabError(f"{found}; those classified correctly {right}")
-    raise SrdLabError(f"{found}; ask for fewer with --pairs")
+        raise BadValue(f"{found}; those classified correctly {right}")
+    raise BadValue(f"{found}; ask for fewer with --pairs")
 
 
 def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Batcher) -> list[int]:

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srd_lab.data.boxes import boxes_of, rasterise, read_table
-from srd_lab.data.pictures import EXTENSIONS, Picture, PictureFolder, complaint, images_in
-from srd_lab.errors import SrdLabError
+from srd_lab.data.pictures import Picture, PictureFolder, complaint, images_in, kinds
+from srd_lab.errors import BadData
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,23 +62,22 @@ def wnid_folders(home: Path) -> list[Path]:
     folders = sorted(path for path in home.iterdir() if re.fullmatch(r"n\d{8}", path.name) and path.is_dir())
     strange = [folder.name for folder in folders if folder.name not in index_of()]
     if strange:
-        raise SrdLabError(
+        raise BadData(
             f"{home / strange[0]} is none of the 1,000 classes of ILSVRC 2012 ({len(strange)} such in all); "
             "move these folders elsewhere"
         )
     return folders
 
 
-def pictures_by_wnid(home: Path, folders: Iterable[Path]) -> list[Picture]:
-    """The images in class folders, by folder, then file name, with the class indices of ImageNet."""
+def pictures_by_wnid(home: Path, folders: Iterable[Path], left_out: dict[str, str]) -> list[Picture]:
+    """The images in class folders, by folder, then file name, with the class indices of ImageNet; see ``images_in``."""
     found = [
         Picture(file, index_of()[folder.name], f"{folder.name}/{file.name}")
         for folder in folders
-        for file in images_in(folder)
+        for file in images_in(folder, home, left_out)
     ]
     if not found:
-        kinds = ", ".join(sorted(EXTENSIONS))
-        raise SrdLabError(f"the class folders in {home} hold no images; expected files that end in {kinds}")
+        raise BadData(f"the class folders in {home} hold no images; expected files such as {kinds()}")
     return found
 
 
@@ -91,7 +90,7 @@ def _check(pictures: Iterable[Picture], home: Path, root: Path) -> None:
     for picture in pictures:
         label = _look_up(labels, picture.file, picture.name)
         if label not in (None, picture.label):
-            raise SrdLabError(
+            raise BadData(
                 f"{picture.name} lies in the folder of class {picture.label}, but {file} gives it class {label}; "
                 "mend the one that is wrong"
             )
@@ -141,7 +140,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise SrdLabError(f"{file} cannot be read ({complaint(error)}); expected lines of text") from None
+        raise BadData(f"{file} cannot be read ({complaint(error)}); expected lines of text") from None
 
 
 def _synsets(meta: Path) -> dict[str, str]:
@@ -149,7 +148,7 @@ def _synsets(meta: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
     if not meta.is_file():
-        raise SrdLabError(
+        raise BadData(
             f"the labels are numbers of the development kit, which {meta} would explain, but it is not there; "
             "bring it from the same kit, or a labels.csv with file and wnid"
         )
@@ -157,7 +156,7 @@ def _synsets(meta: Path) -> dict[str, str]:
         synsets = loadmat(meta, squeeze_me=True)["synsets"]
         return {str(int(synset["ILSVRC2012_ID"])): str(synset["WNID"]) for synset in synsets}
     except Exception as error:  # SciPy's reader lets through whatever it stumbles over
-        raise SrdLabError(
+        raise BadData(
             f"{meta} cannot be read ({complaint(error)}); bring the meta.mat of the ILSVRC 2012 development kit"
         ) from None
 
@@ -168,11 +167,11 @@ def _collect(file: Path, pairs: Pairs) -> dict[str, int]:
     for name, found in pairs:
         label = int(found) if found.isdecimal() else index_of().get(found, -1)
         if not 0 <= label < len(wnids()):
-            raise SrdLabError(
+            raise BadData(
                 f"{file} gives {name} the class {found!r}; expected a wnid of ILSVRC 2012, or an index in 0..999"
             )
         if labels.setdefault(name, label) != label:
-            raise SrdLabError(f"{file} gives {name} two classes, {labels[name]} and {label}; mend it")
+            raise BadData(f"{file} gives {name} two classes, {labels[name]} and {label}; mend it")
     return labels
 
 
@@ -190,7 +189,7 @@ def _flat_pictures(home: Path, root: Path, files: list[Path]) -> list[Picture]:
     found = [(file, _look_up(labels, file, file.name)) for file in files]
     bare = [file.name for file, label in found if label is None]
     if bare:
-        raise SrdLabError(f"{source} has no label for {bare[0]} ({len(bare)} such images); complete it")
+        raise BadData(f"{source} has no label for {bare[0]} ({len(bare)} such images); complete it")
     return [Picture(file, label, file.name) for file, label in found if label is not None]
 
 
@@ -200,14 +199,14 @@ def _label_file(home: Path, root: Path) -> Path:
         for place in places:
             if (place / name).is_file():
                 return place / name
-    raise SrdLabError(f"{home} holds images but no labels; put one of {', '.join(LABEL_FILES)} beside them")
+    raise BadData(f"{home} holds images but no labels; put one of {', '.join(LABEL_FILES)} beside them")
 
 
 class ImageNetFolder(PictureFolder):
     """The images of ``imagenet:DIR`` with ImageNet's class indices and, where there are boxes, masks.
 
     In class folders the label comes from the name of the folder, so that any part of the 1,000 classes will do;
-    other files and folders beside them are passed over, but for a ``labels.csv`` that contradicts them, which
+    files and folders beside them are passed over, but for a ``labels.csv`` that contradicts them, which
     is refused. Images are in the order of folder, then file name; ``name`` is ``nXXXXXXXX/file.JPEG``, in a flat
     folder ``file.JPEG``. ``boxes`` is a folder of XML annotations or a table, if it is not where
     ``boxes.boxes_of`` finds it; the mask is the union of an image's boxes, None where it has none.
@@ -228,20 +227,20 @@ class ImageNetFolder(PictureFolder):
     def _find(self) -> list[Picture]:
         root = self.folder
         if not root.is_dir():
-            raise SrdLabError(
+            raise BadData(
                 f"{root} is not a folder; give imagenet:DIR, where DIR holds folders like n01440764"
             )
         self.classes = class_names()
         homes = [root / place for place in PLACES if (root / place).is_dir()]
         for home in homes:
             if folders := wnid_folders(home):
-                pictures = pictures_by_wnid(home, folders)
+                pictures = pictures_by_wnid(home, folders, self.left_out)
                 _check(pictures, home, root)
                 return pictures
         for home in homes:
-            if files := images_in(home):
+            if files := images_in(home, home, {}):  # beside them lie label files
                 return _flat_pictures(home, root, files)
-        raise SrdLabError(
+        raise BadData(
             f"{root} holds no class folders; expected folders named like n01440764, or images with a label file"
         )
 

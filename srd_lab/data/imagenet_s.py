@@ -16,7 +16,7 @@ import numpy as np
 
 from srd_lab.data.imagenet import class_names, pictures_by_wnid, wnid_folders, wnids
 from srd_lab.data.pictures import Picture, PictureFolder, SkippedFile, decode_mask
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,11 +39,11 @@ class ImageNetS(PictureFolder):
         home = self.folder / IMAGES
         for folder in (home, self.folder / MASKS):
             if not folder.is_dir():
-                raise SrdLabError(
+                raise BadData(
                     f"{folder} is not a folder; give imagenet-s:DIR, where DIR holds {IMAGES} and {MASKS}"
                 )
         folders = wnid_folders(home)
-        pictures = pictures_by_wnid(home, folders)
+        pictures = pictures_by_wnid(home, folders, self.left_out)
         self.categories = self._categories([folder.name for folder in folders])
         self.classes = class_names()
         return pictures
@@ -57,12 +57,12 @@ class ImageNetS(PictureFolder):
             )
             unlisted = sorted(set(present) - set(listed))
             if unlisted:
-                raise SrdLabError(
+                raise BadData(
                     f"{lists[0]} does not list {unlisted[0]}, of which there are images; bring the variant's list"
                 )
             return listed
         if len(present) not in VARIANTS:
-            raise SrdLabError(
+            raise BadData(
                 f"{self.folder / IMAGES} holds {len(present)} class folders, and not the {VARIANTS[0]}, {VARIANTS[1]} "
                 f"or {VARIANTS[2]} of a variant; put the variant's {CATEGORIES} into {self.folder}"
             )

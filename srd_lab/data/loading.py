@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from srd_lab.data.pictures import PictureFolder, SkippedFile
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, SrdLabError
 from srd_lab.types import Dataset, Sample
 
 MOST_WORKERS = 4
@@ -50,20 +50,12 @@ def load_batches(
     Raises SrdLabError for a negative number of workers, and those of the data set (but SkippedFile) as they are.
     """
     if workers is not None and workers < 0:
-        raise SrdLabError(f"there cannot be {workers} workers; give 0 or more")
+        raise BadValue(f"there cannot be {workers} workers; give 0 or more")
     plan = [[int(index) for index in indices] for indices in batches]
     if workers is None:
         workers = _worth(dataset, sum(map(len, plan)))
     read = _Reader(dataset)
     return _by_workers(read, plan, min(workers, len(plan))) if workers and plan else map(read.batch, plan)
-
-
-def skipped_report(skipped: dict[str, str], shown: int = 5) -> str:
-    """One line: ``2 files skipped: a.JPEG (not RGB but L), b.JPEG (cannot be decoded: ...)``."""
-    named = [f"{name} ({reason})" for name, reason in list(skipped.items())[:shown]]
-    more = ["..."] if len(skipped) > shown else []
-    what = f"{len(skipped)} file{'' if len(skipped) == 1 else 's'} skipped"
-    return f"{what}: {', '.join(named + more)}" if skipped else what
 
 
 def _worth(dataset: Dataset, images: int) -> int:

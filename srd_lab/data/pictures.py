@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import operator
+import os
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, SrdLabError, SrdLabWarning
 from srd_lab.types import Sample
 
 if TYPE_CHECKING:
     from PIL import Image
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+# What is called so is taken for an image without a look into it, and named if it turns out to be none.
+EXTENSIONS = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"),
+}
+# What systems and archivers leave behind, besides names that start with a dot.
+SYSTEM_NAMES = {
+    *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+# Pillow opens these, but would start another program to draw them, or has no decoder.
+NO_PIXELS = ("EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR")
 NON_RGB = ("skip", "convert")
 ORIENTATION = 0x0112  # of EXIF, and what undoes it
 TURNS = {
@@ -55,10 +70,8 @@ def decode(source: Path | IO[bytes], name: str, non_rgb: str = "skip") -> tuple[
     Raises SkippedFile for what cannot be decoded, and with ``non_rgb="skip"`` for all but 8-bit RGB: grey,
     palette, CMYK, transparency, 16 bits. "convert" makes RGB of these, as torchvision does.
     """
-    from PIL import Image
-
     try:
-        with Image.open(source) as image:
+        with _opened(source) as image:
             strange = _strangeness(image)
             if strange and non_rgb == "skip":
                 raise SkippedFile(name, strange, 'replace the file, or give non_rgb="convert" for all such')
@@ -67,6 +80,17 @@ def decode(source: Path | IO[bytes], name: str, non_rgb: str = "skip") -> tuple[
         raise
     except Exception as error:  # Pillow's decoders let through whatever they stumble over
         raise SkippedFile(name, f"cannot be decoded: {complaint(error)}") from None
+
+
+def _opened(source: Path | IO[bytes]) -> Image.Image:
+    """The image with its header read; ValueError for one whose pixels Pillow does not decode by itself."""
+    from PIL import Image
+
+    image = Image.open(source)
+    if image.format in NO_PIXELS:
+        image.close()
+        raise ValueError(f"{image.format} holds no pixels that can be read")
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -88,7 +112,16 @@ def _strangeness(image: Image.Image) -> str:
     if image.mode != "RGB":
         return f"not RGB but {image.mode}"
     # Pillow calls 16 bits per channel RGB as well, and drops the lower half.
-    return "16 bits per channel" if any("16" in str(tile[3]) for tile in getattr(image, "tile", ())) else ""
+    return "16 bits per channel" if any(map(_is_deep, getattr(image, "tile", ()))) else ""
+
+
+def _is_deep(tile: Any) -> bool:
+    """Whether a tile of Pillow's (decoder, place, offset, arguments) holds 16 bits per channel."""
+    decoder, arguments = tile[0], tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+    if decoder in ("ppm", "ppm_plain"):
+        return int(arguments[1]) > 255  # the largest value
+    # Only the stored mode counts: numbers behind it are widths and offsets. "BGR;16" is 16 bits per pixel.
+    return decoder == "SGI16" or re.search(r";16[A-Z]", str(arguments[0])) is not None
 
 
 def complaint(error: Exception) -> str:
@@ -104,10 +137,8 @@ def complaint(error: Exception) -> str:
 
 def decode_mask(file: Path, name: str) -> Image.Image:
     """The image ``file`` in its own mode; SkippedFile says that the sample ``name`` lacks a mask."""
-    from PIL import Image
-
     try:
-        with Image.open(file) as mask:
+        with _opened(file) as mask:
             mask.load()
             return mask
     except MemoryError:
@@ -158,13 +189,48 @@ class Picture:
     name: str
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files directly in ``folder``, sorted, without hidden ones."""
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
-    )
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's making: hidden, or left behind by a system."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def folders_in(home: Path) -> list[Path]:
+    """``home`` and all folders below it, sorted, without hidden ones and what lies in them."""
+    below = (path for path in home.rglob("*") if path.is_dir())
+    return sorted([home, *(path for path in below if not any(map(is_hidden, path.relative_to(home).parts)))])
+
+
+def images_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[Path]:
+    """The image files directly in ``folder``, sorted, without hidden ones.
+
+    left_out : is given the files that are no images, by their path below ``root``, and why.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not is_hidden(entry.name) and not entry.is_dir())
+    found = []
+    for file in (folder / name for name in names):
+        if file.suffix.lower() in EXTENSIONS or _is_image(file):
+            found.append(file)
+        else:
+            left_out[file.relative_to(root).as_posix()] = "no image"
+    return found
+
+
+def _is_image(file: Path) -> bool:
+    """Whether Pillow knows the content of ``file``, whatever it is called."""
+    try:
+        with _opened(file) if file.is_file() else nullcontext(None) as image:  # a pipe would never end
+            return image is not None
+    except Exception:  # as in ``decode``
+        return False
+
+
+def skipped_report(skipped: dict[str, str], shown: int = 5) -> str:
+    """One line: ``2 files skipped: a.JPEG (not RGB but L), b.JPEG (cannot be decoded: ...)``."""
+    named = [f"{name} ({reason})" for name, reason in list(skipped.items())[:shown]]
+    more = ["..."] if len(skipped) > shown else []
+    what = f"{len(skipped)} file{'' if len(skipped) == 1 else 's'} skipped"
+    return f"{what}: {', '.join(named + more)}" if skipped else what
 
 
 def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
@@ -174,12 +240,19 @@ def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     return [items[k * len(items) // limit] for k in range(limit)]
 
 
+def kinds() -> str:
+    """The usual extensions, for a message."""
+    return ", ".join(sorted(EXTENSIONS))
+
+
 class PictureFolder(ABC):
     """Image files as (3, size, size) in steps of 1/255; a subclass per source says which, and has their masks.
 
     ``pictures`` are the files, ``labels`` their class indices; with ``limit``, so many of them, evenly spread
     over all. ``fit`` says how they are resized. EXIF orientation is applied to the image and to its mask,
     which is given for the pixels as stored. A mask may be all False where the crop leaves nothing of the object.
+
+    ``left_out`` are the files among them that are no images, name -> reason, which a warning says too.
 
     Raises SrdLabError for what is no such folder, and SkippedFile on access for a file that cannot be decoded,
     or is not 8-bit RGB unless ``non_rgb`` is "convert".
@@ -191,16 +264,19 @@ class PictureFolder(ABC):
         self, folder: str | Path, size: int = 224, *, limit: int | None = None, non_rgb: str = "skip"
     ) -> None:
         if size < 1 or (limit is not None and limit < 1):
-            raise SrdLabError(f"image size {size} and limit {limit} must be 1 or more")
+            raise BadValue(f"image size {size} and limit {limit} must be 1 or more")
         if non_rgb not in NON_RGB:
-            raise SrdLabError(f"files that are not RGB cannot be {non_rgb!r}; choose {' or '.join(NON_RGB)}")
+            raise BadValue(f"files that are not RGB cannot be {non_rgb!r}; choose {' or '.join(NON_RGB)}")
         self.folder, self.size, self.non_rgb = Path(folder).expanduser(), size, non_rgb
+        self.left_out: dict[str, str] = {}
         self.pictures = spread(self._find(), limit)
+        if self.left_out:
+            warnings.warn(skipped_report(self.left_out), SrdLabWarning, stacklevel=3)
         self.labels: Tensor = torch.tensor([picture.label for picture in self.pictures])
 
     @abstractmethod
     def _find(self) -> list[Picture]:
-        """All pictures in ``self.folder``, at least one, and ``self.classes`` on the way."""
+        """All pictures in ``self.folder``, at least one; on the way ``self.classes`` and ``self.left_out``."""
 
     def _mask(self, picture: Picture, size: tuple[int, int]) -> Image.Image | None:
         """Mask of the object in stored pixels, of this (width, height), mode L, 0 outside; None without any."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadValue
 from srd_lab.types import Sample
 
 SIZE = 64
@@ -165,7 +165,7 @@ def _read_photograph(name: str) -> Pixels:
 
     path = Path(skimage.__file__).parent / "data" / name
     if not path.is_file():
-        raise SrdLabError(
+        raise BadData(
             f"the photograph {name} is not in the installed scikit-image, whose wheel should hold it; "
             "reinstall it: pip install --force-reinstall scikit-image"
         )
@@ -322,11 +322,11 @@ class Scenes:
 
     def __init__(self, split: str = "test", *, seed: int = 0, length: int | None = None) -> None:
         if split not in LENGTHS:
-            raise SrdLabError(f"scenes has no split {split!r}; choose one of {', '.join(LENGTHS)}")
+            raise BadValue(f"scenes has no split {split!r}; choose one of {', '.join(LENGTHS)}")
         if seed < 0:
-            raise SrdLabError(f"the seed of scenes is {seed}; give one that is 0 or more")
+            raise BadValue(f"the seed of scenes is {seed}; give one that is 0 or more")
         if length is not None and length < 1:
-            raise SrdLabError(f"scenes cannot hold {length} images; give a length of 1 or more")
+            raise BadValue(f"scenes cannot hold {length} images; give a length of 1 or more")
         self.split, self.seed = split, seed
         self.classes = list(CLASSES)
         self.labels = torch.arange(length or LENGTHS[split]) % len(CLASSES)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from srd_lab.data.pictures import Picture, PictureFolder, SkippedFile, complaint, decode_mask
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,17 +45,17 @@ class Voc(PictureFolder):
             (self.folder / place for place in PLACES if (self.folder / place / LIST).is_file()), None
         )
         if self.root is None:
-            raise SrdLabError(
+            raise BadData(
                 f"{self.folder} holds no {LIST}; give voc:DIR, where DIR is the folder VOC2012, VOC2007 or VOCdevkit"
             )
         try:
             names = (self.root / LIST).read_text(encoding="utf-8").split()
         except (OSError, ValueError) as error:
-            raise SrdLabError(
+            raise BadData(
                 f"{self.root / LIST} cannot be read ({complaint(error)}); expected a name in every line"
             ) from None
         if not names:
-            raise SrdLabError(f"{self.root / LIST} is empty; expected the name of an image in every line")
+            raise BadData(f"{self.root / LIST} is empty; expected the name of an image in every line")
         return [Picture(self.root / "JPEGImages" / f"{name}.jpg", -1, name) for name in names]
 
     def _classes(self, picture: Picture) -> np.ndarray:

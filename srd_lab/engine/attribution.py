@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import Leak, SrdLabError, SrdLabWarning
 
 ON_LEAK = ("error", "warn")
 
@@ -71,8 +71,8 @@ def check_conserved(
     started, arrived : relevance of a batch, of any shapes. leaks : by cause, what is known to have gone to nobody.
     on_leak : "error" or "warn". eps : relative rounding of the coarsest numbers on the way.
 
-    Raises SrdLabError, or warns, where their difference is more than rounding: 1e4 times eps, 2 % at most. What is not
-    finite shows by itself, and passes.
+    Raises Leak, or warns, where their difference is more than rounding: 1e4 times eps, 2 % at most. What is not
+    finite passes, and ``Explainer.explain`` refuses it.
     """
     started, arrived = started.detach(), arrived.detach()
     total, size = started.sum(), started.abs().sum() + arrived.abs().sum()
@@ -85,5 +85,5 @@ def check_conserved(
         "rule does not fit; use another method on it, and please report the model"
     )
     if on_leak == "error":
-        raise SrdLabError(said)
+        raise Leak(said)
     warnings.warn(said, SrdLabWarning, stacklevel=2)

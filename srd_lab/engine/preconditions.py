@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from srd_lab.errors import SrdLabError
+from srd_lab.overflow import largest_square_root
 
 
 def refuse_checkpoint(name: str) -> None:
@@ -80,8 +83,14 @@ def check_input(x: Tensor, model: nn.Module | None = None) -> None:
         raise SrdLabError(
             f"the input is {x.dtype}, but the model's weights are {own.dtype}; bring both to one dtype with .to(...)"
         )
-    if not torch.isfinite(x).all():
+    largest = float(x.detach().abs().amax())  # NaN where there is one
+    if not math.isfinite(largest):
         raise SrdLabError("the input holds NaN or infinite values; expected finite pixels")
+    if largest > largest_square_root(x.dtype):
+        raise SrdLabError(
+            f"the input holds values of {largest:.2g}, whose squares overflow {str(x.dtype).removeprefix('torch.')}; "
+            "expected pixels in [0, 1], or what the model was trained on"
+        )
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise SrdLabError("no gradient can be taken in torch.inference_mode; use torch.no_grad instead")
     if torch.is_autocast_enabled(x.device.type):

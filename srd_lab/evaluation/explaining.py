@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +18,29 @@ from torch import Tensor
 from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
 from srd_lab.data.pictures import decode, fit, upright
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, Refused, SrdLabError
+from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 from srd_lab.evaluation.settings import ExplainSettings
 from srd_lab.logits import class_logits, probabilities
 from srd_lab.models import Classifier, input_size, load_model
+from srd_lab.overflow import refuse_overflow
 from srd_lab.registry import make_explainer
 from srd_lab.runs.report import text_table
 from srd_lab.runs.settings import weights_of
 from srd_lab.runtime import full_precision, pick_device
 
 TOP = 5
+OUT = "explanations"
+SHEET = "contact_sheet.png"
+LONGEST_LABEL = 60
 
 
 class Explaining:
     """One call of ``srd-lab explain``: the network, the pictures and the folder for what is made of them."""
 
     def __init__(self, settings: ExplainSettings) -> None:
+        self.out = settings.out or first_free(OUT, lambda folder: [folder])
+        refuse_taken([self.out / SHEET])  # before a network is loaded; the other files are known after that
         full_precision()
         self.device = pick_device(settings.device)
         name, data = settings.model, settings.data
@@ -38,24 +49,36 @@ class Explaining:
         self.size = input_size(name, data)
         asked: Sequence[str] = tuple(METHODS) if "all" in settings.methods else settings.methods
         self.methods = {method: make_explainer(method) for method in asked}
-        self.out: Path = settings.out
         with torch.no_grad():
             count = class_logits(
                 self.model(torch.zeros(1, 3, self.size, self.size, device=self.device))
             ).shape[1]
         self.classes = Classes.of(data, count)
-        self.target = None if settings.target is None else self.classes.index(settings.target)
+        self.targets = list(dict.fromkeys(map(self.classes.index, settings.targets)))
 
     def run(self, files: Sequence[Path]) -> None:
         """Explain every picture; what is written, and the likeliest classes, are said."""
         folders = [self.out / stem for stem in _stems(files)]
+        refuse_taken(file for folder in folders for file in self._files(folder))
         images = [self._read(file) for file in files]
         rows = []
         for file, folder, image in zip(files, folders, images, strict=True):
             rows.append(self._explain(file, folder, image))
-        sheet = self.out / "contact_sheet.png"
-        render.method_sheet(rows, f"{len(rows)} pictures").savefig(sheet)
+        sheet = self.out / SHEET
+        drawn = io.BytesIO()
+        render.method_sheet(rows, f"{len(rows)} pictures").savefig(drawn)
+        write_new(sheet, drawn.getvalue())
         click.echo(f"written: {sheet}, and the maps in {', '.join(map(str, folders))}")
+
+    def _files(self, folder: Path) -> Iterator[Path]:
+        """What may be written for one picture."""
+        for method in self.methods:
+            for target in self.targets or [0]:
+                stem = self._stem(method, target)
+                yield from (folder / f"{stem}.png", folder / f"{stem}.npy")
+
+    def _stem(self, method: str, target: int) -> str:
+        return f"{method}-{self.classes.file_label(target)}" if len(self.targets) > 1 else method
 
     def _read(self, file: Path) -> Tensor:
         picture, orientation = decode(file, str(file), "convert")
@@ -65,31 +88,49 @@ class Explaining:
     def _explain(self, file: Path, folder: Path, image: Tensor) -> render.SheetRow:
         x = image[None].to(self.device)
         with torch.no_grad():
-            likely = probabilities(self.model(x)).cpu().double()[0]
+            output = self.model(x)
+        refuse_overflow(self.model, x, class_logits(output))
+        likely = probabilities(output).cpu().double()[0]
         top = likely.topk(min(TOP, len(likely)))
-        target = int(top.indices[0]) if self.target is None else self.target
-        explained = self.classes.name(target)
-        click.echo(f"{file}: explained for {explained}, probability {float(likely[target]):.3f}\n")
+        targets = self.targets or [int(top.indices[0])]
+        explained = [f"{self.classes.name(t)}, probability {float(likely[t]):.3f}" for t in targets]
+        click.echo(f"{file}: explained for {'; '.join(explained)}\n")
         lines = [
             [self.classes.name(int(i)), f"{float(p):.3f}", str(int(i))]
             for p, i in zip(top.values, top.indices, strict=True)
         ]
         click.echo(text_table(["class", "probability", "index"], lines) + "\n")
-        folder.mkdir(parents=True, exist_ok=True)
         shown: dict[str, Any] = {}
         for method, explainer in self.methods.items():
             try:
-                raw = explainer.explain(self.model, x, target)
+                raws = {target: explainer.explain(self.model, x, target) for target in targets}
             except SrdLabError as error:
+                if len(self.methods) == 1:
+                    raise
                 click.echo(f"{method} is left out: {error}", err=True)
                 continue
-            np.save(folder / f"{method}.npy", raw[0].cpu().numpy())
-            prepared = maps.prepared(raw, (self.size, self.size))[0].cpu()
-            render.save_picture(folder / f"{method}.png", render.overlay(image, render.signed(prepared)))
-            shown[title_of(method)] = prepared
+            for target, raw in raws.items():
+                prepared = maps.prepared(raw, (self.size, self.size))[0].cpu()
+                self._write(folder, self._stem(method, target), image, raw[0], prepared)
+                column = (
+                    f"{title_of(method)}: {self.classes.label(target)}"
+                    if len(targets) > 1
+                    else title_of(method)
+                )
+                shown[column] = prepared
         if not shown:
-            raise SrdLabError("none of the methods goes with this network; see `srd-lab methods`")
-        return render.SheetRow(self.classes.names[target], image, shown)
+            raise Refused(f"none of the methods explains {file}; see above, and `srd-lab methods`")
+        return render.SheetRow(
+            folder.name if len(targets) > 1 else self.classes.names[targets[0]], image, shown
+        )
+
+    def _write(self, folder: Path, stem: str, image: Tensor, raw: Tensor, prepared: Tensor) -> None:
+        """The raw map as numbers, the prepared one over its image."""
+        numbers, picture = io.BytesIO(), io.BytesIO()
+        np.save(numbers, raw.cpu().numpy())
+        render.save_picture(picture, render.overlay(image, render.signed(prepared)))
+        write_new(folder / f"{stem}.npy", numbers.getvalue())
+        write_new(folder / f"{stem}.png", picture.getvalue())
 
 
 class Classes:
@@ -120,13 +161,32 @@ class Classes:
         """Name, and WordNet number where there is one."""
         return f"{self.names[index]} ({self.wnids[index]})" if self.wnids else self.names[index]
 
+    def label(self, index: int) -> str:
+        """A short name that no other class of the network has."""
+        short = _short(self.names[index])
+        return f"{short} ({index})" if self._is_ambiguous(index) else short
+
+    def file_label(self, index: int) -> str:
+        """The same for the name of a file, on every file system."""
+        plain = _plain(self.names[index])
+        return f"{plain or 'class'}-{index}" if self._is_ambiguous(index) else plain
+
+    def _is_ambiguous(self, index: int) -> bool:
+        plain = _plain(self.names[index])
+        # what ends in a number could be another class with its index
+        return not plain or self._namesakes[plain.casefold()] > 1 or re.search(r"-\d+$", plain) is not None
+
+    @cached_property
+    def _namesakes(self) -> Counter[str]:
+        return Counter(_plain(name).casefold() for name in self.names)
+
     def index(self, wanted: str) -> int:
         """The class that is meant; SrdLabError where none or several are."""
         text = wanted.strip().lower()
         if text.isdecimal():
             if int(text) < len(self.names):
                 return int(text)
-            raise SrdLabError(f"there is no class {text}; the network has 0..{len(self.names) - 1}")
+            raise BadValue(f"there is no class {text}; the network has 0..{len(self.names) - 1}")
         if text in self.wnids:
             return self.wnids.index(text)
         lowered = [name.lower() for name in self.names]
@@ -136,7 +196,7 @@ class Classes:
         if len(found) == 1:
             return found[0]
         some = ", ".join(f"{self.names[i]} ({i})" for i in found[:TOP])
-        raise SrdLabError(
+        raise BadValue(
             f"{wanted!r} may be {some}{' ...' if len(found) > TOP else ''}; give the index in brackets"
             if found
             else f"no class is called {wanted!r}; give an index 0..{len(self.names) - 1}, a name"
@@ -144,12 +204,22 @@ class Classes:
         )
 
 
+def _short(name: str) -> str:
+    """The first of the synonyms that ImageNet's names are."""
+    return name.split(",")[0].strip()
+
+
+def _plain(name: str) -> str:
+    """Letters and digits of a class name, with hyphens between them."""
+    return re.sub(r"[\W_]+", "-", _short(name))[:LONGEST_LABEL].strip("-")
+
+
 def _stems(files: Sequence[Path]) -> list[str]:
     """A folder's name for every file, none twice."""
     stems: list[str] = []
     for file in files:
         stem, k = file.stem, 2
-        while stem in stems:
+        while stem in (*stems, SHEET):
             stem, k = f"{file.stem}-{k}", k + 1
         stems.append(stem)
     return stems

@@ -42,14 +42,14 @@ class ExplainSettings:
     model : the network's name.
     data : what it was made for, as in :class:`srd_lab.runs.settings.Settings`; weights, device : likewise.
     methods : names, wrapped or not; ``all``.
-    target : class to explain: index, name or WordNet number; None = the predicted one.
-    out : folder for what is made.
+    targets : classes to explain: index, name or WordNet number; () = the predicted one.
+    out : folder for what is made; None = the first of ``explanations``, ``explanations-2``, ... that is free.
     """
 
     model: str = "vgg16"
     data: str = "scenes"
     weights: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("srd",)
-    target: str | None = None
+    targets: tuple[str, ...] = ()
     device: str = "auto"
-    out: Path = Path("explanations")
+    out: Path | None = None

@@ -32,6 +32,7 @@ from srd_lab.engine.recompute import recomputed
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import check_target
+from srd_lab.overflow import refuse_overflow
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
 
@@ -103,7 +104,7 @@ class Smoothed(Explainer):
     def _sum(self, model: nn.Module, base: Tensor, classes: Tensor, some: range) -> Tensor:
         """Sum over draws of the comparable maps, (N, h, w)."""
         copies = (base + self.noise(base, some)[:, None]).flatten(0, 1)
-        found = self.explainer.explain(model, copies, classes.repeat(len(some)))
+        found = _unchecked(self.explainer, model, copies, classes.repeat(len(some)))
         return _comparable(found, self.normalise).unflatten(0, (len(some), -1)).sum(0)
 
 
@@ -131,15 +132,24 @@ class BetaSmoothed(Explainer):
     def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
         """The map (N, h, w); without a pass of the network itself where ``target`` is given."""
         if target is None:
-            return self.explain_with_logits(model, x)[0]
-        return self.explainer.explain(SmoothModel(_original(model), self.beta), x, target)
+            return super().explain(model, x)
+        raw = _unchecked(self, model, x, target)
+        refuse_overflow(SmoothModel(_original(model), self.beta), x, None, raw)
+        return raw
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The map (N, h, w) on the softplus network; the output of the network itself, see the class."""
         logits = _plain_logits(_original(model), x)
-        return self.explain(model, x, check_target(target, logits)), logits
+        return _unchecked(self, model, x, check_target(target, logits)), logits
+
+
+def _unchecked(explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | int) -> Tensor:
+    """An explainer's map, finite or not; a softplus network's without a pass of the network itself."""
+    while isinstance(explainer, BetaSmoothed):
+        model, explainer = SmoothModel(_original(model), explainer.beta), explainer.explainer
+    return explainer.explain_with_logits(model, x, target)[0]
 
 
 def _comparable(raw: Tensor, how: str) -> Tensor:

@@ -96,6 +96,8 @@ class SRD(Explainer):
     values: str = "pre"
     on_leak: str = "error"
 
+    squares = True  # for ``refuse_overflow``
+
     def __post_init__(self) -> None:
         for field, allowed in (
             *(("start", STARTS), ("unit", UNITS), ("values", VALUES)),

@@ -129,7 +129,7 @@ class Explained:
     @classmethod
     def by(cls, explainer: Explainer, images: Images) -> Explained:
         """The images explained."""
-        raw = explainer.explain(images.model, images.x, images.target)
+        raw, _ = explainer.explain_with_logits(images.model, images.x, images.target)
         return cls(images, explainer, maps.prepared(raw, images.size))
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -140,7 +140,7 @@ class Explained:
 
     def again(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         """Prepared maps of changed images, or of a changed network, for the same classes."""
-        raw = self.explainer.explain(model or self.images.model, x, self.images.target)
+        raw, _ = self.explainer.explain_with_logits(model or self.images.model, x, self.images.target)
         return maps.prepared(raw, self.images.size)
 
     def each(self) -> Iterator[tuple[int, Tensor]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -57,11 +56,11 @@ def overlay(image: Picture, saliency: Picture) -> np.ndarray:
     return np.round(0.4 * 255 * grey + 0.6 * heat(saliency)).astype(np.uint8)
 
 
-def save_picture(file: Path, picture: np.ndarray) -> None:
-    """Write colours (H, W, 3) uint8 as an image, pixel by pixel."""
+def save_picture(file: IO[bytes], picture: np.ndarray) -> None:
+    """Write colours (H, W, 3) uint8 as a PNG, pixel by pixel."""
     from PIL import Image
 
-    Image.fromarray(picture).save(file)
+    Image.fromarray(picture).save(file, format="png")
 
 
 def strength(saliency: Picture) -> np.ndarray:
@@ -197,10 +196,15 @@ def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figu
 
 
 def method_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
-    """A row per image, a column per method: the image, then its maps in [-1, 1], red > 0 > blue."""
-    names = ["image", *rows[0].maps]
-    cell, left, top = 0.82, 0.75, 1.4
-    size = (left + cell * len(names) + 0.8, top + cell * len(rows) + 0.1)
+    """A row per image, a column per method: the image, then its maps in [-1, 1], red > 0 > blue.
+
+    A row without a map that others have stays white there.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.maps))
+    longest = max(map(len, names))  # of the slanted names, an inch is 17 letters across the top
+    cell, left, top, right = 0.82, 0.75, 1.4 + 0.04 * max(0, longest - 28), 0.8 + 0.06 * max(0, longest - 20)
+    size = (left + cell * (1 + len(names)) + right, top + cell * len(rows) + 0.1)
+    look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
     with style():
         figure = blank(size, layout="none")
         for i, row in enumerate(rows):
@@ -209,14 +213,18 @@ def method_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
                 (left - 0.06) / size[0], (y + cell / 2) / size[1], _wrapped(row.label.split(",")[0], 0.7),
                 ha="right", va="center", fontsize=6, parse_math=False,
             )  # fmt: skip
-            for j, picture in enumerate([pixels(row.image), *row.maps.values()]):
-                axes = _axes_at(figure, left + j * cell, y, cell - 0.04, cell - 0.04)
-                look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if j else {}
-                axes.imshow(signed(picture) if j else picture, interpolation="nearest", aspect="auto", **look)
-        for j, name in enumerate(names):
+            shown = [
+                (pixels(row.image), {}),
+                *((signed(row.maps[n]), look) if n in row.maps else None for n in names),
+            ]
+            for j, picture in enumerate(shown):
+                if picture is not None:
+                    axes = _axes_at(figure, left + j * cell, y, cell - 0.04, cell - 0.04)
+                    axes.imshow(picture[0], interpolation="nearest", aspect="auto", **picture[1])
+        for j, name in enumerate(["image", *names]):
             figure.text(
                 (left + (j + 0.35) * cell) / size[0], (size[1] - top + 0.06) / size[1], name,
-                rotation=35, ha="left", va="bottom", fontsize=8,
+                rotation=35, ha="left", va="bottom", fontsize=8, parse_math=False,
             )  # fmt: skip
         figure.text(0.1 / size[0], (size[1] - 0.2) / size[1], title, fontsize=9)
     return figure

@@ -72,7 +72,7 @@ class Figure7:
                 "images": x[:left].cpu().numpy(),
             }
             for variant, method in VARIANTS.items():
-                raw = method.explain(model, x)
+                raw, _ = method.explain_with_logits(model, x)
                 scores = Sparseness().score(raw), Roughness().score(raw), Roughness().score(raw.abs())
                 arrays |= {f"{variant}/{f}": s.cpu().numpy() for f, s in zip(FIGURES, scores, strict=True)}
                 arrays[f"{variant}/map"] = raw[:left].cpu().numpy()
