@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srd_lab.errors import BadValue, SrdLabError, SrdLabWarning
+from srd_lab.errors import BadData, BadValue, SrdLabWarning
 from srd_lab.types import Sample
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ TURNS = {
 Item = TypeVar("Item")
 
 
-class SkippedFile(SrdLabError):
+class SkippedFile(BadData):
     """A sample that cannot be used, by its ``name``, and the ``reason``; the other samples of its data set can."""
 
     def __init__(self, name: str, reason: str, cure: str = "replace or remove the file") -> None:
