@@ -58,10 +58,9 @@ class _PassCAM(Explainer, ABC):
         A differentiable map recomputes its passes backwards instead of holding them all.
         """
         with layer_of(model, x, self.level, self.encoder) as layer:
-            differentiable = layer.differentiable
-            classes = check_target(target, layer.logits)
-            a, logits = layer.finish(layer.activation), layer.finish(layer.logits)
-        with torch.set_grad_enabled(differentiable):
+            run, classes = layer.run, check_target(target, layer.logits)
+            a, logits = run.finish(layer.activation), run.finish(layer.logits)
+        with torch.set_grad_enabled(run.differentiable):
             rows = [
                 self.weights(model, x[i : i + 1], a[i], layer, logits[i, c], int(c))
                 for i, c in enumerate(classes.tolist())

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.catalogue import method
-from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.attribution import plain_logits
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import check_target
@@ -74,8 +74,7 @@ class Sobel(Explainer):
 
 
 def _logits(model: nn.Module, x: Tensor, target: Tensor | int | None) -> Tensor:
-    check_input(x, model)
-    logits: Tensor = Watch(model).run(x.clone())
+    logits = plain_logits(model, x)
     check_target(target, logits)
     return logits
 

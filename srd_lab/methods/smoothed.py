@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.catalogue import outer_parts
-from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.preconditions import check_input
+from srd_lab.engine.attribution import plain_logits
 from srd_lab.engine.recompute import recomputed
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import SrdLabError
@@ -81,7 +80,7 @@ class Smoothed(Explainer):
 
         Differentiable if x asks for a gradient; with several passes, each is run again backwards and only one is held.
         """
-        logits = _plain_logits(model, x)
+        logits = plain_logits(model, x)
         classes = check_target(target, logits)
         together = max(1, (self.images_at_once or _PIXELS_AT_ONCE // x[0, 0].numel()) // len(x))
         chunks = [range(first, min(self.draws, first + together)) for first in range(0, self.draws, together)]
@@ -138,7 +137,7 @@ class BetaSmoothed(Explainer):
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The map (N, h, w) on the softplus network; the output of the network itself, see the class."""
-        logits = _plain_logits(_original(model), x)
+        logits = plain_logits(_original(model), x)
         return self.explain(model, x, check_target(target, logits)), logits
 
 
@@ -147,13 +146,6 @@ def _comparable(raw: Tensor, how: str) -> Tensor:
         return raw
     size = raw.abs().amax((1, 2), True) if how == "max_abs" else raw.abs().sum((1, 2), keepdim=True)
     return raw / size.masked_fill(size == 0, 1)
-
-
-def _plain_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output, differentiable if and only if x asks for a gradient."""
-    check_input(x, model)
-    with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
-        return Watch(model).run(x.clone())  # type: ignore[no-any-return]  # a network may change its input in place
 
 
 def _original(model: nn.Module) -> nn.Module:

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import ON_LEAK, check_conserved, slope_of, traced
+from srd_lab.engine.attribution import ON_LEAK, Attribution, attribution, check_conserved, slope_of
 from srd_lab.engine.encoder_end import End
-from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import check_target, class_logit
@@ -233,20 +232,17 @@ class _Begin:
 class _Run:
     """One traced forward pass and the backward passes made from it."""
 
-    def __init__(self, method: SRD, model: nn.Module, leaf: Tensor, differentiable: bool) -> None:
-        self.method, self.leaf, self.differentiable = method, leaf, differentiable
+    def __init__(self, method: SRD, model: nn.Module, run: Attribution) -> None:
+        self.method, self.differentiable, self.finish = method, run.differentiable, run.finish
         rule, with_bias = _RULES[method.unit, method.values], method.unit == "vector"
-        self.trace = SRDTrace(model, rule, method.encoder, with_bias=with_bias)
+        self.trace = run.recording(SRDTrace(model, rule, method.encoder, with_bias=with_bias))
         self.trace.keeps_maps = method.level == "high"
-        self.output, self.input = self.trace.trace(self.leaf)
+        self.output, self.input = self.trace.trace(run.given)
 
     def leaks(self, begin: _Begin) -> dict[str, Tensor]:
         """What the last backward pass, from ``begin``, could hand to nobody, by cause."""
         found = self.trace.live_pass.leaks
         return found | {"dead fields": found.get("dead fields", 0) + begin.leaked}
-
-    def finish(self, t: Tensor) -> Tensor:
-        return t if self.differentiable else t.detach()
 
     # starts --------------------------------------------------------------------------------------------
     def begin(self, target: Tensor | int | None, start: str | Tensor | None) -> _Begin:
@@ -391,16 +387,6 @@ def _row(value: Any, i: int, n: int) -> Any:
 
 
 @contextmanager
-def _tracing(
-    method: SRD,
-    model: nn.Module,
-    x: Tensor,
-) -> Iterator[_Run]:
-    check_input(x, model)
-    leaf, differentiable = traced(x)
-    with torch.enable_grad():
-        run = _Run(method, model, leaf, differentiable)
-        try:
-            yield run
-        finally:
-            run.trace.release()
+def _tracing(method: SRD, model: nn.Module, x: Tensor) -> Iterator[_Run]:
+    with attribution(model, x, split=False) as run:
+        yield _Run(method, model, run)
