@@ -105,7 +105,7 @@ def is_affine(
 def brings_constants(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], maps: list[Tensor]
 ) -> bool:
-    """Whether what an affine call puts out may hold something that is made of no map."""
+    """Whether what an affine call puts out may contain something that is made of no map."""
     if function in _PLAIN_PRODUCTS or not is_affine(function, args, kwargs, maps):
         return False
     return function in _FILLS or len(maps) < len(tensors_in(args, kwargs))

@@ -140,9 +140,9 @@ def no_gradient() -> SrdLabError:
 def check_conserved(
     started: Tensor, arrived: Tensor, leaks: Mapping[str, Tensor], on_leak: str, eps: float
 ) -> None:
-    """Refuse a map that holds less or more relevance than it should: an operation was taken for what it is not.
+    """Refuse a map with less or more relevance than it should have: an operation was taken for what it is not.
 
-    started, arrived : relevance of a batch, of any shapes. leaks : by cause, what is known to have gone to nobody.
+    started, arrived : relevance of a batch, of any shapes. leaks : by cause, what is known not to have been passed on.
     on_leak : "error" or "warn". eps : relative rounding of the coarsest numbers on the way.
 
     Raises SrdLabError, or warns, where their difference is more than rounding: 1e4 times eps, 2 % at most. What is not

@@ -1,4 +1,4 @@
-"""Which axis of a tensor holds its channels.
+"""Which axis of a tensor its channels lie along.
 
 A pointwise feature vector runs along channels, and maps come as (N, C, H, W), tokens as (N, S, D), and ConvNeXt and
 Swin keep (N, H, W, C) for a while. Layers say where channels are (a convolution: axis 1; a linear layer, attention, a

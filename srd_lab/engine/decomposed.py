@@ -24,7 +24,7 @@ from srd_lab.engine.affine import (
 )
 from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.live_pass import Absorb, Gate, Hold, LivePass, Refuse, ShareBias
+from srd_lab.engine.live_pass import Absorb, Gate, LiveConstant, LivePass, Refuse, ShareBias
 from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, tensors_in
@@ -151,9 +151,9 @@ class Decomposed(Gated):
                 return self.refused(func, args, kwargs, "has weights that are made of the image")
         return super()._dispatch(func, args, kwargs)
 
-    def hold(self, t: Tensor) -> Tensor:
+    def live_constant(self, t: Tensor) -> Tensor:
         """``t`` as a factor that the live pass takes for a constant."""
-        return Hold.apply(t, self.live_pass) if t.requires_grad else t  # type: ignore[no-untyped-call,no-any-return]
+        return LiveConstant.apply(t, self.live_pass) if t.requires_grad else t  # type: ignore[no-untyped-call,no-any-return]
 
     def share_bias(
         self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None = None, axis: int = 1
@@ -176,8 +176,8 @@ class Decomposed(Gated):
         if function in PRODUCTS:
             overwritten = args[0] if overwrites(function, kwargs) else None
             gates = [t for t in tensors_in(args, kwargs) if self.records[t].role == "gate"]
-            held = {id(t): self.hold(t) for t in gates if t is not overwritten}
-            args, kwargs = exchanged(args, kwargs, held)
+            constants = {id(t): self.live_constant(t) for t in gates if t is not overwritten}
+            args, kwargs = exchanged(args, kwargs, constants)
         return function(*args, **kwargs)
 
     def count_constants(
@@ -192,7 +192,7 @@ class Decomposed(Gated):
         return self.absorb(out, constant) if constant.any() else out
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
-        """``out``, of which ``constant`` came from no map: what that earns in the live pass is counted as leaked."""
+        """``out``, of which ``constant`` came from no map: its relevance in the live pass is counted as leaked."""
         return Absorb.apply(out, constant, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
 
     def as_gate(self, t: Tensor, function: Function) -> Tensor:

@@ -46,7 +46,7 @@ class EncoderEnd:
         self._apart = False  # whether maps of several branches are pooled, each by itself
 
     def clear(self) -> None:
-        """Let go of the output."""
+        """Drop the reference to the output."""
         self._found = None
 
     def layer(self, x: Tensor, axis: int) -> None:

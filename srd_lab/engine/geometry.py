@@ -80,7 +80,7 @@ class Convolution:
         return _Convolve.apply(x, self._box(x), None, self._one_group)  # type: ignore[no-untyped-call,no-any-return]
 
     def box_spread(self, s: Tensor) -> Tensor:
-        """The transpose of :meth:`box_sum`: hand s to every position of its receptive field."""
+        """The transpose of :meth:`box_sum`: add s to every position of its receptive field."""
         if self._pools:
             like, back = self.x[:, :1].detach(), torch.ops.aten.avg_pool2d_backward
             return back(s, like, self._window, self.stride, self.padding, False, True, 1)  # type: ignore[no-any-return]

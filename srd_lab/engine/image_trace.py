@@ -91,12 +91,12 @@ class ImageTrace(Interceptor):
         """Called after :meth:`on_maps`, when it is known where the channels of ``out`` lie."""
 
     def release(self) -> None:
-        """Let go of every tensor, so that the graph dies with whoever still needs it."""
+        """Drop every reference to a tensor, so that the graph is freed with its last user."""
         self.records.clear()
         self.maps.clear()
 
     def places(self) -> list[Place]:
-        """The maps that were kept and not overwritten, by their place among ``maps``."""
+        """The recorded maps that were not overwritten, by their place among ``maps``."""
         return [
             Place(i, tuple(t.movedim(self.channels.of(t), 1).shape), t.grad_fn)
             for i, (t, version) in enumerate(self.maps)
@@ -105,5 +105,5 @@ class ImageTrace(Interceptor):
 
 
 def _is_layer(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is one that interception hands to a method of its own."""
+    """Whether a call is one that interception has a method of its own for."""
     return func in LAYERS or func in MAX_POOLS or recognise(func, args, kwargs) is not None

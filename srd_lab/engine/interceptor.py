@@ -3,7 +3,7 @@
 Module hooks miss functional activations and cannot tell apart the calls of a shared module, and graph rewriting
 fails on control flow; a ``TorchFunctionMode`` sees each call as it happens and leaves the model untouched.
 What a call becomes is decided by subclasses of :class:`Interceptor`, which override one method per kind of call.
-In-place activations keep their meaning: whoever holds the tensor still sees it change.
+In-place activations keep their meaning: every reference to the tensor still sees it change.
 
 Not seen by any such mode, and therefore refused: scripted modules, modules replicated to other threads
 (DataParallel) and recomputation by checkpointing. Compiled functions run uncompiled.
@@ -70,7 +70,7 @@ _TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
 class Interceptor(TorchFunctionMode):
-    """Runs a model and hands each call of interest to a method; the base class changes nothing.
+    """Runs a model and passes each call of interest to a method; the base class changes nothing.
 
     A subclass overrides ``activation``, ``convolution``, ``linear``, ``batch_norm``, ``max_pool`` or ``other``.
     Inside these methods interception is off, so they may use any torch function.
@@ -316,7 +316,7 @@ class Exchange(Watch):
         if not before < self.events == self.event:
             return out
         made = self.by(out)
-        if any(t is out for t in operands):  # in place: whoever holds it is to see the exchange
+        if any(t is out for t in operands):  # in place: every reference to it is to see the exchange
             if made.shape == out.shape:
                 return out.copy_(made)
             self._overwritten = out

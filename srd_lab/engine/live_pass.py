@@ -20,11 +20,11 @@ from srd_lab.errors import SrdLabError
 
 
 class LivePass:
-    """Whether the rule is live, and the relevance it left at each call. Holds no graph between passes.
+    """Whether the rule is live, and the relevance it left at each call. Has no graph between passes.
 
     rule : what stands in for the derivative of an activation while the pass is on.
     on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there.
-    leaks : by cause, the relevance of all images together that live passes could hand to nobody.
+    leaks : by cause, the relevance of all images together that live passes could not pass on.
     """
 
     def __init__(self, rule: rules.Rule) -> None:
@@ -83,13 +83,13 @@ class ShareBias(torch.autograd.Function):
         g, share = grads[0], None
         if ctx.live_pass.on and g is not None:
             x, bias = ctx.saved_tensors
-            carried = rules.carried_by(bias, g.movedim(ctx.axis, 1))
-            share, leaked = rules.share_bias(x, carried, ctx.conv)
+            relevance = rules.bias_relevance(bias, g.movedim(ctx.axis, 1))
+            share, leaked = rules.share_bias(x, relevance, ctx.conv)
             ctx.live_pass.leak("dead fields", leaked)
         return g, share, None, None, None, None
 
 
-class Hold(torch.autograd.Function):
+class LiveConstant(torch.autograd.Function):
     """A factor that counts as a constant while the rule is live, and as itself otherwise."""
 
     @staticmethod
@@ -122,7 +122,7 @@ class Refuse(torch.autograd.Function):
 
 
 class Absorb(torch.autograd.Function):
-    """Forward: y. Backward while live: what the constant part of y earns is put down as lost."""
+    """Forward: y. Backward while live: the relevance of the constant part of y is counted as leaked."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, constant: Tensor, live_pass: LivePass) -> Tensor:
@@ -132,6 +132,6 @@ class Absorb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         g = grads[0]
-        if ctx.live_pass.on:  # an infinite constant is a mask, and earns nothing
+        if ctx.live_pass.on:  # an infinite constant is a mask, and has no relevance
             ctx.live_pass.leak("constants", torch.where(g == 0, 0, ctx.constant * g))
         return g, None, None

@@ -98,7 +98,7 @@ class Records:
         self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, record)
 
     def clear(self) -> None:
-        """Let go of every tensor that a record holds."""
+        """Drop every reference to a tensor."""
         self._known.clear()
 
 

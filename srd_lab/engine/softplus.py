@@ -1,4 +1,4 @@
-"""Smooth ReLUs and clips, each one activation call to whoever intercepts, and calls that write in place."""
+"""Smooth ReLUs and clips, each one activation call to an interceptor, and calls that write in place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def in_place(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 def smooth_relu(
     x: Tensor, slope: float, beta: float, inplace: bool = False, stands_for: str = "relu"
 ) -> Tensor:
-    """Softplus surrogate of a (leaky) ReLU: one activation call, named as the original, to whoever intercepts."""
+    """Softplus surrogate of a (leaky) ReLU: one activation call, named as the original, to an interceptor."""
     if has_torch_function_unary(x):
         return handle_torch_function(  # type: ignore[no-any-return]
             smooth_relu, (x,), x, slope, beta, inplace=inplace, stands_for=stands_for

@@ -98,7 +98,7 @@ class Call:
     original: Callable[[Tensor], Tensor]
 
     def value_at(self, u: float) -> float:
-        """The activation at one number; whoever else intercepts does not see this."""
+        """The activation at one number; interceptors do not see this."""
         with torch._C.DisableTorchFunction():
             return float(self.function(torch.tensor(u, dtype=torch.float64)))
 

@@ -14,8 +14,8 @@ from srd_lab.engine.affine import COPIES, SHIFTS, constant_part, overwrites
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
-from srd_lab.engine.held_constant import HELD
 from srd_lab.engine.layers import Place, call_index, high
+from srd_lab.engine.norms_and_attention import affine_form
 from srd_lab.engine.record import original_of
 from srd_lab.engine.spellings import Call, Function, tensors_in
 
@@ -87,14 +87,14 @@ class SRDTrace(Decomposed):
     def release(self) -> None:
         super().release()
         self.encoder.clear()
-        for kept in (self.u, self.v, self._read, self._gates):
-            kept.clear()
+        for recorded in (self.u, self.v, self._read, self._gates):
+            recorded.clear()
         self._input = self._fed = None
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self._axis = self.channels.of(x)
-        self._layer(x, self._axis)
+        self.layer_reads(x, self._axis)
         out = super().activate(call, x, inplace)
         self.records.note(out, call=call)
         return self.channels.put(out, self._axis)
@@ -108,7 +108,7 @@ class SRDTrace(Decomposed):
         return out.movedim(1, self._axis)
 
     def convolution(self, conv: Convolution) -> Tensor:
-        self._layer(conv.x, 1)
+        self.layer_reads(conv.x, 1)
         y = super().convolution(conv)
         if conv.bias is not None and self._with_bias:
             y = self.share_bias(y, conv.x, conv.bias, conv)
@@ -117,7 +117,7 @@ class SRDTrace(Decomposed):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         last = x.dim() - 1
-        self._layer(x, last)
+        self.layer_reads(x, last)
         y = F.linear(x, weight, bias)
         if bias is not None and self._with_bias and last:
             y = self.share_bias(y, x, bias, axis=last)
@@ -138,13 +138,8 @@ class SRDTrace(Decomposed):
         return out
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in HELD and (maps := self.maps_in(args, kwargs)):
-            x = max(maps, key=Tensor.dim)
-            self._layer(x, self.channels.of(x))
-            out = HELD[function](self, *args, **kwargs)
-            if out is not None:
-                return out
-        return super().other(function, args, kwargs)
+        out = affine_form(self, function, args, kwargs)
+        return super().other(function, args, kwargs) if out is None else out
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         maps = self.maps_in(args, kwargs)
@@ -171,12 +166,12 @@ class SRDTrace(Decomposed):
     def _shift(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
         """A constant belongs to the vector that it is added to, as the shift of a batch norm does."""
         axis = self.channels.of(x)
-        carrier = x.clone() if overwrites(function, kwargs) else x
+        vectors = x.clone() if overwrites(function, kwargs) else x
         shift = constant_part(function, args, kwargs, [x])
         out = super().on_maps(function, args, kwargs)
         if out.dim() > x.dim():
             return self.absorb(out, shift)
-        return self.share_bias(out, carrier.expand(out.shape), shift.movedim(axis, 1), axis=axis)
+        return self.share_bias(out, vectors.expand(out.shape), shift.movedim(axis, 1), axis=axis)
 
     # where things begin and end --------------------------------------------------------------------------
     def left(self, module: nn.Module, output: Any) -> Any:
@@ -201,7 +196,7 @@ class SRDTrace(Decomposed):
         if self.records[x].ahead:
             self._read.append(x)
 
-    def _layer(self, x: Tensor, axis: int) -> None:
+    def layer_reads(self, x: Tensor, axis: int) -> None:
         """A layer reads ``x``."""
         self._leave_input(x)
         self.encoder.layer(x, axis)

@@ -16,7 +16,7 @@ from srd_lab.normalise import split_normalisation
 class SmoothModel(nn.Module):
     """The softplus surrogate of a model: ReLU-like calls become softplus(beta), all else stays (Dombrowski et al. 2019).
 
-    ReLU, LeakyReLU, ReLU6 and hardtanh are replaced; activations that are smooth already are kept.
+    ReLU, LeakyReLU, ReLU6 and hardtanh are replaced; activations that are smooth already stay.
     """
 
     def __init__(self, model: nn.Module, beta: float) -> None:
@@ -40,7 +40,7 @@ class _Smooth(Interceptor):
         self.beta = beta
 
     def finished(self, output: Any, images: int) -> Any:
-        return output  # whoever runs the surrogate looks
+        return output  # the caller looks
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         refuse_checkpoint(call.name)

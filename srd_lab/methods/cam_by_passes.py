@@ -55,7 +55,7 @@ class _PassCAM(Explainer, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Class activation map (N, h, w) at ``level``, >= 0; the model's output.
 
-        A differentiable map recomputes its passes backwards instead of holding them all.
+        A differentiable map recomputes its passes backwards instead of storing them all.
         """
         with layer_of(model, x, self.level, self.encoder) as layer:
             run, classes = layer.run, check_target(target, layer.logits)

@@ -1,4 +1,4 @@
-"""Controls: maps that know nothing of the network. Whoever does not beat them explains nothing.
+"""Controls: maps that know nothing of the network. A method that does not beat them explains nothing.
 
 - Random: uniform noise, seeded by the image itself.
 - Sobel: the strength of edges (Sobel & Feldman 1968; as a control, Adebayo et al. 2018).

@@ -98,7 +98,7 @@ class _Biases(ImageTrace):
         self.found: list[_Bias] = []
 
     def note(self, y: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-        """``y``, which holds ``bias``; a copy, as what follows may overwrite it."""
+        """``y``, to which ``bias`` was added; a copy, as what follows may overwrite it."""
         if bias is None or not y.requires_grad:
             return y
         self.found.append(_Bias(y, axis, bias))

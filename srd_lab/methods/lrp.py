@@ -114,7 +114,7 @@ def _to_input(
 class LRPZPlus(_Modified):
     """LRP z+ with z^B at the first layer: the map sums to the target logit, up to dead receptive fields.
 
-    low, high, on_leak : the pixel box, normalised as the image is; and what to do where relevance gets lost.
+    low, high, on_leak : the pixel box, normalised as the image is; and what to do where relevance leaks.
     channels : how the colour channels become one number; "sum" adds up their shares.
     """
 
@@ -149,7 +149,7 @@ class LRPZPlus(_Modified):
 )
 @dataclass(frozen=True)
 class LRPGamma(LRPZPlus):
-    """LRP gamma with z^B at the first layer; biases keep what is theirs, so the map does not sum to the logit.
+    """LRP gamma with z^B at the first layer; biases absorb their share, so the map does not sum to the logit.
 
     low, high, channels : see :class:`LRPZPlus`; on_leak means nothing. gamma : how much positive weights are favoured, >= 0.
     """
@@ -269,10 +269,10 @@ def _at_tensor(
 )
 @dataclass(frozen=True)
 class LRPEpsilon(Explainer):
-    """LRP epsilon at every layer, the first among them; biases keep what is theirs.
+    """LRP epsilon at every layer, the first among them; biases absorb their share.
 
-    epsilon : what holds the pre-activations off zero, > 0: the sums that activations are given. zennit holds every
-        addend off zero too, which on residual networks is another map (by 0.3 % of its maximum on a ResNet18).
+    epsilon : stabilises the pre-activations, the sums that activations are given, away from zero; > 0. zennit does so with
+        every addend too, which on residual networks is another map (by 0.3 % of its maximum on a ResNet18).
     channels : how the colour channels become one number; "sum" adds up their shares.
     """
 

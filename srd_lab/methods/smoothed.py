@@ -78,7 +78,7 @@ class Smoothed(Explainer):
     ) -> tuple[Tensor, Tensor]:
         """The mean map (N, h, w); the model's output for x without noise, by which ``target=None`` is decided.
 
-        Differentiable if x asks for a gradient; with several passes, each is run again backwards and only one is held.
+        Differentiable if x asks for a gradient; with several passes, each is run again backwards, and one is in memory.
         """
         logits = plain_logits(model, x)
         classes = check_target(target, logits)

@@ -5,7 +5,7 @@ is the sum of what the PFVs of the layer before contribute to it, u_j = sum_i vh
 ``mu_ij = <vhat_ij, u_j> / ||u_j||^2`` of its relevance (Eq. 5-8; the printed Eq. 6 divides by ||vhat_ij||, which does
 not sum to 1). As one backward pass: an activation replaces its derivative by ``u R / ||u||^2`` with R = <v, G>, and
 everything affine keeps its vector-Jacobian product. Biases and shifts are shared by Eq. 11. Gates, the scale of a
-normalisation that depends on the input and attention weights are held constant (:mod:`srd_lab.engine.held_constant`).
+normalisation that depends on the input and attention weights count as constants (:mod:`srd_lab.engine.norms_and_attention`).
 
 The pass starts at the encoder output with ``mu = relu(sum_k alpha_k A_k)``, alpha the spatial mean of the gradient of
 ``y_c - mean_k y_k`` (Eq. 3, 4, 9).
@@ -161,7 +161,7 @@ class SRD(Explainer):
         start: str | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What became of the relevance that did not arrive: shares (N,) of that at the encoder output, by cause.
-        With :meth:`conserved` they sum to 1; all are 0 where the encoder output held none.
+        With :meth:`conserved` they sum to 1; all are 0 where the encoder output had none.
 
         dead fields : went to a vector, or to a bias whose whole receptive field is, zero.
         constants : went to what no pixel had a part in, such as a class token put among the others.
@@ -220,7 +220,7 @@ class SRD(Explainer):
 @dataclass(frozen=True)
 class _Begin:
     """Where a backward pass starts: a tensor of the trace, the signal there, the relevance that it stands for, and how
-    much of that starts at zero vectors, where no signal can carry it."""
+    much of that starts at zero vectors, where no signal can stand for it."""
 
     tensor: Tensor
     signal: Tensor
@@ -240,7 +240,7 @@ class _Run:
         self.output, self.input = self.trace.trace(run.given)
 
     def leaks(self, begin: _Begin) -> dict[str, Tensor]:
-        """What the last backward pass, from ``begin``, could hand to nobody, by cause."""
+        """What the last backward pass, from ``begin``, could not pass on, by cause."""
         found = self.trace.live_pass.leaks
         return found | {"dead fields": found.get("dead fields", 0) + begin.leaked}
 
