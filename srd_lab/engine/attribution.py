@@ -91,7 +91,7 @@ def slope_of(
     differentiable: bool,
     retain: bool = False,
 ) -> Tensor:
-    """The gradient of ``outputs`` by ``x``, of its shape; see :func:`slopes_of`."""
+    """The gradient of ``outputs`` by ``x``, of the shape of ``x``; arguments and errors are those of :func:`slopes_of`."""
     return slopes_of(outputs, [x], signals, differentiable=differentiable, retain=retain)[0]
 
 
@@ -105,7 +105,8 @@ def slopes_of(
 ) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
     """The gradients of ``outputs`` by each of ``xs``, of their shapes; None for one that the outputs do not depend on.
 
-    signals : what weights each output, of its shape; None takes the sum of all their entries.
+    outputs : any shapes. xs : what to differentiate by.
+    signals : weights of the entries of each output, of its shape; None gives every entry the weight 1.
     differentiable : whether the gradients keep their graph. retain : whether the graph of the outputs is needed again.
 
     Raises SrdLabError where no gradient leads from the outputs to the first of ``xs``.
@@ -142,7 +143,8 @@ def check_conserved(
 ) -> None:
     """Refuse a map with less or more relevance than it should have: an operation was taken for what it is not.
 
-    started, arrived : relevance of a batch, of any shapes. leaks : by cause, what is known not to have been passed on.
+    started, arrived : relevance of a batch, of any shapes.
+    leaks : by cause, what is known not to have been passed on, of all images together.
     on_leak : "error" or "warn". eps : relative rounding of the coarsest numbers on the way.
 
     Raises SrdLabError, or warns, where their difference is more than rounding: 1e4 times eps, 2 % at most. What is not

@@ -36,6 +36,8 @@ _NO_GATE = "is used for more than multiplying a map by it"
 class Gated(ImageTrace):
     """Runs a model with a gate at every activation call; ``live()`` turns the rule on for one backward pass.
 
+    rule : what stands in for the derivative of an activation, see :mod:`srd_lab.engine.rules`.
+
     What is an activation in all but its spelling (``torch.maximum``, a comparison that chooses) has no gate, and is
     refused if the live pass arrives there.
     """
@@ -58,11 +60,12 @@ class Gated(ImageTrace):
         return conv.apply(conv.x, conv.weight, conv.bias)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        """The activation's output ``v`` behind a gate; ``u`` is its pre-activation, both of one shape."""
         return Gate.apply(u, v, self.live_pass, call.index)  # type: ignore[no-untyped-call,no-any-return]
 
     @contextmanager
     def live(self) -> Iterator[dict[int, Tensor]]:
-        """Within: the rule is live; yields the relevance by call index, filled by the backward pass."""
+        """Within: the rule is live, for one backward pass, which fills the dictionary of relevance by activation call."""
         self.live_pass.on, self.live_pass.relevance, self.live_pass.leaks = True, {}, {}
         try:
             yield self.live_pass.relevance
@@ -94,7 +97,7 @@ class Gated(ImageTrace):
         return super().on_maps(function, args, kwargs)
 
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
-        """The call as it is, and an error for any live pass that arrives there."""
+        """The call as it is, and an SrdLabError that says ``why`` for any live pass that arrives there."""
 
         def guarded(t: Any) -> Any:
             if isinstance(t, tuple | list):

@@ -17,14 +17,15 @@ _EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.floa
 
 
 class ImageTrace(Interceptor):
-    """Knows of every tensor whether it is a map, and where its channels lie.
+    """Knows of every tensor whether it is a map (made of the image), and where its channels lie.
 
     A map is what asks for a gradient, but for the parameters and what is made of them alone, which are constants: so
     nothing that is made of the image is ever taken for a constant. Gradients have to be on.
 
     records : what is known of the tensors of this pass. channels : where the channels of each lie.
     maps : if ``keeps_maps``, every map of four dimensions with its version then.
-    eps : relative rounding of the coarsest numbers on the way.
+    eps : relative rounding of the coarsest numbers on the way: 1.2e-7 for float32.
+    follows_channels : whether it follows the channels; a trace whose rule is per neuron does without.
     """
 
     keeps_maps = False
@@ -65,7 +66,7 @@ class ImageTrace(Interceptor):
         return any(self.records[t].role == "gate" for t in tensors_in(args, kwargs))
 
     def as_factor(self, out: Any, gate: bool) -> Any:
-        """``out`` of a call as a gate, or as a constant."""
+        """``out`` of a call, a tensor or a list of them, noted as a gate or as a constant."""
         for t in tensors_in((out,)):
             if t.requires_grad:
                 self.records.note(t, role="gate" if gate else "constant")

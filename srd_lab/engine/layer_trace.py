@@ -19,6 +19,7 @@ from srd_lab.engine.spellings import Call, Function
 class LayerTrace(ImageTrace):
     """Records the output of every activation call, and where the encoder ends.
 
+    encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
     v : outputs of the activation calls.
     made : of each, which torch function of the model made it (:class:`srd_lab.engine.interceptor.Exchange`) and the axis of
         its channels.
@@ -33,18 +34,18 @@ class LayerTrace(ImageTrace):
         self._fed: Any = None  # the image's node in autograd's graph
 
     def trace(self, leaf: Tensor) -> Any:
-        """The model's output for ``leaf``."""
+        """The model's output for the image ``leaf`` (N, C, H, W), which asks for a gradient."""
         self._shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
         self._fed = fed.grad_fn
         return self.run(fed)
 
     def end(self) -> End:
-        """Where the encoder ended."""
+        """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
         return self.encoder.found(self._shape[0])
 
     def call_index(self, layer: str | int) -> int:
-        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        """See :func:`srd_lab.engine.layers.call_index`."""
         return call_index(self.calls, layer)
 
     def high(self, logits: Tensor) -> tuple[Tensor, int, int]:

@@ -23,7 +23,7 @@ class LivePass:
     """Whether the rule is live, and the relevance it left at each call. Has no graph between passes.
 
     rule : what stands in for the derivative of an activation while the pass is on.
-    on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there.
+    on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there, (N, ...).
     leaks : by cause, the relevance of all images together that live passes could not pass on.
     """
 
@@ -34,12 +34,15 @@ class LivePass:
         self.leaks: dict[str, Tensor] = {}
 
     def leak(self, cause: str, relevance: Tensor) -> None:
-        """Count all of ``relevance`` as leaked."""
+        """Count all of ``relevance``, of any shape, as leaked."""
         self.leaks[cause] = self.leaks.get(cause, 0) + relevance.detach().sum()
 
 
 class Gate(torch.autograd.Function):
-    """Forward: the activation's output v. Backward: the rule while live, the true derivative otherwise."""
+    """Forward: the activation's output v, of pre-activation u. Backward: the rule while live, the true derivative otherwise.
+
+    index : of the activation call, under which its relevance is reported.
+    """
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, live_pass: LivePass, index: int) -> Tensor:
@@ -65,6 +68,7 @@ class Gate(torch.autograd.Function):
 class ShareBias(torch.autograd.Function):
     """Forward: y as it is. Backward while live: the bias's share goes to the input x of its layer as well.
 
+    conv : geometry of the receptive fields; None is one position.
     axis : the channels of y; x and a bias that is not a plain vector have theirs along dimension 1.
     """
 
@@ -103,7 +107,7 @@ class LiveConstant(torch.autograd.Function):
 
 
 class Refuse(torch.autograd.Function):
-    """Forward: y. Backward: an error if a signal arrives while the rule is live."""
+    """Forward: y. Backward: an SrdLabError, ``complaint``, if a signal arrives while the rule is live."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, live_pass: LivePass, complaint: str) -> Tensor:

@@ -59,8 +59,10 @@ class ModifiedTrace(Decomposed):
     """A forward pass that carries, for every tensor between two activations, what modified weights make of the same
     activations: with ``w^+`` its positive part.
 
-    modify : what becomes of a weight; with_bias : whether biases take part, modified likewise.
-    box : the pixel box (low, high) of z^B, which the first layer always has.
+    network : without the normalisation in front. modify : what becomes of a weight, of its shape.
+    with_bias : whether biases take part, modified likewise.
+    box : the pixel box (low, high) of z^B (Montavon et al. 2017), which the first layer always has; both like the image.
+    head : of the last linear layer: its output, its input (modified), its weight; None where there is none.
     """
 
     def __init__(
@@ -73,10 +75,13 @@ class ModifiedTrace(Decomposed):
         self._modify, self._with_bias = modify, with_bias
         self._ends = box
         self._u: Tensor | None = None  # modified pre-activation of the running call
-        # the last linear layer: its output, its input (modified), its weights
         self.head: tuple[Tensor, Tensor, Tensor] | None = None
 
     def trace(self, given: Tensor) -> Tensor:
+        """The logits (N, K) for the image ``given`` (N, C, H, W), which asks for a gradient.
+
+        Raises SrdLabError for activations that may be negative, and for what the rule cannot follow.
+        """
         fed = given.clone()  # a network may change its input in place
         self._fed = fed.grad_fn
         self.records.note(fed, box=self._ends)
@@ -108,7 +113,7 @@ class ModifiedTrace(Decomposed):
         self.head = (logits, x, weight)
 
     def modified(self, t: Tensor) -> Tensor:
-        """What the modified weights make of t; an activation's output, and what is pooled from it, is its own."""
+        """What modified weights make of ``t``, of its shape: ``t`` itself for activations and what is pooled from them."""
         known = self.records[t]
         if (conv := known.convolution) is not None:
             return self._convolved(conv, conv.weight, conv.bias)

@@ -61,6 +61,7 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
+    """Layer norm (Ba et al. 2016) over the last axes."""
     y = _standardised(trace, input, [*range(-len(normalized_shape), 0)], eps)
     return _affine(trace, y, input, weight, bias, _axis(trace, input, normalized_shape))
 
@@ -72,6 +73,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
+    """RMS norm (Zhang & Sennrich 2019) over the last axes: no centring, no shift."""
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     square = (input * input).mean([*range(-len(normalized_shape), 0)], keepdim=True)
     y = input * trace.live_constant(torch.rsqrt(square + eps))
@@ -87,6 +89,7 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
+    """Group norm (Wu & He 2018) over the positions and channels of every group; input (N, C, ...)."""
     groups = input.unflatten(1, (num_groups, -1))
     y = _standardised(trace, groups, [*range(2, groups.dim())], eps).flatten(1, 2)
     return _affine(trace, y, input, _per_channel(weight, y), _per_channel(bias, y), 1)
@@ -103,6 +106,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    """Instance norm (Ulyanov et al. 2016) over positions; input (N, C, ...)."""
     if use_input_stats or running_mean is None or running_var is None:
         y = _standardised(trace, input, [*range(2, input.dim())], eps)
     else:  # fixed statistics: a batch norm in all but name
@@ -114,6 +118,7 @@ def instance_norm(
 def local_response_norm(
     trace: Trace, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
+    """Local response norm (Krizhevsky et al. 2012) over neighbouring channels; input (N, C, ...)."""
     square = F.pad((input * input).movedim(1, -1), (size // 2, (size - 1) // 2))
     mean = square.unfold(-1, size, 1).mean(-1).movedim(-1, 1)
     return trace.channels.put(input / trace.live_constant((k + alpha * mean) ** beta), 1)
@@ -122,6 +127,7 @@ def local_response_norm(
 def normalize(
     trace: Trace, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> Tensor:
+    """Division by the p-norm along ``dim``."""
     y = input / trace.live_constant(input.norm(p, dim, keepdim=True).clamp_min(eps))
     return trace.channels.put(y, trace.channels.of(input))
 
@@ -137,6 +143,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """Attention (Vaswani et al. 2017) of query (..., L, E), key (..., S, E) and value (..., S, Ev): (..., L, Ev)."""
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     if is_causal:
@@ -175,6 +182,10 @@ def multi_head_attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
+    """Attention of several heads (Vaswani et al. 2017) on (L, N, E) tokens; the weights, if asked for, are a gate.
+
+    None for keys and values that are given, added biases or zeros, and tokens without a batch.
+    """
     unusual = (bias_k, bias_v, static_k, static_v)
     if query.dim() != 3 or add_zero_attn or any(t is not None for t in unusual):
         return None

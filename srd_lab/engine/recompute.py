@@ -12,6 +12,8 @@ from torch import Tensor
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)``, differentiable in every tensor that asks for it, more than once.
 
+    function : of these tensors alone; it runs again for every backward pass, so that memory is that of one run.
+
     Not ``torch.utils.checkpoint``: what it runs again would not be seen by interception.
     """
     if not torch.is_grad_enabled():

@@ -35,7 +35,13 @@ Rule = Callable[[Tensor, Tensor, Tensor], Passed]
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b with 0 wherever b is 0, in the value and in every derivative."""
+    """a / b with 0 wherever b is 0, in the value and in every derivative.
+
+    Example
+    -------
+    >>> divide(torch.ones(2), torch.tensor([0.0, 2.0]))
+    tensor([0.0000, 0.5000])
+    """
     return a / b.masked_fill(b == 0, torch.inf)
 
 
@@ -68,7 +74,15 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def srd_vector(u: Tensor, v: Tensor, g: Tensor) -> Passed:
-    """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2."""
+    """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2. All are (N, C, ...).
+
+    Example
+    -------
+    >>> u = torch.tensor([[1.0, -1.0]])
+    >>> passed = srd_vector(u, torch.relu(u), torch.ones(1, 2))
+    >>> passed.relevance, (passed.to_u * u).sum(1)     # what arrives is what goes on
+    (tensor([1.]), tensor([1.]))
+    """
     r, square = inner(v, g), squared_norm(u)
     return Passed(along(u, r, square), None, r.squeeze(1), r * (square == 0))
 
@@ -102,7 +116,10 @@ def deconvnet(u: Tensor, v: Tensor, g: Tensor) -> Passed:
 
 
 def lrp_epsilon(epsilon: float) -> Rule:
-    """LRP-epsilon (Bach et al. 2015): a neuron's relevance over its pre-activation, stabilised away from zero."""
+    """LRP-epsilon (Bach et al. 2015): a neuron's relevance over its pre-activation, stabilised away from zero.
+
+    epsilon : > 0, in units of the pre-activation.
+    """
 
     def rule(u: Tensor, v: Tensor, g: Tensor) -> Passed:
         r = v * g
@@ -138,6 +155,7 @@ def share_bias(x: Tensor, relevance: Tensor, conv: Convolution | None) -> tuple[
     """Signal that a bias adds at the input x of its layer (Eq. 11), ``relevance`` being that of the bias; and the part of
     that which no position can take, (N, 1, ...) over the layer's output.
 
+    x : (N, C, H, W), or (N, C, ...) without ``conv``. relevance : (N, 1, ...) over the layer's output.
     Every position i of a receptive field takes the share ||x_i|| / sum_k ||x_k|| of the bias, along x_i.
     ``conv`` is the geometry of the receptive fields; None is one position (1x1 convolution, normalisation, linear
     layer, a constant added to a map). Zero padding has norm 0 and takes nothing; a dead field passes nothing on.

@@ -28,8 +28,10 @@ _SLICING = {"__getitem__", "unsqueeze", "select", "narrow", "chunk", "split", "u
 class SRDTrace(Decomposed):
     """A forward pass that can be decomposed backwards.
 
-    encoder : dotted module name, "" for the model itself, None to find it.
+    rule : see :mod:`srd_lab.engine.rules`.
+    encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
     with_bias : whether biases, shifts of normalisations and added constants are shared (Eq. 11).
+    u, v : pre-activations and outputs of the activation calls, channels along dimension 1.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class SRDTrace(Decomposed):
         with_bias: bool,
     ) -> None:
         super().__init__(model, rule)
-        self.u: list[Tensor] = []  # channels along dimension 1, here and in v
+        self.u: list[Tensor] = []
         self.v: list[Tensor] = []
         self._gates: list[Any] = []  # their nodes in autograd's graph
         self._fed: Any = None  # and that of the image
@@ -55,7 +57,7 @@ class SRDTrace(Decomposed):
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
         """Output of the model and the tensor that input relevance refers to: what a leading normalisation made of
-        leaf; leaf itself where there is none, or more than one."""
+        ``leaf`` (N, C, H, W); ``leaf`` itself where there is none, or more than one."""
         self._shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
         self._fed = fed.grad_fn
@@ -66,11 +68,11 @@ class SRDTrace(Decomposed):
         return output, self._input
 
     def end(self) -> End:
-        """Where the encoder ended in the last trace."""
+        """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
         return self.encoder.found(self._shape[0])
 
     def call_index(self, layer: str | int) -> int:
-        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        """See :func:`srd_lab.engine.layers.call_index`."""
         return call_index(self.calls, layer)
 
     def high(self, last: int | None) -> int | Tensor:

@@ -17,6 +17,13 @@ class SmoothModel(nn.Module):
     """The softplus surrogate of a model: ReLU-like calls become softplus(beta), all else stays (Dombrowski et al. 2019).
 
     ReLU, LeakyReLU, ReLU6 and hardtanh are replaced; activations that are smooth already stay.
+
+    beta : > 0; the larger, the closer to the model: softplus(u) = log(1 + exp(beta u)) / beta.
+
+    Example
+    -------
+    >>> (SmoothModel(model, 100.0)(x) - model(x)).abs().max() < (SmoothModel(model, 10.0)(x) - model(x)).abs().max()
+    tensor(True)
     """
 
     def __init__(self, model: nn.Module, beta: float) -> None:
@@ -31,6 +38,7 @@ class SmoothModel(nn.Module):
         return normalise, SmoothModel(network, self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
+        """What the surrogate puts out for images x (N, C, H, W), in the form of the model's own output."""
         return _Smooth(self.model, self.beta).run(x)  # type: ignore[no-any-return]
 
 

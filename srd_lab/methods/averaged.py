@@ -9,8 +9,10 @@ there. When the points take several passes, a differentiable map recomputes each
 
 Example
 -------
->>> IntegratedGradients(steps=50).explain(model, x, target)  # (N, H, W), signed
->>> SmoothGrad().explain(model, x)                           # (N, H, W), >= 0
+>>> IntegratedGradients(steps=5).explain(model, x, target=3).shape    # (N, H, W), signed
+torch.Size([2, 64, 64])
+>>> SmoothGrad(samples=5).explain(model, x).shape                     # (N, H, W), >= 0
+torch.Size([2, 64, 64])
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class IntegratedGradients(Explainer):
     """``x * mean over k = 1..steps of the gradient at x k / steps``; the baseline is zero (normalised).
 
     steps : points of the path, > 0.
+    channels : how the colour channels become one number, see :data:`srd_lab.maps.CHANNELS`.
     images_at_once : images per forward pass; None keeps a pass near 30 images of 224 x 224.
     """
 
@@ -88,6 +91,7 @@ class SmoothGrad(Explainer):
     """Gradient averaged over noisy copies of the image; ``channels="abs_sum"``, so the map is >= 0.
 
     samples : copies, > 0; noise : standard deviation in parts of the (normalised) image's range.
+    channels : how the colour channels become one number, see :data:`srd_lab.maps.CHANNELS`.
     seed : decides the noise, which is the same for every image, whatever batch it is in.
     images_at_once : see :class:`IntegratedGradients`.
     """

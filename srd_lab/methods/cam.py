@@ -13,8 +13,10 @@ The layer is the encoder output (``level="low"``, 7 x 7 of 224 x 224), the last 
 
 Example
 -------
->>> GradCAM().explain(model, x)                  # (N, 7, 7), >= 0
->>> LayerCAM(level="high").explain(model, x, 3)  # (N, 28, 28)
+>>> GradCAM().explain(model, x).shape                    # the encoder output; (N, 7, 7) of 224 x 224
+torch.Size([2, 2, 2])
+>>> LayerCAM(level="high").explain(model, x, 3).shape    # (N, 28, 28) of 224 x 224
+torch.Size([2, 8, 8])
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Layer:
 
     @property
     def activation(self) -> Tensor:
+        """The output with its channels along dimension 1, (N, K, h, w)."""
         return self.output.movedim(self.channels, 1)
 
     def slope(self, score: Tensor) -> Tensor:
@@ -64,7 +67,10 @@ class Layer:
 
 @contextmanager
 def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None) -> Iterator[Layer]:
-    """The layer at ``level`` of a forward pass, with its graph."""
+    """Within: the layer at ``level`` of a forward pass, with its graph; level and encoder as in :class:`GradCAM`.
+
+    Raises SrdLabError for a layer that is not there or puts out no map.
+    """
     with attribution(model, x, split=False) as run:
         trace = run.recording(LayerTrace(model, encoder))
         trace.keeps_maps = level == "high"

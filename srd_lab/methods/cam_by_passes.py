@@ -10,8 +10,10 @@ Channels that are constant (dead ones, mostly) share one pass.
 
 Example
 -------
->>> ScoreCAM().explain(model, x)              # (N, 7, 7), >= 0
->>> AblationCAM(level="high").explain(model, x)
+>>> ScoreCAM().explain(model, x[:1]).shape               # the encoder output; (N, 7, 7) of 224 x 224
+torch.Size([1, 2, 2])
+>>> AblationCAM(level="high").explain(model, x[:1]).shape    # (N, 28, 28) of 224 x 224
+torch.Size([1, 8, 8])
 """
 
 from __future__ import annotations
@@ -84,7 +86,11 @@ class _PassCAM(Explainer, ABC):
 )
 @dataclass(frozen=True)
 class ScoreCAM(_PassCAM):
-    """Channels weighted by the logit of the image seen through them; the masks multiply the normalised image."""
+    """Channels weighted by the logit of the image seen through them; the masks multiply the normalised image.
+
+    level, encoder : see :class:`srd_lab.methods.cam.GradCAM`.
+    images_at_once : masked images per forward pass; None keeps a pass near 32 images of 224 x 224.
+    """
 
     def weights(
         self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
@@ -119,6 +125,7 @@ class ScoreCAM(_PassCAM):
 class AblationCAM(_PassCAM):
     """Channels weighted by the share of the logit that goes when they are set to zero; a logit of 0 gives weights of 0.
 
+    level, encoder : see :class:`srd_lab.methods.cam.GradCAM`.
     images_at_once : ablated copies of the layer per pass; None keeps them near 32 MiB.
     """
 

@@ -5,8 +5,10 @@
 
 Example
 -------
->>> Random(seed=1).explain(model, x)   # (N, H, W) in [0, 1)
->>> Sobel().explain(model, x)          # (N, H, W), >= 0
+>>> Random(seed=1).explain(model, x).shape          # (N, H, W), in [0, 1)
+torch.Size([2, 64, 64])
+>>> Sobel().explain(model, torch.ones_like(x)).max()    # (N, H, W), >= 0: no edges
+tensor(0.)
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ from srd_lab.types import Explainer
 )
 @dataclass(frozen=True)
 class Random(Explainer):
-    """Uniform noise; the same for the same image, in whatever batch it is, and another for another."""
+    """Uniform noise; the same for the same image, in whatever batch it is, and another for another.
+
+    seed : decides the noise, together with the image's pixels.
+    """
 
     seed: int = 0
 

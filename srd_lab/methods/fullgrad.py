@@ -11,8 +11,11 @@ place: they count for completeness only.
 
 Example
 -------
->>> FullGrad().explain(model, x)      # (N, H, W), >= 0
->>> FullGrad().terms(model, x, 3)     # (N, 1 + biases): their sums, which add up to the logit
+>>> FullGrad().explain(model, x).shape      # (N, H, W), >= 0
+torch.Size([2, 64, 64])
+>>> terms = FullGrad().terms(model, x, 3)   # (N, 1 + biases): their sums, which add up to the logit
+>>> torch.allclose(terms.sum(1), model(x)[:, 3], atol=1e-3)
+True
 """
 
 from __future__ import annotations

@@ -11,8 +11,11 @@ colour channels become one number: ``sum`` (signed), ``abs_sum`` (l1, what Dombr
 
 Example
 -------
->>> Gradient().explain(model, x)                             # (N, H, W), >= 0
->>> GradInput().explain(model, x, target)                    # (N, H, W), signed
+>>> map_ = Gradient().explain(model, x)              # (N, H, W), >= 0
+>>> map_.shape, bool((map_ >= 0).all())
+(torch.Size([2, 64, 64]), True)
+>>> GradInput().explain(model, x, target=3).shape    # (N, H, W), signed
+torch.Size([2, 64, 64])
 """
 
 from __future__ import annotations

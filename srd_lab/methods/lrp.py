@@ -15,8 +15,11 @@ the class would excite is taken off in the last layer.
 
 Example
 -------
->>> LRPZPlus().explain(model, x)               # (N, H, W); sums to the target logit
->>> ExcitationBackprop().explain(model, x, 3)  # (N, H / 8, W / 8)
+>>> map_, logits = LRPZPlus().explain_with_logits(model, x)    # (N, H, W); sums to the target logit
+>>> torch.allclose(map_.sum((1, 2)), logits.amax(1), rtol=1e-3)
+True
+>>> ExcitationBackprop().explain(model, x, 3).shape            # (N, H / 8, W / 8)
+torch.Size([2, 8, 8])
 """
 
 from __future__ import annotations
@@ -79,7 +82,7 @@ class _Modified(Explainer, ABC):
     keeps_maps = False
 
     def modify(self, weight: Tensor) -> Tensor:
-        """z+."""
+        """The weight that stands in for ``weight``, of its shape: its positive part."""
         return weight.clamp_min(0)
 
     @abstractmethod
@@ -91,7 +94,7 @@ class _Modified(Explainer, ABC):
         ends: tuple[Tensor, ...],
         differentiable: bool,
     ) -> Tensor:
-        """The map, from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
+        """The map (N, h, w), from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
 
 
 def _to_input(
@@ -165,7 +168,7 @@ class LRPGamma(LRPZPlus):
             raise SrdLabError(f"lrp_gamma needs gamma >= 0, got {self.gamma}")
 
     def modify(self, weight: Tensor) -> Tensor:
-        """Positive weights grow."""
+        """The weight that stands in for ``weight``: ``w + gamma w^+``."""
         return weight + self.gamma * weight.clamp_min(0)
 
 

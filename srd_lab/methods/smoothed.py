@@ -10,8 +10,11 @@ the mean. Divided by its sum (``abs_sum``), a copy with all its relevance on one
 
 Example
 -------
->>> Smoothed(SRD(), sigma=0.1, draws=64).explain(model, x)           # (N, h, w), signed
->>> parse_explainer("smoothed(beta_smoothed(gradient,10),0.1)", make_explainer)
+>>> from srd_lab.registry import make_explainer
+>>> Smoothed(make_explainer("srd"), sigma=0.1, draws=4).explain(model, x).shape     # (N, h, w), signed
+torch.Size([2, 64, 64])
+>>> parse_explainer("smoothed(gradient,0.1)", make_explainer).draws
+64
 """
 
 from __future__ import annotations
@@ -161,7 +164,7 @@ def _smoothings(explainer: Any) -> int:
 
 
 def check_wrapped(wrapper: Any) -> None:
-    """Refuse a wrapper whose ``explainer`` is none."""
+    """Refuse (SrdLabError) a wrapper whose ``explainer`` is none."""
     if not isinstance(wrapper.explainer, Explainer) or isinstance(wrapper.explainer, type):
         raise SrdLabError(
             f"{type(wrapper).__name__} wraps an explainer such as SRD(), got {wrapper.explainer!r}"
@@ -189,7 +192,13 @@ def parse_explainer(text: str, make: Callable[[str], Explainer]) -> Explainer:
 
 
 def plain_name(text: str) -> str:
-    """The name of the method inside all wrappers: ``srd`` of ``smoothed(beta_smoothed(srd,10),0.1)``."""
+    """The name of the method inside all wrappers. Raises SrdLabError for a text that cannot be read.
+
+    Example
+    -------
+    >>> plain_name("smoothed(beta_smoothed(srd,10),0.1)")
+    'srd'
+    """
     name, arguments = _read(text)
     return plain_name(arguments[0]) if arguments else name
 

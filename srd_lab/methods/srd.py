@@ -12,9 +12,15 @@ The pass starts at the encoder output with ``mu = relu(sum_k alpha_k A_k)``, alp
 
 Example
 -------
->>> SRD().explain(model, x)                          # (N, H, W)
->>> SRD(level="high").explain(model, x, target=3)    # (N, H / 8, W / 8)
->>> SRD(start="ones").relevance(model, x)["input"]
+>>> SRD().explain(model, x).shape                          # (N, H, W)
+torch.Size([2, 64, 64])
+>>> SRD(level="high").explain(model, x, target=3).shape    # (N, H / 8, W / 8)
+torch.Size([2, 8, 8])
+>>> method = SRD(start="ones")
+>>> torch.allclose(method.relevance(model, x)["input"], method.explain(model, x))
+True
+>>> torch.allclose(method.conserved(model, x) + sum(method.leaks(model, x).values()), torch.ones(2))
+True
 """
 
 from __future__ import annotations
@@ -74,6 +80,10 @@ _RULES = {
 class SRD(Explainer):
     """Sharing Ratio Decomposition.
 
+    Every method takes a model, images x (N, C, H, W) and classes ``target``: (N,), one for all, or None for the predicted
+    ones. Results are differentiable if and only if x asks for a gradient. SrdLabError is raised for models and inputs that
+    cannot be explained, for options that are not known, and where the model has no such layer.
+
     encoder : dotted name of the submodule whose output is the encoder output, "" = the model itself, None = found
         (the last map with spatial extent before global pooling or flattening; the last tokens before one of them is
         picked or all are averaged).
@@ -125,8 +135,9 @@ class SRD(Explainer):
         start: str | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Relevance of every layer: key "input" (N, H, W) and one key per activation call of the encoder in call
-        order (N, h, w), or (N, S) on tokens. ``start`` overrides the start, by name or as a tensor of that shape at
-        the encoder output.
+        order (N, h, w), or (N, S) on tokens.
+
+        start : overrides the start, by name or as a tensor of that shape at the encoder output.
 
         Input relevance refers to x, or to the normalised tensor where the model begins with a normalisation.
         The sum is the same at every cut through the network, up to what :meth:`leaks` reports.
@@ -144,6 +155,8 @@ class SRD(Explainer):
     ) -> Tensor:
         """Share (N,) of the relevance at the encoder output that arrives at the input; 0 where there was none.
 
+        start : see :meth:`relevance`.
+
         1 minus this is the leak, which can have either sign; :meth:`leaks` says where it went.
         """
         with self._passes(model, x) as passes:
@@ -160,6 +173,8 @@ class SRD(Explainer):
     ) -> dict[str, Tensor]:
         """What became of the relevance that did not arrive: shares (N,) of that at the encoder output, by cause.
         With :meth:`conserved` they sum to 1; all are 0 where the encoder output had none.
+
+        start : see :meth:`relevance`. Not differentiable.
 
         dead fields : went to a vector, or to a bias whose whole receptive field is, zero.
         constants : went to what no pixel had a part in, such as a class token put among the others.
@@ -186,8 +201,13 @@ class SRD(Explainer):
     def erf(
         self, model: nn.Module, x: Tensor, layer: str | int, positions: Sequence[tuple[int, ...]]
     ) -> Tensor:
-        """Effective receptive fields (Eq. 1-2) of the PFVs at ``positions`` (row, column) of an activation call, or
-        (index,) on tokens: (N, P, H, W). Each sums to 1, up to the leaks."""
+        """Effective receptive fields (Eq. 1-2) of PFVs, (N, P, H, W). Each sums to 1, up to the leaks.
+
+        layer : an activation call, by index, name, or submodule (its last).
+        positions : P pairs (row, column) on its map, or (index,) on tokens.
+
+        One backward pass per position.
+        """
         if not len(positions):
             raise SrdLabError("no positions were given; expected pairs (row, column)")
         with self._passes(model, x) as passes:
@@ -196,9 +216,13 @@ class SRD(Explainer):
             return torch.stack([passes.at_input(start) for start in starts], 1)
 
     def sharing_ratio(self, model: nn.Module, x: Tensor, source: str | int, target: str | int) -> Tensor:
-        """Sharing ratios mu_{i->j} (Eq. 6) between neighbouring layers: (N, h_j, w_j, h_i, w_i), j in the activation
-        call ``target``, i in the activation call ``source`` or "input"; one axis instead of two on tokens. Entry
-        [n, j] is a map over i. Where other activations lie on paths from i to j, the sum over all paths (Eq. 17)."""
+        """Sharing ratios mu_{i->j} (Eq. 6) between neighbouring layers: (N, h_j, w_j, h_i, w_i), one axis instead of two on
+        tokens. Entry [n, j] is a map over i; where other activations lie on paths from i to j, the sum over all (Eq. 17).
+
+        source : the activation call of i, or "input". target : that of j, behind it; see :meth:`erf`.
+
+        One backward pass per position of ``target``.
+        """
         with self._passes(model, x) as passes:
             j = passes.trace.call_index(target)
             places = tuple(passes.trace.u[j].shape[2:])
