@@ -157,7 +157,7 @@ def called_with(
     """What a call makes of maps that are ``value`` everywhere."""
     with torch.no_grad():
         args, kwargs = exchanged(args, kwargs, {id(t): torch.full_like(t, value) for t in moving})
-        return function(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
 
 
 def overwrites(function: Function, kwargs: dict[str, Any]) -> bool:

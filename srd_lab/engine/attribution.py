@@ -80,7 +80,7 @@ def plain_logits(model: nn.Module, x: Tensor) -> Tensor:
     """The model's output (N, K) for images x (N, C, H, W), differentiable if and only if x asks for a gradient."""
     check_input(x, model)
     with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
-        return Watch(model).run(x.clone())  # type: ignore[no-any-return]  # a network may change its input in place
+        return Watch(model).run(x.clone())  # a network may change its input in place
 
 
 def slope_of(

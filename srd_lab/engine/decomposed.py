@@ -61,7 +61,7 @@ class Gated(ImageTrace):
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         """The activation's output ``v`` behind a gate; ``u`` is its pre-activation, both of one shape."""
-        return Gate.apply(u, v, self.live_pass, call.index)  # type: ignore[no-untyped-call,no-any-return]
+        return Gate.apply(u, v, self.live_pass, call.index)
 
     @contextmanager
     def live(self) -> Iterator[dict[int, Tensor]]:
@@ -119,7 +119,7 @@ class Gated(ImageTrace):
     def _guarded(self, t: Tensor, function: Function, why: str) -> Tensor:
         if not t.requires_grad:
             return t
-        return Refuse.apply(t, self.live_pass, self._complaint(function, why))  # type: ignore[no-untyped-call,no-any-return]
+        return Refuse.apply(t, self.live_pass, self._complaint(function, why))
 
     def _complaint(self, function: Function, why: str) -> str:
         return (
@@ -156,7 +156,7 @@ class Decomposed(Gated):
 
     def live_constant(self, t: Tensor) -> Tensor:
         """``t`` as a factor that the live pass takes for a constant."""
-        return LiveConstant.apply(t, self.live_pass) if t.requires_grad else t  # type: ignore[no-untyped-call,no-any-return]
+        return LiveConstant.apply(t, self.live_pass) if t.requires_grad else t
 
     def share_bias(
         self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None = None, axis: int = 1
@@ -167,7 +167,7 @@ class Decomposed(Gated):
         """
         if not x.requires_grad:
             return y
-        return ShareBias.apply(y, x.movedim(axis, 1), bias, conv, axis, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
+        return ShareBias.apply(y, x.movedim(axis, 1), bias, conv, axis, self.live_pass)
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -196,11 +196,11 @@ class Decomposed(Gated):
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
         """``out``, of which ``constant`` came from no map: its relevance in the live pass is counted as leaked."""
-        return Absorb.apply(out, constant, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
+        return Absorb.apply(out, constant, self.live_pass)
 
     def as_gate(self, t: Tensor, function: Function) -> Tensor:
         """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
-        return self.as_factor(self._guarded(t, function, _NO_GATE), True)  # type: ignore[no-any-return]
+        return self.as_factor(self._guarded(t, function, _NO_GATE), True)
 
     def _unseen(self, out: Any) -> Any:
         """``out``, made with gradients off: if it asks for them later, an autograd function made it."""

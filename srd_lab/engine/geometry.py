@@ -76,21 +76,21 @@ class Convolution:
         weights."""
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return F.conv2d(x, weight, bias, *self.geometry)
-        return _Convolve.apply(x, weight, bias, self.geometry)  # type: ignore[no-untyped-call,no-any-return]
+        return _Convolve.apply(x, weight, bias, self.geometry)
 
     def box_sum(self, x: Tensor) -> Tensor:
         """Sum of x (N, 1, H, W) over the positions of every receptive field, (N, 1, h, w)."""
         if self._pools:
             return F.avg_pool2d(x, self._window, self.stride, self.padding, divisor_override=1)
-        return _Convolve.apply(x, self._box(x), None, self._one_group)  # type: ignore[no-untyped-call,no-any-return]
+        return _Convolve.apply(x, self._box(x), None, self._one_group)
 
     def box_spread(self, s: Tensor) -> Tensor:
         """The transpose of :meth:`box_sum`: add s (N, 1, h, w) to every position of its receptive field, (N, 1, H, W)."""
         if self._pools:
             like, back = self.x[:, :1].detach(), torch.ops.aten.avg_pool2d_backward
-            return back(s, like, self._window, self.stride, self.padding, False, True, 1)  # type: ignore[no-any-return]
+            return back(s, like, self._window, self.stride, self.padding, False, True, 1)
         shape = (s.shape[0], 1, *self.x.shape[2:])
-        return _Spread.apply(s, self._box(s), self._one_group, shape)  # type: ignore[no-untyped-call,no-any-return]
+        return _Spread.apply(s, self._box(s), self._one_group, shape)
 
     @property
     def geometry(self) -> tuple[Any, ...]:

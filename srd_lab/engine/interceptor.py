@@ -236,7 +236,7 @@ class Interceptor(TorchFunctionMode):
         return id(t if t._base is None else t._base) in self._parameters
 
     def _pad(self, x: Tensor, sides: list[int]) -> Tensor:
-        return self.other(F.pad, (x, sides), {})  # type: ignore[no-any-return]
+        return self.other(F.pad, (x, sides), {})
 
     def _name(self, kind: str) -> str:
         module = self._path[-1] if self._path else ""

@@ -85,7 +85,7 @@ class ModifiedTrace(Decomposed):
         fed = given.clone()  # a network may change its input in place
         self._fed = fed.grad_fn
         self.records.note(fed, box=self._ends)
-        return self.run(fed)  # type: ignore[no-any-return]
+        return self.run(fed)
 
     def release(self) -> None:
         super().release()

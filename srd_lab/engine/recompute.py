@@ -18,7 +18,7 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return function(*tensors)
-    return _Recompute.apply(function, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+    return _Recompute.apply(function, *tensors)
 
 
 class _Recompute(torch.autograd.Function):

@@ -28,7 +28,7 @@ class _WriteBack(torch.autograd.Function):
 
 def in_place(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """``x`` overwritten by ``function(x)``, of its shape; what ``function`` saved for its derivative stays intact."""
-    return _WriteBack.apply(x, function(x.clone()))  # type: ignore[no-untyped-call,no-any-return]
+    return _WriteBack.apply(x, function(x.clone()))
 
 
 def smooth_relu(
@@ -40,7 +40,7 @@ def smooth_relu(
     slope : of the negative side, 0 for a ReLU. beta : sharpness, > 0. inplace : overwrite ``x``.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             smooth_relu, (x,), x, slope, beta, inplace=inplace, stands_for=stands_for
         )
     if inplace:
@@ -54,7 +54,7 @@ def smooth_clip(
 ) -> Tensor:
     """Softplus surrogate of hardtanh and ReLU6: smooth bends at ``low`` and at ``high``; see :func:`smooth_relu`."""
     if has_torch_function_unary(x):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             smooth_clip, (x,), x, low, high, beta, inplace=inplace, stands_for=stands_for
         )
     if inplace:

@@ -122,7 +122,7 @@ def function_name(function: Function) -> str:
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input of a call, by place or by name."""
-    return args[0] if args else kwargs["input"]  # type: ignore[no-any-return]
+    return args[0] if args else kwargs["input"]
 
 
 def recognise(

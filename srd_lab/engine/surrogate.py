@@ -39,7 +39,7 @@ class SmoothModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the surrogate puts out for images x (N, C, H, W), in the form of the model's own output."""
-        return _Smooth(self.model, self.beta).run(x)  # type: ignore[no-any-return]
+        return _Smooth(self.model, self.beta).run(x)
 
 
 class _Smooth(Interceptor):

@@ -104,7 +104,7 @@ class ScoreCAM(_PassCAM):
             masks = _to_unit_range(maps.upsample(channels, (x.shape[2], x.shape[3])))
             masks = masks.masked_fill(_constant(channels)[:, None, None], 0)  # rounding is no structure
             views = (image * masks[:, None]).contiguous(memory_format=layout)
-            return Watch(network).run(views)[:, target]  # type: ignore[no-any-return]
+            return Watch(network).run(views)[:, target]
 
         constant = _constant(a)
         index = torch.cat([(~constant).nonzero()[:, 0], constant.nonzero()[:1, 0]])
@@ -143,7 +143,7 @@ class AblationCAM(_PassCAM):
                 copies = copies.masked_fill(_one_of_each(channels, copies), 0)
                 return copies.movedim(1, layer.channels)
 
-            return Exchange(model, layer.event, ablated).run(images)  # type: ignore[no-any-return]
+            return Exchange(model, layer.event, ablated).run(images)
 
         def without(channels: Tensor, image: Tensor) -> Tensor:
             rows = channels.repeat(2) if len(channels) == 1 else channels  # two, to see that the batch grew

@@ -188,7 +188,7 @@ def parse_explainer(text: str, make: Callable[[str], Explainer]) -> Explainer:
     if not arguments:
         return make(name)
     inner = parse_explainer(arguments[0], make)
-    return WRAPPERS[name](inner, **_options(name, arguments[1:]))  # type: ignore[no-any-return]
+    return WRAPPERS[name](inner, **_options(name, arguments[1:]))
 
 
 def plain_name(text: str) -> str:
