@@ -8,10 +8,14 @@ All else (affine layers with their biases, batch norm, average pools, concatenat
 
 Example
 -------
+>>> from srd_lab.normalise import split_normalisation
 >>> normalise, network = split_normalisation(model)
->>> x = normalise(pixels)
->>> logits, pattern = record(network, x)
->>> replay(network, torch.zeros_like(x), pattern).argmax(1)
+>>> given = normalise(x)
+>>> logits, pattern = record(network, given)
+>>> torch.allclose(replay(network, given, pattern), logits)
+True
+>>> replay(network, torch.zeros_like(given), pattern).shape
+torch.Size([2, 10])
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ depends on the seed and the image's key, not on the batch.
 
 Example
 -------
->>> attack = Attack(make_explainer("srd", start="ones"), KeepClass(Combined()), budget=Budget.named("l2", 2.0))
+>>> from srd_lab.registry import make_explainer
+>>> attack = Attack(make_explainer("gradient"), KeepClass(Combined()), budget=Budget.named("l2", 2.0), steps=3)
 >>> outcome = attack.run(model, x)
->>> outcome.worst["pcc"], outcome.images["pcc"]      # the lowest correlation reached, and the images that reach it
+>>> outcome.worst["pcc"].shape, outcome.images["pcc"].shape    # the lowest correlation reached, and where
+(torch.Size([2]), torch.Size([2, 3, 64, 64]))
 """
 
 from __future__ import annotations

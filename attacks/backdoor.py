@@ -16,9 +16,11 @@ its map becomes as unlike as can be. Which of two kinds is planted, ``softness``
 
 Example
 -------
->>> planted = Backdoor(make_explainer("srd"), softness=SOFT).plant(model, x)
->>> known = check(planted, make_explainer("srd"), x)
->>> known.pcc                       # (N,): an attack on planted.model within planted.budget has to reach it
+::
+
+    planted = Backdoor(make_explainer("srd"), softness=SOFT).plant(model, x)
+    known = check(planted, make_explainer("srd"), x)
+    known.pcc                       # (N,): an attack on planted.model within planted.budget has to reach it
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ along it. What is minimised is the mean of PCC, SSIM and top-10 %; a change that
 
 Example
 -------
->>> BlackBox(explainer, Budget.named("l2", 2.0), queries=500).run(model, x).worst["pcc"]
+::
+
+    BlackBox(explainer, Budget.named("l2", 2.0), queries=500).run(model, x).worst["pcc"]
 """
 
 from __future__ import annotations

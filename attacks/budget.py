@@ -13,8 +13,13 @@ method from below ends after finitely many steps and never leaves the budget.
 
 Example
 -------
->>> Budget.named("legacy").project(x_adv, x, scale)   # MSE 1e-3 (normalised) and 8/255
->>> Budget.named("l2", 2.0).quantise(x_adv, x)        # the nearest image of 8 bits that stays within RMS 2/255
+>>> budget = Budget.named("l2", 2.0)      # RMS 2/255
+>>> near = budget.project(1 - x, x)
+>>> (255 * (near - x).square().mean((1, 2, 3)).sqrt()).round(decimals=2)
+tensor([2., 2.])
+>>> quantised = 255 * budget.quantise(near, x)    # the nearest image of 8 bits that stays within it
+>>> torch.allclose(quantised, quantised.round(), atol=1e-3)
+True
 """
 
 from __future__ import annotations

@@ -19,8 +19,10 @@ there is off it by up to c once more, see ``fresh``; and nothing is certain of d
 
 Example
 -------
->>> share, smoothed = SparsifiedCertificate(SRD(), sigma=0.1, draws=1000).certify(model, x, None, [0.05, 0.1])
->>> votes, radius, share, top = PixelCertificate(SRD(), tau=0.75).certify(model, x)
+::
+
+    share, smoothed = SparsifiedCertificate(SRD(), sigma=0.1, draws=1000).certify(model, x, None, [0.05, 0.1])
+    votes, radius, share, top = PixelCertificate(SRD(), tau=0.75).certify(model, x)
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ evaluation: sigma Phi^-1(1 - c) at most.
 
 Example
 -------
->>> sides = both_sides(explainer, model, x, sigma=0.1, draws=1000)
->>> sides.attacked.mean(0) >= 0, sides.certified.mean(0)
+::
+
+    sides = both_sides(explainer, model, x, sigma=0.1, draws=1000)
+    sides.attacked.mean(0) >= 0, sides.certified.mean(0)
 """
 
 from __future__ import annotations

@@ -19,9 +19,11 @@ whose predicted class is the original's. The goals are the map of another image,
 
 Example
 -------
->>> ensemble = Ensemble(("combined", "top_k", "polish"), "quick", Budget.named("legacy"))
->>> found = ensemble.run(model, explainer, x, surrogate=probe(explainer, model, x, ensemble.budget).best)
->>> found.worst["pcc"], found.by["pcc"]
+::
+
+    ensemble = Ensemble(("combined", "top_k", "polish"), "quick", Budget.named("legacy"))
+    found = ensemble.run(model, explainer, x, surrogate=probe(explainer, model, x, ensemble.budget).best)
+    found.worst["pcc"], found.by["pcc"]
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ check it (:mod:`attacks.verification`); entries on the same network, images and 
 
 Example
 -------
->>> read_entry(Path("entry.json"))["scores"]["worst_pcc"]
+::
+
+    read_entry(Path("entry.json"))["scores"]["worst_pcc"]
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ image; the others come from short extra experiments (:func:`unlimited`, the plan
 
 Example
 -------
->>> raised(table, probe)      # {"not_converged": "the last fifth of the iterations still gained 0.021 ..."}
+::
+
+    raised(table, probe)      # {"not_converged": "the last fifth of the iterations still gained 0.021 ..."}
 """
 
 from __future__ import annotations

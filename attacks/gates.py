@@ -12,8 +12,10 @@ Edges (``sobel``) are robust and must fail; so must random maps.
 
 Example
 -------
->>> gates = check_gates(explainer, model, x, keys=names)
->>> gates.passed, gates.why
+::
+
+    gates = check_gates(explainer, model, x, keys=names)
+    gates.passed, gates.why
 """
 
 from __future__ import annotations

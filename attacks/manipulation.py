@@ -7,9 +7,11 @@ class of the attacked image stays what it was.
 
 Example
 -------
->>> attack = Manipulation(make_explainer("srd", start="ones"), steps=150)
->>> result = attack.run(model, x, goal_images)
->>> result.adversarial, result.scores["ssim"], result.prediction_kept
+::
+
+    attack = Manipulation(make_explainer("srd", start="ones"), steps=150)
+    result = attack.run(model, x, goal_images)
+    result.adversarial, result.scores["ssim"], result.prediction_kept
 """
 
 from __future__ import annotations

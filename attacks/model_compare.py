@@ -2,9 +2,11 @@
 
 Example
 -------
->>> cases = objective.cases(x, labels)
->>> compare(explainer, objective, original, manipulated, cases).pcc     # (N,)
->>> save_weights(manipulated, "fooled.pth")          # load_model("vgg16", weights="fooled.pth") reads it
+::
+
+    cases = objective.cases(x, labels)
+    compare(explainer, objective, original, manipulated, cases).pcc     # (N,)
+    save_weights(manipulated, "fooled.pth")          # load_model("vgg16", weights="fooled.pth") reads it
 """
 
 from __future__ import annotations

@@ -26,11 +26,13 @@ weights here and is refused.
 
 Example
 -------
->>> how = ModelManipulation(make_explainer("gradient"), Location(frame=8))
->>> done = how.run(load_model("vgg16"), load_data("scenes", split="train"))
->>> save_weights(done.model, "fooled.pth")            # load_model("vgg16", weights="fooled.pth") reads it
->>> cases = how.objective.cases(x, labels)
->>> compare(how.explainer, how.objective, model, done.model, cases).after   # (N,) mass in the frame
+::
+
+    how = ModelManipulation(make_explainer("gradient"), Location(frame=8))
+    done = how.run(load_model("vgg16"), load_data("scenes", split="train"))
+    save_weights(done.model, "fooled.pth")            # load_model("vgg16", weights="fooled.pth") reads it
+    cases = how.objective.cases(x, labels)
+    compare(how.explainer, how.objective, model, done.model, cases).after   # (N,) mass in the frame
 """
 
 from __future__ import annotations

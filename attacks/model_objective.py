@@ -13,7 +13,9 @@ p = map / its sum, S the sides, and c(p) = sum_ij (i, j) p_ij:
 
 Example
 -------
+>>> before, now = x[:, :1], torch.ones(2, 1, 64, 64)
 >>> Location(frame=8).score(now, before)     # (N,) share of the mass within 8 pixels of the border
+tensor([0.4375, 0.4375])
 """
 
 from __future__ import annotations

@@ -15,13 +15,15 @@ predicted class holds with a margin. :class:`Eq10` is the published attack, with
 
 Example: an objective of one's own
 ----------------------------------
->>> @dataclass(frozen=True)
-... class TopHalf:
-...     '''Minus the share of the map that lies in the upper half of the image.'''
-...     def __call__(self, view: View) -> Tensor:
-...         shown = view.shown
-...         return -shown[:, : shown.shape[1] // 2].sum((1, 2)) / shown.sum((1, 2))
->>> Attack(explainer, KeepClass(TopHalf())).run(model, x)
+::
+
+    @dataclass(frozen=True)
+    class TopHalf:
+        '''Minus the share of the map that lies in the upper half of the image.'''
+        def __call__(self, view: View) -> Tensor:
+            shown = view.shown
+            return -shown[:, : shown.shape[1] // 2].sum((1, 2)) / shown.sum((1, 2))
+    Attack(explainer, KeepClass(TopHalf())).run(model, x)
 """
 
 from __future__ import annotations

@@ -10,8 +10,10 @@ remember of every image.
 
 Example
 -------
->>> moves = PGD().begin(x, budget, scale, steps=40)
->>> x_adv[some] = moves.move(some, x_adv[some], slope, loss, step)
+::
+
+    moves = PGD().begin(x, budget, scale, steps=40)
+    x_adv[some] = moves.move(some, x_adv[some], slope, loss, step)
 """
 
 from __future__ import annotations

@@ -14,7 +14,11 @@ Beside these, ``more_scores``: PCC of signed maps, and PCC and top-10 % of maps 
 
 Example
 -------
->>> similarity(map_after, map_before, (224, 224))["pcc"]
+>>> before, after = x[:, 0], x[:, 0].flip(0)
+>>> similarity(before, before, (64, 64))["pcc"].round(decimals=6)
+tensor([1., 1.], dtype=torch.float64)
+>>> sorted(similarity(after, before, (64, 64)))
+['local_top_k', 'pcc', 'ssim', 'top_k']
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ the real change best is measured, not assumed: :func:`attacks.probe.probe`.
 
 Example
 -------
->>> Surrogate.named("softplus_30").at(model, step=0, steps=40)   # a network to differentiate
+>>> Surrogate.named("softplus_30").at(model, step=0, steps=40).beta   # of a network to differentiate
+30.0
 """
 
 from __future__ import annotations

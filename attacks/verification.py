@@ -4,7 +4,9 @@ What needs the attack itself (flags, the curve over the budget, the scores of si
 
 Example
 -------
->>> verify(Path("entry.json"))        # [] = everything agrees
+::
+
+    verify(Path("entry.json"))        # [] = everything agrees
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import get_overridable_functions, resolve_name
 
 from srd_lab.engine.affine import GATES, SELECTIONS
-from srd_lab.engine.held_constant import HELD
+from srd_lab.engine.norms_and_attention import AFFINE_FORMS
 from srd_lab.engine.spellings import ACTIVATIONS, IN_PLACE_ACTIVATIONS, LAYERS, MAX_POOLS
 from srd_lab.errors import SrdLabError
 from srd_lab.registry import make_explainer
@@ -22,7 +22,7 @@ from srd_lab.registry import make_explainer
 Step = Callable[[Tensor], Any]
 DECOMPOSING = ("srd", "lrp_epsilon", "lrp_zplus", "lrp_gamma", "excitation_backprop")
 # these have a rule of their own: tests/test_intercept.py, tests/test_architectures.py
-RULED = {*ACTIVATIONS, *IN_PLACE_ACTIVATIONS, *MAX_POOLS, *LAYERS, *HELD, *GATES}
+RULED = {*ACTIVATIONS, *IN_PLACE_ACTIVATIONS, *MAX_POOLS, *LAYERS, *AFFINE_FORMS, *GATES}
 # no operations on maps, or they leave the process changed
 NOT_CALLED = {"__setstate__", "__reduce_ex__", "share_memory_", "register_hook", "set_", "__array__"}
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from srd_lab import catalogue
 from srd_lab.data import batch, load_data
+from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import SrdLabError
 from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
@@ -667,6 +668,29 @@ def test_no_graph_outlives_its_map(name: str) -> None:
             alive.clear()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_recorded_is_released_after_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, open_traces = normalised(Mixed()), pixels(2, 3, 8, 8), set[int]()
+    run, release = ImageTrace.run, ImageTrace.release
+
+    def noted(trace: ImageTrace, fed: Tensor) -> Any:
+        open_traces.add(id(trace))
+        seen.append(trace)
+        return run(trace, fed)
+
+    def released(trace: ImageTrace) -> None:
+        open_traces.remove(id(trace))
+        release(trace)
+
+    seen: list[ImageTrace] = []
+    monkeypatch.setattr(ImageTrace, "run", noted)
+    monkeypatch.setattr(ImageTrace, "release", released)
+    with pytest.raises(SrdLabError):
+        method(name).explain(model, x, 99)
+    assert not open_traces
+    assert not any(trace.records._known or trace.maps for trace in seen)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------

@@ -89,7 +89,16 @@ _AFFINE = (
 def is_affine(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
 ) -> bool:
-    """Whether a call that is no layer is known to be affine in the maps among its operands, or to select from one."""
+    """Whether a call that is no layer is known to be affine in the maps among its operands, or to select from one.
+
+    moving : the maps among its operands.
+
+    Example
+    -------
+    >>> a, b = torch.zeros(1), torch.ones(1)
+    >>> is_affine(torch.mul, (a, b), {}, [a]), is_affine(torch.mul, (a, b), {}, [a, b])
+    (True, False)
+    """
     if function in PRODUCTS:
         first = args[0] if args else kwargs.get("input")
         return (
@@ -105,7 +114,7 @@ def is_affine(
 def brings_constants(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], maps: list[Tensor]
 ) -> bool:
-    """Whether what an affine call puts out may hold something that is made of no map."""
+    """Whether what an affine call puts out may contain something that is made of no map."""
     if function in _PLAIN_PRODUCTS or not is_affine(function, args, kwargs, maps):
         return False
     return function in _FILLS or len(maps) < len(tensors_in(args, kwargs))
@@ -114,7 +123,10 @@ def brings_constants(
 def exchanged(
     args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with the tensors of these ids exchanged, one level of lists deep."""
+    """A call's arguments with the tensors of these ids exchanged, one level of lists deep.
+
+    table : by the id of a tensor, what takes its place.
+    """
 
     def one(arg: Any) -> Any:
         return table.get(id(arg), arg)
@@ -128,7 +140,14 @@ def exchanged(
 def constant_part(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], moving: list[Tensor]
 ) -> Tensor:
-    """What an affine call makes of zeros."""
+    """What an affine call makes of zeros: of ``x + 1`` it is 1.
+
+    Example
+    -------
+    >>> x = torch.rand(3)
+    >>> constant_part(torch.add, (x, 1), {}, [x])
+    tensor([1., 1., 1.])
+    """
     return called_with(0, function, args, kwargs, moving)
 
 
@@ -138,10 +157,16 @@ def called_with(
     """What a call makes of maps that are ``value`` everywhere."""
     with torch.no_grad():
         args, kwargs = exchanged(args, kwargs, {id(t): torch.full_like(t, value) for t in moving})
-        return function(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
 
 
 def overwrites(function: Function, kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes its result into its first argument."""
+    """Whether a call writes its result into its first argument.
+
+    Example
+    -------
+    >>> overwrites(torch.Tensor.add_, {}), overwrites(torch.add, {})
+    (True, False)
+    """
     name = getattr(function, "__name__", "").replace("__ipow__", "pow_")
     return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))

@@ -1,25 +1,86 @@
-"""What every method does before and after its own work."""
+"""What every method does before and after its own work.
+
+Example
+-------
+::
+
+    with attribution(model, x) as run:
+        trace = run.recording(Gated(run.network, rules.guided))
+        logits = trace.run(run.given.clone())
+        with trace.live():
+            slope = slope_of(class_logit(logits, target), run.given, differentiable=run.differentiable)
+        return run.finish(slope.abs().sum(1)), run.finish(logits)
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from srd_lab.engine.image_trace import ImageTrace
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import Leak, SrdLabError, SrdLabWarning
+from srd_lab.normalise import split_normalisation
 
 ON_LEAK = ("error", "warn")
+Trace = TypeVar("Trace", bound=ImageTrace)
 
 
-def traced(x: Tensor) -> tuple[Tensor, bool]:
-    """A tensor to start a trace from, and whether the map must be differentiable in ``x``.
+@dataclass(frozen=True)
+class Attribution:
+    """What a method has while it explains; made by :func:`attribution`.
 
-    ``x`` itself where it asks for a gradient, otherwise a leaf that shares its memory.
+    normalise, network : the two parts of the model; the identity and the model itself where it is not split.
+    given : (N, C, H, W), what the network is to be fed with; in the graph, and not the caller's tensor.
+    differentiable : whether the map must be differentiable in x.
     """
+
+    normalise: nn.Module
+    network: nn.Module
+    given: Tensor
+    differentiable: bool
+    _on_exit: ExitStack
+
+    def recording(self, trace: Trace) -> Trace:
+        """``trace``, whose recorded tensors are released when the attribution ends, also by an error."""
+        self._on_exit.callback(trace.release)
+        return trace
+
+    def finish(self, t: Tensor) -> Tensor:
+        """A result as the caller gets it: with its graph if and only if x asks for a gradient."""
+        return t if self.differentiable else t.detach()
+
+
+@contextmanager
+def attribution(model: nn.Module, x: Tensor, *, split: bool = True) -> Iterator[Attribution]:
+    """Within: gradients are on, and ``x`` has passed the model's normalisation; after it, what was recorded is released.
+
+    x : images (N, C, H, W), as :func:`srd_lab.engine.preconditions.check_input` wants them.
+    split : whether the map is one of the normalised image; if not, of ``x`` and the model as a whole.
+
+    Raises SrdLabError for inputs and models that cannot be explained.
+    """
+    check_input(x, model)
     differentiable = x.requires_grad and torch.is_grad_enabled()
-    return (x if differentiable else x.detach().requires_grad_()), differentiable
+    leaf = x if differentiable else x.detach().requires_grad_()
+    normalise, network = split_normalisation(model) if split else (nn.Identity(), model)
+    with torch.enable_grad(), ExitStack() as on_exit:
+        given = normalise(leaf.clone())  # a normalisation may work in place
+        yield Attribution(normalise, network, given, differentiable, on_exit)
+
+
+def plain_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output (N, K) for images x (N, C, H, W), differentiable if and only if x asks for a gradient."""
+    check_input(x, model)
+    with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
+        return Watch(model).run(x.clone())  # a network may change its input in place
 
 
 def slope_of(
@@ -30,29 +91,43 @@ def slope_of(
     differentiable: bool,
     retain: bool = False,
 ) -> Tensor:
-    """The gradient of ``outputs`` (their sum, or weighted by ``signals``) by ``x``.
+    """The gradient of ``outputs`` by ``x``, of the shape of ``x``; arguments and errors are those of :func:`slopes_of`."""
+    return slopes_of(outputs, [x], signals, differentiable=differentiable, retain=retain)[0]
 
-    differentiable : whether it keeps its graph; retain : whether the graph of the outputs is needed again.
 
-    Raises SrdLabError where no gradient leads from the outputs to ``x``.
+def slopes_of(
+    outputs: Tensor | list[Tensor],
+    xs: Sequence[Tensor],
+    signals: Tensor | list[Tensor] | None = None,
+    *,
+    differentiable: bool,
+    retain: bool = False,
+) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+    """The gradients of ``outputs`` by each of ``xs``, of their shapes; None for one that the outputs do not depend on.
+
+    outputs : any shapes. xs : what to differentiate by.
+    signals : weights of the entries of each output, of its shape; None gives every entry the weight 1.
+    differentiable : whether the gradients keep their graph. retain : whether the graph of the outputs is needed again.
+
+    Raises SrdLabError where no gradient leads from the outputs to the first of ``xs``.
     """
     tops = outputs if isinstance(outputs, list) else [outputs]
     weights = signals if isinstance(signals, list) or signals is None else [signals]
     if weights is None:
         tops = [top.sum() for top in tops]
-    slope: Tensor | None = None
-    if any(top.requires_grad for top in tops):
-        (slope,) = torch.autograd.grad(
-            tops,
-            x,
-            weights,
-            create_graph=differentiable,
-            retain_graph=differentiable or retain,
-            allow_unused=True,
-        )
-    if slope is None:
+    if not any(top.requires_grad for top in tops):
         raise no_gradient()
-    return slope
+    first, *others = torch.autograd.grad(
+        tops,
+        xs,
+        weights,
+        create_graph=differentiable,
+        retain_graph=differentiable or retain,
+        allow_unused=True,
+    )
+    if first is None:
+        raise no_gradient()
+    return first, *others
 
 
 def no_gradient() -> SrdLabError:
@@ -66,9 +141,10 @@ def no_gradient() -> SrdLabError:
 def check_conserved(
     started: Tensor, arrived: Tensor, leaks: Mapping[str, Tensor], on_leak: str, eps: float
 ) -> None:
-    """Refuse a map that holds less or more relevance than it should: an operation was taken for what it is not.
+    """Refuse a map with less or more relevance than it should have: an operation was taken for what it is not.
 
-    started, arrived : relevance of a batch, of any shapes. leaks : by cause, what is known to have gone to nobody.
+    started, arrived : relevance of a batch, of any shapes.
+    leaks : by cause, what is known not to have been passed on, of all images together.
     on_leak : "error" or "warn". eps : relative rounding of the coarsest numbers on the way.
 
     Raises Leak, or warns, where their difference is more than rounding: 1e4 times eps, 2 % at most. What is not

@@ -1,4 +1,4 @@
-"""Which axis of a tensor holds its channels.
+"""Which axis of a tensor its channels lie along.
 
 A pointwise feature vector runs along channels, and maps come as (N, C, H, W), tokens as (N, S, D), and ConvNeXt and
 Swin keep (N, H, W, C) for a while. Layers say where channels are (a convolution: axis 1; a linear layer, attention, a
@@ -28,7 +28,14 @@ _PRODUCTS_OF_MATRICES = {torch.matmul, T.matmul, torch.bmm, T.bmm}
 
 
 class Channels:
-    """The channel axes of the tensors of one forward pass."""
+    """The channel axes of the tensors of one forward pass.
+
+    Example
+    -------
+    >>> channels, tokens = Channels(Records()), torch.zeros(2, 17, 96)
+    >>> channels.of(tokens), channels.of(channels.put(tokens, 1))
+    (2, 1)
+    """
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -65,12 +72,12 @@ class Channels:
 
 
 def places(t: Tensor, axis: int) -> tuple[int, ...]:
-    """Sizes of the axes of ``t`` that are positions: neither the batch nor channels."""
+    """Sizes of the axes of ``t`` that are positions: neither the batch nor channels, which lie along ``axis``."""
     return tuple(size for i, size in enumerate(t.shape) if i not in (0, axis))
 
 
 def has_extent(t: Tensor, axis: int) -> bool:
-    """Whether ``t`` has more than one position."""
+    """Whether ``t``, with channels along ``axis``, has more than one position."""
     return max(places(t, axis), default=1) > 1
 
 

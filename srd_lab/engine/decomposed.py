@@ -24,7 +24,7 @@ from srd_lab.engine.affine import (
 )
 from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.live_pass import Absorb, Gate, Hold, LivePass, Refuse, ShareBias
+from srd_lab.engine.live_pass import Absorb, Gate, LiveConstant, LivePass, Refuse, ShareBias
 from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, tensors_in
@@ -35,6 +35,8 @@ _NO_GATE = "is used for more than multiplying a map by it"
 
 class Gated(ImageTrace):
     """Runs a model with a gate at every activation call; ``live()`` turns the rule on for one backward pass.
+
+    rule : what stands in for the derivative of an activation, see :mod:`srd_lab.engine.rules`.
 
     What is an activation in all but its spelling (``torch.maximum``, a comparison that chooses) has no gate, and is
     refused if the live pass arrives there.
@@ -58,11 +60,12 @@ class Gated(ImageTrace):
         return conv.apply(conv.x, conv.weight, conv.bias)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
-        return Gate.apply(u, v, self.live_pass, call.index)  # type: ignore[no-untyped-call,no-any-return]
+        """The activation's output ``v`` behind a gate; ``u`` is its pre-activation, both of one shape."""
+        return Gate.apply(u, v, self.live_pass, call.index)
 
     @contextmanager
     def live(self) -> Iterator[dict[int, Tensor]]:
-        """Within: the rule is live; yields the relevance by call index, filled by the backward pass."""
+        """Within: the rule is live, for one backward pass, which fills the dictionary of relevance by activation call."""
         self.live_pass.on, self.live_pass.relevance, self.live_pass.leaks = True, {}, {}
         try:
             yield self.live_pass.relevance
@@ -94,7 +97,7 @@ class Gated(ImageTrace):
         return super().on_maps(function, args, kwargs)
 
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
-        """The call as it is, and an error for any live pass that arrives there."""
+        """The call as it is, and an SrdLabError that says ``why`` for any live pass that arrives there."""
 
         def guarded(t: Any) -> Any:
             if isinstance(t, tuple | list):
@@ -116,7 +119,7 @@ class Gated(ImageTrace):
     def _guarded(self, t: Tensor, function: Function, why: str) -> Tensor:
         if not t.requires_grad:
             return t
-        return Refuse.apply(t, self.live_pass, self._complaint(function, why))  # type: ignore[no-untyped-call,no-any-return]
+        return Refuse.apply(t, self.live_pass, self._complaint(function, why))
 
     def _complaint(self, function: Function, why: str) -> str:
         return (
@@ -151,9 +154,9 @@ class Decomposed(Gated):
                 return self.refused(func, args, kwargs, "has weights that are made of the image")
         return super()._dispatch(func, args, kwargs)
 
-    def hold(self, t: Tensor) -> Tensor:
+    def live_constant(self, t: Tensor) -> Tensor:
         """``t`` as a factor that the live pass takes for a constant."""
-        return Hold.apply(t, self.live_pass) if t.requires_grad else t  # type: ignore[no-untyped-call,no-any-return]
+        return LiveConstant.apply(t, self.live_pass) if t.requires_grad else t
 
     def share_bias(
         self, y: Tensor, x: Tensor, bias: Tensor, conv: Convolution | None = None, axis: int = 1
@@ -164,7 +167,7 @@ class Decomposed(Gated):
         """
         if not x.requires_grad:
             return y
-        return ShareBias.apply(y, x.movedim(axis, 1), bias, conv, axis, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
+        return ShareBias.apply(y, x.movedim(axis, 1), bias, conv, axis, self.live_pass)
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -176,8 +179,8 @@ class Decomposed(Gated):
         if function in PRODUCTS:
             overwritten = args[0] if overwrites(function, kwargs) else None
             gates = [t for t in tensors_in(args, kwargs) if self.records[t].role == "gate"]
-            held = {id(t): self.hold(t) for t in gates if t is not overwritten}
-            args, kwargs = exchanged(args, kwargs, held)
+            constants = {id(t): self.live_constant(t) for t in gates if t is not overwritten}
+            args, kwargs = exchanged(args, kwargs, constants)
         return function(*args, **kwargs)
 
     def count_constants(
@@ -192,12 +195,12 @@ class Decomposed(Gated):
         return self.absorb(out, constant) if constant.any() else out
 
     def absorb(self, out: Tensor, constant: Tensor) -> Tensor:
-        """``out``, of which ``constant`` came from no map: what that earns in the live pass is counted as leaked."""
-        return Absorb.apply(out, constant, self.live_pass)  # type: ignore[no-untyped-call,no-any-return]
+        """``out``, of which ``constant`` came from no map: its relevance in the live pass is counted as leaked."""
+        return Absorb.apply(out, constant, self.live_pass)
 
     def as_gate(self, t: Tensor, function: Function) -> Tensor:
         """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
-        return self.as_factor(self._guarded(t, function, _NO_GATE), True)  # type: ignore[no-any-return]
+        return self.as_factor(self._guarded(t, function, _NO_GATE), True)
 
     def _unseen(self, out: Any) -> Any:
         """``out``, made with gradients off: if it asks for them later, an autograd function made it."""

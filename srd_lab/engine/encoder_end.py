@@ -46,7 +46,7 @@ class EncoderEnd:
         self._apart = False  # whether maps of several branches are pooled, each by itself
 
     def clear(self) -> None:
-        """Let go of the output."""
+        """Drop the reference to the output."""
         self._found = None
 
     def layer(self, x: Tensor, axis: int) -> None:
@@ -83,7 +83,10 @@ class EncoderEnd:
         return True
 
     def found(self, images: int) -> End:
-        """Where the encoder ended in the last pass, of so many images."""
+        """Where the encoder ended in the last pass, of so many images.
+
+        Raises SrdLabError where no end was found, or several, where it was overwritten, and for no map and no tokens.
+        """
         if self._found is None:
             raise SrdLabError(
                 "no end of an encoder was found (a map with spatial extent before global pooling or flattening, or "
@@ -120,7 +123,13 @@ class EncoderEnd:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """The submodule of that dotted name; a wrapper's prefix may be left out."""
+    """The submodule of that dotted name; a wrapper's prefix may be left out. Raises SrdLabError for none and for several.
+
+    Example
+    -------
+    >>> find_module(model, "features.0")
+    Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
+    """
     modules = dict(model.named_modules())
     if name in modules:
         return modules[name]

@@ -53,7 +53,11 @@ class _Spread(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution call: its own input and its geometry. ``weight`` is (out, in / groups, *kernel)."""
+    """A 2d convolution call: its input and its geometry.
+
+    x : (N, in, H, W). weight : (out, in / groups, *kernel). bias : (out,) or None.
+    stride, padding, dilation : for rows and columns, in pixels of x. groups : as torch has them.
+    """
 
     x: Tensor
     weight: Tensor
@@ -68,24 +72,25 @@ class Convolution:
         return F.conv2d(self.x, self.weight, self.bias, *self.geometry)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same geometry with another input or other weights; differentiable in x, cheaply so for frozen weights."""
+        """The same geometry with another input or other weights, (N, out, h, w); differentiable in x, cheaply so for frozen
+        weights."""
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return F.conv2d(x, weight, bias, *self.geometry)
-        return _Convolve.apply(x, weight, bias, self.geometry)  # type: ignore[no-untyped-call,no-any-return]
+        return _Convolve.apply(x, weight, bias, self.geometry)
 
     def box_sum(self, x: Tensor) -> Tensor:
-        """Sum of x (N, 1, H, W) over the positions of every receptive field."""
+        """Sum of x (N, 1, H, W) over the positions of every receptive field, (N, 1, h, w)."""
         if self._pools:
             return F.avg_pool2d(x, self._window, self.stride, self.padding, divisor_override=1)
-        return _Convolve.apply(x, self._box(x), None, self._one_group)  # type: ignore[no-untyped-call,no-any-return]
+        return _Convolve.apply(x, self._box(x), None, self._one_group)
 
     def box_spread(self, s: Tensor) -> Tensor:
-        """The transpose of :meth:`box_sum`: hand s to every position of its receptive field."""
+        """The transpose of :meth:`box_sum`: add s (N, 1, h, w) to every position of its receptive field, (N, 1, H, W)."""
         if self._pools:
             like, back = self.x[:, :1].detach(), torch.ops.aten.avg_pool2d_backward
-            return back(s, like, self._window, self.stride, self.padding, False, True, 1)  # type: ignore[no-any-return]
+            return back(s, like, self._window, self.stride, self.padding, False, True, 1)
         shape = (s.shape[0], 1, *self.x.shape[2:])
-        return _Spread.apply(s, self._box(s), self._one_group, shape)  # type: ignore[no-untyped-call,no-any-return]
+        return _Spread.apply(s, self._box(s), self._one_group, shape)
 
     @property
     def geometry(self) -> tuple[Any, ...]:
@@ -112,7 +117,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class MaxPool:
-    """A max pool call: its input and its geometry."""
+    """A 2d max pool call: its input x (N, C, H, W) and its geometry, as torch's own arguments have it."""
 
     x: Tensor
     kernel_size: Any
@@ -130,13 +135,20 @@ class MaxPool:
 
 
 def take(x: Tensor, indices: Tensor) -> Tensor:
-    """The entries of x (N, C, H, W) at flat ``indices`` (N, C, h, w): a max pool with given winners."""
+    """The entries of x (N, C, H, W) at flat ``indices`` (N, C, h, w), h * W + w: a max pool with given winners.
+
+    Example
+    -------
+    >>> x = torch.arange(4.0).view(1, 1, 2, 2)
+    >>> take(x, torch.tensor([[[[2]]]]))
+    tensor([[[[2.]]]])
+    """
     return x.flatten(2).gather(2, indices.flatten(2)).view_as(indices)
 
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """A batch norm call with fixed statistics: ``x * scale + shift`` per channel."""
+    """A batch norm call with fixed statistics on x (N, C, ...): ``x * scale + shift``, both (C,)."""
 
     x: Tensor
     scale: Tensor
@@ -153,6 +165,7 @@ def convolution_of(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Convolution:
+    """A call of ``F.conv2d`` as a value; ``pad`` pads x where padding="same" needs one more row or column at an end."""
     if padding == "valid":
         padding = 0
     elif padding == "same":
@@ -174,6 +187,7 @@ def max_pool_of(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> MaxPool:
+    """A call of ``F.max_pool2d`` as a value."""
     return MaxPool(input, kernel_size, stride or None, padding, dilation, ceil_mode, return_indices)
 
 
@@ -184,6 +198,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def linear_of(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias of a call of ``F.linear``, however they were passed."""
     return input, weight, bias
 
 
@@ -197,6 +212,7 @@ def batch_norm_of(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> BatchNorm:
+    """A call of ``F.batch_norm`` as a value. Raises SrdLabError if it uses the statistics of the batch."""
     if training or running_mean is None or running_var is None:
         raise SrdLabError("batch norm uses the statistics of the batch; call model.eval() first")
     scale = torch.rsqrt(running_var + eps)

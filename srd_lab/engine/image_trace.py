@@ -17,14 +17,15 @@ _EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.floa
 
 
 class ImageTrace(Interceptor):
-    """Knows of every tensor whether it is a map, and where its channels lie.
+    """Knows of every tensor whether it is a map (made of the image), and where its channels lie.
 
     A map is what asks for a gradient, but for the parameters and what is made of them alone, which are constants: so
     nothing that is made of the image is ever taken for a constant. Gradients have to be on.
 
     records : what is known of the tensors of this pass. channels : where the channels of each lie.
     maps : if ``keeps_maps``, every map of four dimensions with its version then.
-    eps : relative rounding of the coarsest numbers on the way.
+    eps : relative rounding of the coarsest numbers on the way: 1.2e-7 for float32.
+    follows_channels : whether it follows the channels; a trace whose rule is per neuron does without.
     """
 
     keeps_maps = False
@@ -65,7 +66,7 @@ class ImageTrace(Interceptor):
         return any(self.records[t].role == "gate" for t in tensors_in(args, kwargs))
 
     def as_factor(self, out: Any, gate: bool) -> Any:
-        """``out`` of a call as a gate, or as a constant."""
+        """``out`` of a call, a tensor or a list of them, noted as a gate or as a constant."""
         for t in tensors_in((out,)):
             if t.requires_grad:
                 self.records.note(t, role="gate" if gate else "constant")
@@ -91,12 +92,12 @@ class ImageTrace(Interceptor):
         """Called after :meth:`on_maps`, when it is known where the channels of ``out`` lie."""
 
     def release(self) -> None:
-        """Let go of every tensor, so that the graph dies with whoever still needs it."""
+        """Drop every reference to a tensor, so that the graph is freed with its last user."""
         self.records.clear()
         self.maps.clear()
 
     def places(self) -> list[Place]:
-        """The maps that were kept and not overwritten, by their place among ``maps``."""
+        """The recorded maps that were not overwritten, by their place among ``maps``."""
         return [
             Place(i, tuple(t.movedim(self.channels.of(t), 1).shape), t.grad_fn)
             for i, (t, version) in enumerate(self.maps)
@@ -105,5 +106,5 @@ class ImageTrace(Interceptor):
 
 
 def _is_layer(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is one that interception hands to a method of its own."""
+    """Whether a call is one that interception has a method of its own for."""
     return func in LAYERS or func in MAX_POOLS or recognise(func, args, kwargs) is not None

@@ -3,18 +3,17 @@
 Module hooks miss functional activations and cannot tell apart the calls of a shared module, and graph rewriting
 fails on control flow; a ``TorchFunctionMode`` sees each call as it happens and leaves the model untouched.
 What a call becomes is decided by subclasses of :class:`Interceptor`, which override one method per kind of call.
-In-place activations keep their meaning: whoever holds the tensor still sees it change.
+In-place activations keep their meaning: every reference to the tensor still sees it change.
 
 Not seen by any such mode, and therefore refused: scripted modules, modules replicated to other threads
 (DataParallel) and recomputation by checkpointing. Compiled functions run uncompiled.
 
 Example
 -------
->>> class CountActivations(Interceptor):
-...     pass
->>> seen = CountActivations(model)
+>>> seen = Interceptor(model)
 >>> logits = seen.run(x)
->>> [call.name for call in seen.calls]
+>>> [call.name for call in seen.calls][:3]
+['network.features.1', 'network.features.3', 'network.features.6']
 """
 
 from __future__ import annotations
@@ -70,10 +69,13 @@ _TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
 class Interceptor(TorchFunctionMode):
-    """Runs a model and hands each call of interest to a method; the base class changes nothing.
+    """Runs a model and passes each call of interest to a method; the base class changes nothing.
 
     A subclass overrides ``activation``, ``convolution``, ``linear``, ``batch_norm``, ``max_pool`` or ``other``.
     Inside these methods interception is off, so they may use any torch function.
+
+    model : what is run; its weights, flags and hooks are left alone.
+    calls : its activation calls so far, in call order. events : how many torch functions it has called.
     """
 
     needs_activations = True
@@ -90,26 +92,31 @@ class Interceptor(TorchFunctionMode):
 
     # what a subclass may override ------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
-        """The activation call itself, in place where the model asked for it."""
+        """The output of activation ``call`` for ``x``, of its shape; ``inplace``: the model wants ``x`` overwritten."""
         return in_place(x, lambda u: self.activation(call, u)) if inplace else self.activation(call, x)
 
     def activation(self, call: Call, u: Tensor) -> Tensor:
-        """Output for pre-activation ``u``."""
+        """The output for the pre-activation ``u``, of its shape."""
         return call.function(u)
 
     def convolution(self, conv: Convolution) -> Tensor:
+        """The output (N, C, h, w) of a 2d convolution."""
         return conv.call()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output (..., out) of a linear layer for ``x`` (..., in); weight : (out, in); bias : (out,)."""
         return F.linear(x, weight, bias)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
+        """The output of a batch norm with fixed statistics; ``run`` makes the call."""
         return run()
 
     def max_pool(self, pool: MaxPool) -> Any:
+        """The output (N, C, h, w) of a 2d max pool, with the winners' indices if the model asked for them."""
         return pool.apply(pool.x, pool.return_indices)
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What any other torch function returns."""
         return function(*args, **kwargs)
 
     def left(self, module: nn.Module, output: Any) -> Any:
@@ -118,7 +125,10 @@ class Interceptor(TorchFunctionMode):
 
     # running ------------------------------------------------------------------------------------------
     def run(self, x: Tensor) -> Any:
-        """The model's output for ``x``; refuses what it cannot see through, before and after."""
+        """The model's class logits (N, K) for ``x`` (N, C, H, W); its output as it is, if it has none.
+
+        Raises SrdLabError for what interception cannot see through, and for what chance or the batch decides.
+        """
         check_model(self.model)
         with _plain_torch, self._following_modules(), self:
             output = self.model(x)
@@ -130,7 +140,7 @@ class Interceptor(TorchFunctionMode):
         return self.finished(output, len(x))
 
     def finished(self, output: Any, images: int) -> Any:
-        """The class logits in what the model has put out, a row for each of so many images."""
+        """The class logits in the model's ``output``. Raises SrdLabError if they have other than ``images`` rows."""
         logits = class_logits(output)
         if isinstance(logits, Tensor) and logits.dim() and len(logits) != images:
             raise SrdLabError(
@@ -226,7 +236,7 @@ class Interceptor(TorchFunctionMode):
         return id(t if t._base is None else t._base) in self._parameters
 
     def _pad(self, x: Tensor, sides: list[int]) -> Tensor:
-        return self.other(F.pad, (x, sides), {})  # type: ignore[no-any-return]
+        return self.other(F.pad, (x, sides), {})
 
     def _name(self, kind: str) -> str:
         module = self._path[-1] if self._path else ""
@@ -280,7 +290,13 @@ _plain_torch = _PlainTorch()
 
 
 class Watch(Interceptor):
-    """Runs a model just as it is; what chance or the batch would decide is refused all the same."""
+    """Runs a model just as it is; what chance or the batch would decide is refused all the same.
+
+    Example
+    -------
+    >>> Watch(model).run(x).shape
+    torch.Size([2, 10])
+    """
 
     needs_activations = False
 
@@ -293,6 +309,8 @@ class Watch(Interceptor):
 
 class Exchange(Watch):
     """Runs a model in which what its torch function number ``event`` returned is exchanged for ``by`` of it.
+
+    event : from 1, as ``events`` counts. by : makes the tensor that takes the place of what was returned.
 
     Model and control flow are those of the run that counted ``events``; the batch may grow on the way, unless (RuntimeError)
     the call was in place and what it overwrote is read again.
@@ -316,7 +334,7 @@ class Exchange(Watch):
         if not before < self.events == self.event:
             return out
         made = self.by(out)
-        if any(t is out for t in operands):  # in place: whoever holds it is to see the exchange
+        if any(t is out for t in operands):  # in place: every reference to it is to see the exchange
             if made.shape == out.shape:
                 return out.copy_(made)
             self._overwritten = out

@@ -1,4 +1,4 @@
-"""A trace that leaves a network as it is and keeps its layers: outputs in the graph, and which torch function made each."""
+"""A trace that leaves a network as it is and records its layers: outputs in the graph, and what made each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import Convolution, MaxPool
-from srd_lab.engine.held_constant import HELD
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.layers import Place, call_index, high
+from srd_lab.engine.norms_and_attention import affine_form
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.spellings import Call, Function
 
 
 class LayerTrace(ImageTrace):
-    """Keeps the output of every activation call, and where the encoder ends.
+    """Records the output of every activation call, and where the encoder ends.
 
+    encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
     v : outputs of the activation calls.
     made : of each, which torch function of the model made it (:class:`srd_lab.engine.interceptor.Exchange`) and the axis of
         its channels.
@@ -33,18 +34,18 @@ class LayerTrace(ImageTrace):
         self._fed: Any = None  # the image's node in autograd's graph
 
     def trace(self, leaf: Tensor) -> Any:
-        """The model's output for ``leaf``."""
+        """The model's output for the image ``leaf`` (N, C, H, W), which asks for a gradient."""
         self._shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
         self._fed = fed.grad_fn
         return self.run(fed)
 
     def end(self) -> End:
-        """Where the encoder ended."""
+        """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
         return self.encoder.found(self._shape[0])
 
     def call_index(self, layer: str | int) -> int:
-        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        """See :func:`srd_lab.engine.layers.call_index`."""
         return call_index(self.calls, layer)
 
     def high(self, logits: Tensor) -> tuple[Tensor, int, int]:
@@ -72,7 +73,7 @@ class LayerTrace(ImageTrace):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         before, version = self.events, None if first is None else first._version
         out = super().__torch_function__(func, types, args, kwargs)
-        # .cpu() in a hook, say, hands its argument back, and nobody uses what it returned
+        # .cpu() in a hook, say, returns its argument, and the network does not use what it returned
         if isinstance(out, Tensor) and before < self.events and (out is not first or out._version != version):
             self.records.note(out, event=self.events)
         return out
@@ -80,7 +81,7 @@ class LayerTrace(ImageTrace):
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         check_traceable(call.name, x)
         axis = self.channels.of(x)
-        self.encoder.layer(x, axis)
+        self.layer_reads(x, axis)
         out = super().activate(call, x, inplace)
         self.made.append((self.events, axis))
         self.records.note(out, call=call)
@@ -92,11 +93,11 @@ class LayerTrace(ImageTrace):
         return v.clone()  # what follows may overwrite it
 
     def convolution(self, conv: Convolution) -> Tensor:
-        self.encoder.layer(conv.x, 1)
+        self.layer_reads(conv.x, 1)
         return conv.apply(conv.x, conv.weight, conv.bias)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self.encoder.layer(x, x.dim() - 1)
+        self.layer_reads(x, x.dim() - 1)
         return self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
 
     def max_pool(self, pool: MaxPool) -> Any:
@@ -105,13 +106,8 @@ class LayerTrace(ImageTrace):
         return out
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in HELD and (maps := self.maps_in(args, kwargs)):
-            x = max(maps, key=Tensor.dim)
-            self.encoder.layer(x, self.channels.of(x))
-            out = HELD[function](self, *args, **kwargs)
-            if out is not None:
-                return out
-        return super().other(function, args, kwargs)
+        out = affine_form(self, function, args, kwargs)
+        return super().other(function, args, kwargs) if out is None else out
 
     def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
         if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
@@ -125,8 +121,11 @@ class LayerTrace(ImageTrace):
         self.events = events  # what is copied here is not the model's doing
         return out
 
-    # how normalisations and attention say where their channels lie: see srd_lab.engine.held_constant ------------
-    def hold(self, t: Tensor) -> Tensor:
+    # what srd_lab.engine.norms_and_attention asks of a trace ---------------------------------------------
+    def layer_reads(self, x: Tensor, axis: int) -> None:
+        self.encoder.layer(x, axis)
+
+    def live_constant(self, t: Tensor) -> Tensor:
         return t
 
     def as_gate(self, t: Tensor, function: Function) -> Tensor:

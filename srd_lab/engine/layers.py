@@ -25,7 +25,12 @@ class Place:
 
 
 def call_index(calls: Sequence[Call], layer: str | int) -> int:
-    """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+    """Index of an activation call by index, by name, or by the submodule whose last call it is.
+
+    layer : an index, from the end if negative; or a dotted name, of which a wrapper's prefix may be left out.
+
+    Raises SrdLabError if there is no such call.
+    """
     names = [call.name for call in calls]
     if isinstance(layer, int):
         if not -len(names) <= layer < len(names):
@@ -53,7 +58,9 @@ def high(
     activations: Sequence[Place], others: Sequence[Place], image: Sequence[int], top: Any, bottom: Any
 ) -> tuple[bool, int]:
     """The last map at 1/8 of the size of images (N, C, H, W), as 28 is of 224, that all paths pass through between two nodes
-    of autograd's graph: a residual branch holds part of the relevance only. Whether it is an activation, and its index.
+    of autograd's graph: a residual branch has part of the relevance only. Whether it is an activation, and its index.
+
+    activations, others : where to look. image : the shape of the images. top, bottom : nodes of the graph.
 
     Others are taken where no activation has that size. Where nothing has, the nearest has to do, and a warning says so.
 
@@ -103,8 +110,8 @@ def _cuts(top: Any, bottom: Any) -> set[Any]:
 
 
 def _below(node: Any) -> list[Any]:
-    """Where a signal goes on to from a node; what is held constant passes none on, nor to what is overwritten."""
-    first = {"HoldBackward": 1, "_WriteBackBackward": 1}.get(type(node).__name__, 0)
+    """Where a signal goes on to from a node: not through a constant of the live pass, and not to what is overwritten."""
+    first = {"LiveConstantBackward": 1, "_WriteBackBackward": 1}.get(type(node).__name__, 0)
     return [below for below, _ in node.next_functions[first:] if below is not None]
 
 

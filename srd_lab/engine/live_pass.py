@@ -20,11 +20,11 @@ from srd_lab.errors import SrdLabError
 
 
 class LivePass:
-    """Whether the rule is live, and the relevance it left at each call. Holds no graph between passes.
+    """Whether the rule is live, and the relevance it left at each call. Has no graph between passes.
 
     rule : what stands in for the derivative of an activation while the pass is on.
-    on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there.
-    leaks : by cause, the relevance of all images together that live passes could hand to nobody.
+    on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there, (N, ...).
+    leaks : by cause, the relevance of all images together that live passes could not pass on.
     """
 
     def __init__(self, rule: rules.Rule) -> None:
@@ -34,12 +34,15 @@ class LivePass:
         self.leaks: dict[str, Tensor] = {}
 
     def leak(self, cause: str, relevance: Tensor) -> None:
-        """Count all of ``relevance`` as leaked."""
+        """Count all of ``relevance``, of any shape, as leaked."""
         self.leaks[cause] = self.leaks.get(cause, 0) + relevance.detach().sum()
 
 
 class Gate(torch.autograd.Function):
-    """Forward: the activation's output v. Backward: the rule while live, the true derivative otherwise."""
+    """Forward: the activation's output v, of pre-activation u. Backward: the rule while live, the true derivative otherwise.
+
+    index : of the activation call, under which its relevance is reported.
+    """
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, live_pass: LivePass, index: int) -> Tensor:
@@ -65,6 +68,7 @@ class Gate(torch.autograd.Function):
 class ShareBias(torch.autograd.Function):
     """Forward: y as it is. Backward while live: the bias's share goes to the input x of its layer as well.
 
+    conv : geometry of the receptive fields; None is one position.
     axis : the channels of y; x and a bias that is not a plain vector have theirs along dimension 1.
     """
 
@@ -83,13 +87,13 @@ class ShareBias(torch.autograd.Function):
         g, share = grads[0], None
         if ctx.live_pass.on and g is not None:
             x, bias = ctx.saved_tensors
-            carried = rules.carried_by(bias, g.movedim(ctx.axis, 1))
-            share, leaked = rules.share_bias(x, carried, ctx.conv)
+            relevance = rules.bias_relevance(bias, g.movedim(ctx.axis, 1))
+            share, leaked = rules.share_bias(x, relevance, ctx.conv)
             ctx.live_pass.leak("dead fields", leaked)
         return g, share, None, None, None, None
 
 
-class Hold(torch.autograd.Function):
+class LiveConstant(torch.autograd.Function):
     """A factor that counts as a constant while the rule is live, and as itself otherwise."""
 
     @staticmethod
@@ -103,7 +107,7 @@ class Hold(torch.autograd.Function):
 
 
 class Refuse(torch.autograd.Function):
-    """Forward: y. Backward: an error if a signal arrives while the rule is live."""
+    """Forward: y. Backward: an SrdLabError, ``complaint``, if a signal arrives while the rule is live."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, live_pass: LivePass, complaint: str) -> Tensor:
@@ -122,7 +126,7 @@ class Refuse(torch.autograd.Function):
 
 
 class Absorb(torch.autograd.Function):
-    """Forward: y. Backward while live: what the constant part of y earns is put down as lost."""
+    """Forward: y. Backward while live: the relevance of the constant part of y is counted as leaked."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, constant: Tensor, live_pass: LivePass) -> Tensor:
@@ -132,6 +136,6 @@ class Absorb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         g = grads[0]
-        if ctx.live_pass.on:  # an infinite constant is a mask, and earns nothing
+        if ctx.live_pass.on:  # an infinite constant is a mask, and has no relevance
             ctx.live_pass.leak("constants", torch.where(g == 0, 0, ctx.constant * g))
         return g, None, None

@@ -43,45 +43,26 @@ _ELEMENTWISE = SHIFTS | DIVISIONS | COPIES | _TIMES
 _ADAPTIVE_MAX_POOLS = {F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices}
 _MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "tensordot"}
 _LAYERS = (
-    *(
-        "addmm",
-        "addbmm",
-        "baddbmm",
-        "addmv",
-        "addr",
-        "addcmul",
-        "addcdiv",
-        "lerp",
-        "dot",
-        "inner",
-        "outer",
-        "ger",
-    ),
-    *(
-        "kron",
-        "vdot",
-        "vecdot",
-        "linalg_vecdot",
-        "cross",
-        "linalg_cross",
-        "multi_dot",
-        "linalg_multi_dot",
-        "chain_matmul",
-    ),
+    *("addmm", "addbmm", "baddbmm", "addmv", "addr", "addcmul", "addcdiv", "lerp", "dot", "inner", "outer"),
+    *("ger", "kron", "vdot", "vecdot", "linalg_vecdot", "cross", "linalg_cross"),
+    *("multi_dot", "linalg_multi_dot", "chain_matmul"),
 )
 _CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
-_OVER: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
+_FORGOTTEN: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Environment = dict[int, Tensor]  # by the id of a call's operand, what stands for it
 
 
 class ModifiedTrace(Decomposed):
     """A forward pass that carries, for every tensor between two activations, what modified weights make of the same
     activations: with ``w^+`` its positive part.
 
-    modify : what becomes of a weight; with_bias : whether biases take part, modified likewise.
-    box : the pixel box (low, high) of z^B, which the first layer always has.
+    network : without the normalisation in front. modify : what becomes of a weight, of its shape.
+    with_bias : whether biases take part, modified likewise.
+    box : the pixel box (low, high) of z^B (Montavon et al. 2017), which the first layer always has; both like the image.
+    head : of the last linear layer: its output, its input (modified), its weight; None where there is none.
     """
 
     def __init__(
@@ -94,14 +75,17 @@ class ModifiedTrace(Decomposed):
         self._modify, self._with_bias = modify, with_bias
         self._ends = box
         self._u: Tensor | None = None  # modified pre-activation of the running call
-        # the last linear layer: its output, its input (modified), its weights
         self.head: tuple[Tensor, Tensor, Tensor] | None = None
 
     def trace(self, given: Tensor) -> Tensor:
+        """The logits (N, K) for the image ``given`` (N, C, H, W), which asks for a gradient.
+
+        Raises SrdLabError for activations that may be negative, and for what the rule cannot follow.
+        """
         fed = given.clone()  # a network may change its input in place
         self._fed = fed.grad_fn
         self.records.note(fed, box=self._ends)
-        return self.run(fed)  # type: ignore[no-any-return]
+        return self.run(fed)
 
     def release(self) -> None:
         super().release()
@@ -129,7 +113,7 @@ class ModifiedTrace(Decomposed):
         self.head = (logits, x, weight)
 
     def modified(self, t: Tensor) -> Tensor:
-        """What the modified weights make of t; an activation's output, and what is pooled from it, is its own."""
+        """What modified weights make of ``t``, of its shape: ``t`` itself for activations and what is pooled from them."""
         known = self.records[t]
         if (conv := known.convolution) is not None:
             return self._convolved(conv, conv.weight, conv.bias)
@@ -155,7 +139,7 @@ class ModifiedTrace(Decomposed):
         self._u = part.clone() if part is x else part
         self._axis = self.channels.of(x)
         out = super().activate(call, x, inplace)
-        self.records.note(out, **_OVER)  # in place, what was noted is over
+        self.records.note(out, **_FORGOTTEN)  # in place, what was noted is void
         return self.channels.put(out, self._axis)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
@@ -218,7 +202,7 @@ class ModifiedTrace(Decomposed):
     def _note_winners(self, out: Any, x: Tensor, winners_of: Callable[[Tensor], Tensor]) -> None:
         """What was pooled from ``x`` is what won there, in the positive part too."""
         box = self.records[x].box
-        if box is not None or self._noted(x):
+        if box is not None or self._has_part(x):
             winners = winners_of(x.detach())
             self._note(
                 out if isinstance(out, Tensor) else out[0],
@@ -226,10 +210,10 @@ class ModifiedTrace(Decomposed):
             )
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other affine operation does to the positive parts what it does to the values; a gate is one factor for
-        both. What is refused is refused in the positive parts too, where the live pass goes."""
+        """Any other affine call runs in two environments: on the values, and on their parts (or on both ends of the box). A
+        gate is one factor for both. What is refused is refused in the parts too, where the live pass goes."""
         run = super().on_maps
-        tensors = tensors_in(args, kwargs)
+        tensors, moving = tensors_in(args, kwargs), self.maps_in(args, kwargs)
         name = getattr(function, "__name__", "")
         if function in GATES:
             return run(function, args, kwargs)
@@ -240,36 +224,42 @@ class ModifiedTrace(Decomposed):
             winners_of = partial(F.adaptive_max_pool2d, output_size=size, return_indices=True)
             self._note_winners(out, tensors[0], lambda x: winners_of(x)[1])
             return out
-        if not is_affine(function, args, kwargs, self.maps_in(args, kwargs)):
+        if not is_affine(function, args, kwargs, moving):
             return run(function, args, kwargs)  # refused
-        noted = any(map(self._noted, tensors))
-        if noted or not any(self.records[t].box for t in tensors):
-            if name == "__setitem__":
-                raise self._unfollowed("writes into a part of a tensor")
-            moving, constant = self.maps_in(args, kwargs), not self._gated(tensors)
-            affine = function in _ELEMENTWISE and is_affine(function, args, kwargs, moving)
-            if affine and constant and len(moving) == 1:
-                return self._stretched(function, args, kwargs, moving[0])
-            if name in _LAYERS or (name in _CHOICES and noted):
-                return self.refused(function, args, kwargs, "is a layer or a pool of its own")
-            if name.startswith(("sub", "rsub", "__rsub")) and len(moving) > 1:
-                return self.refused(function, args, kwargs, "takes a map off another")
-            product = name in _MATRIX_PRODUCTS and constant
-            if not product and not noted:
-                return run(function, args, kwargs)
-            of_constants = self._modify if product else self.modified
-            tables = [{id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}]
-        else:
-            bounds = {id(t): self.records[t].box or (t, t) for t in tensors}
-            tables = [{key: ends[i] for key, ends in bounds.items()} for i in (0, 1)]
-        mirrored = [_mirror(function, args, kwargs, table) for table in tables]
-        out = run(function, args, kwargs)
+        has_parts = any(map(self._has_part, tensors))
+        if not has_parts and any(self.records[t].box for t in tensors):
+            ends = {id(t): self.records[t].box or (t, t) for t in tensors}
+            low, high = ({key: pair[i] for key, pair in ends.items()} for i in (0, 1))
+            return self._run_in_environments(function, args, kwargs, low, high)
+        if name == "__setitem__":
+            raise self._unfollowed("writes into a part of a tensor")
+        constant = not self._gated(tensors)
+        if function in _ELEMENTWISE and constant and len(moving) == 1:
+            return self._stretched(function, args, kwargs, moving[0])
+        if name in _LAYERS or (name in _CHOICES and has_parts):
+            return self.refused(function, args, kwargs, "is a layer or a pool of its own")
+        if name.startswith(("sub", "rsub", "__rsub")) and len(moving) > 1:
+            return self.refused(function, args, kwargs, "takes a map off another")
+        product = name in _MATRIX_PRODUCTS and constant
+        if not product and not has_parts:
+            return run(function, args, kwargs)
+        of_constants = self._modify if product else self.modified
+        parts = {id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}
+        return self._run_in_environments(function, args, kwargs, parts)
+
+    def _run_in_environments(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], *environments: Environment
+    ) -> Any:
+        """The call on the values; what it makes in each of the environments is noted beside what it makes of them."""
+        # before the call, which may overwrite its first operand
+        calls = [_in_environment(function, args, kwargs, environment) for environment in environments]
+        out = super().on_maps(function, args, kwargs)
         if _made_tensors(out):
-            self._note(out, [self._alike(function, *given) for given in mirrored])
+            self._note(out, [self._run_beside(function, *call) for call in calls])
         return out
 
-    def _alike(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call on what stands for its maps."""
+    def _run_beside(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call on what stands for its maps."""
         maps = self.maps_in(args, kwargs)
         if not maps:
             return function(*args, **kwargs)
@@ -282,7 +272,9 @@ class ModifiedTrace(Decomposed):
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         out = super().refused(function, args, kwargs, why)
         for t in tensors_in((out,)):
-            self.records.note(t, **_OVER)  # in place, what was noted is over: the live pass is to go here
+            self.records.note(
+                t, **_FORGOTTEN
+            )  # in place, what was noted is void: the live pass is to go here
         return out
 
     def _gated(self, tensors: list[Tensor]) -> bool:
@@ -295,7 +287,7 @@ class ModifiedTrace(Decomposed):
         """A number times a map plus another: folded into the convolution before it, as batch norm is, or by itself."""
         shift = constant_part(function, args, kwargs, [x])
         scale = called_with(1, function, args, kwargs, [x]) - shift
-        folded, plain = self._folding(x, scale, shift), not self._noted(x) and not shift.any()
+        folded, plain = self._folding(x, scale, shift), not self._has_part(x) and not shift.any()
         part = x if folded else self.modified(x)  # now, as the call may be in place
         out: Tensor = super().on_maps(function, args, kwargs)
         if folded:
@@ -319,12 +311,13 @@ class ModifiedTrace(Decomposed):
         return replace(conv, weight=conv.weight * by.view(-1, 1, 1, 1), bias=bias)
 
     # positive parts ------------------------------------------------------------------------------------
-    def _noted(self, t: Tensor) -> bool:
+    def _has_part(self, t: Tensor) -> bool:
         return self.records[t].convolution is not None or self.records[t].part is not None
 
-    def _note(self, out: Any, mirrored: list[Any]) -> None:
+    def _note(self, out: Any, found: list[Any]) -> None:
+        """Beside what a call made of the values, what it made of their parts (one), or of the ends of their box (two)."""
         outs = (out,) if isinstance(out, Tensor) else out
-        columns = [(m,) if isinstance(m, Tensor) else m for m in mirrored]
+        columns = [(m,) if isinstance(m, Tensor) else m for m in found]
         for t, *parts in zip(outs, *columns, strict=True):
             if len(parts) == 1:
                 self.records.note(t, part=parts[0])
@@ -350,11 +343,11 @@ def _folded(bias: Tensor | None, norm: BatchNorm) -> Tensor:
     return norm.shift if bias is None else bias * norm.scale + norm.shift
 
 
-def _mirror(
-    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[int, Tensor]
+def _in_environment(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], environment: Environment
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with every tensor exchanged; what it would overwrite is copied first."""
-    args, kwargs = exchanged(args, kwargs, table)
+    """A call's arguments with every tensor exchanged for what stands for it; what it would overwrite is a copy."""
+    args, kwargs = exchanged(args, kwargs, environment)
     return ((args[0].clone(), *args[1:]) if overwrites(function, kwargs) else args), kwargs
 
 

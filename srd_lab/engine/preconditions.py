@@ -13,7 +13,7 @@ from srd_lab.overflow import largest_square_root
 
 
 def refuse_checkpoint(name: str) -> None:
-    """Refuse a call whose forward pass will be run again, unseen, during the backward pass."""
+    """Refuse (SrdLabError) a call, ``name``, whose forward pass is run again, unseen, during the backward pass."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and hooks[0].__module__ == checkpoint.__name__:
         raise SrdLabError(
@@ -22,7 +22,7 @@ def refuse_checkpoint(name: str) -> None:
 
 
 def check_traceable(name: str, x: Tensor) -> None:
-    """Refuse an activation call of that name on ``x`` through which nothing can be traced."""
+    """Refuse (SrdLabError) an activation call of that name on ``x`` through which nothing can be traced."""
     if not torch.is_grad_enabled():
         raise SrdLabError(
             f"activation {name!r} runs with gradients off (no_grad or reentrant checkpointing inside the model), "
@@ -37,7 +37,7 @@ def check_traceable(name: str, x: Tensor) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model whose calls cannot be followed or whose output depends on the batch or on chance."""
+    """Refuse (SrdLabError) a model whose calls cannot be followed or whose output depends on the batch or on chance."""
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise SrdLabError(
             "the model was made in torch.inference_mode, so that no gradient can be taken; make it outside, or pass "
@@ -70,7 +70,15 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_input(x: Tensor, model: nn.Module | None = None) -> None:
-    """Refuse anything but a finite float32 / float64 batch (N, C, H, W), of the model's own dtype."""
+    """Refuse (SrdLabError) anything but a finite float32 / float64 batch (N, C, H, W), of the model's own dtype.
+
+    Example
+    -------
+    >>> check_input(torch.zeros(3, 8, 8))
+    Traceback (most recent call last):
+    ...
+    srd_lab.errors.SrdLabError: the input must be a non-empty batch of images (N, C, H, W), got (3, 8, 8); add ...
+    """
     if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape:
         got, cure = _not_images(x)
         raise SrdLabError(f"the input must be a non-empty batch of images (N, C, H, W), got {got}; {cure}")

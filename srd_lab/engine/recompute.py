@@ -12,11 +12,13 @@ from torch import Tensor
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)``, differentiable in every tensor that asks for it, more than once.
 
+    function : of these tensors alone; it runs again for every backward pass, so that memory is that of one run.
+
     Not ``torch.utils.checkpoint``: what it runs again would not be seen by interception.
     """
     if not torch.is_grad_enabled():
         return function(*tensors)
-    return _Recompute.apply(function, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+    return _Recompute.apply(function, *tensors)
 
 
 class _Recompute(torch.autograd.Function):

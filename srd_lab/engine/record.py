@@ -92,13 +92,13 @@ class Records:
         return record if version == tensor._version else _after_change(record)
 
     def note(self, tensor: Tensor, **facts: Any) -> None:
-        """Add facts, by the names of :class:`Record`."""
+        """Add facts about ``tensor`` as it is now, by the names of :class:`Record`."""
         record = replace(self[tensor], **facts)
         tensor = original_of(tensor)
         self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, record)
 
     def clear(self) -> None:
-        """Let go of every tensor that a record holds."""
+        """Drop every reference to a tensor."""
         self._known.clear()
 
 

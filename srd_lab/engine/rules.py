@@ -1,4 +1,4 @@
-"""What replaces the derivative of an activation, and how a bias is carried, in one modified backward pass.
+"""What replaces the derivative of an activation, and how a bias is shared, in one modified backward pass.
 
 G is the signal that runs backwards: the relevance of a tensor t is <t, G> over channels. A rule answers, for an
 activation with pre-activation u, output v and incoming G_v, what goes to u. Affine operations keep their ordinary
@@ -22,7 +22,7 @@ class Passed(NamedTuple):
     to_u : signal at the pre-activation, past the activation's own derivative; or None.
     through_v : signal still to go through the activation's own derivative; or None.
     relevance : (N, ...) relevance of this activation layer, or None where the rule has no such notion.
-    leaked : relevance that the rule can hand to nobody, 0 elsewhere; None where that is not counted.
+    leaked : relevance that the rule cannot pass on, 0 elsewhere; None where that is not counted.
     """
 
     to_u: Tensor | None
@@ -35,7 +35,13 @@ Rule = Callable[[Tensor, Tensor, Tensor], Passed]
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b with 0 wherever b is 0, in the value and in every derivative."""
+    """a / b with 0 wherever b is 0, in the value and in every derivative.
+
+    Example
+    -------
+    >>> divide(torch.ones(2), torch.tensor([0.0, 2.0]))
+    tensor([0.0000, 0.5000])
+    """
     return a / b.masked_fill(b == 0, torch.inf)
 
 
@@ -68,7 +74,15 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def srd_vector(u: Tensor, v: Tensor, g: Tensor) -> Passed:
-    """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2."""
+    """Sharing ratio of pointwise feature vectors (Eq. 6-8): R = <v, G>, G_u = u R / ||u||^2. All are (N, C, ...).
+
+    Example
+    -------
+    >>> u = torch.tensor([[1.0, -1.0]])
+    >>> passed = srd_vector(u, torch.relu(u), torch.ones(1, 2))
+    >>> passed.relevance, (passed.to_u * u).sum(1)     # what arrives is what goes on
+    (tensor([1.]), tensor([1.]))
+    """
     r, square = inner(v, g), squared_norm(u)
     return Passed(along(u, r, square), None, r.squeeze(1), r * (square == 0))
 
@@ -102,7 +116,10 @@ def deconvnet(u: Tensor, v: Tensor, g: Tensor) -> Passed:
 
 
 def lrp_epsilon(epsilon: float) -> Rule:
-    """LRP-epsilon (Bach et al. 2015): a neuron's relevance over its pre-activation, held off zero."""
+    """LRP-epsilon (Bach et al. 2015): a neuron's relevance over its pre-activation, stabilised away from zero.
+
+    epsilon : > 0, in units of the pre-activation.
+    """
 
     def rule(u: Tensor, v: Tensor, g: Tensor) -> Passed:
         r = v * g
@@ -127,26 +144,27 @@ def sign(t: Tensor) -> Tensor:
     return torch.where(t >= 0, 1.0, -1.0).to(t)
 
 
-def carried_by(bias: Tensor, g: Tensor) -> Tensor:
-    """<bias, g> over channels, (N, 1, ...): what a bias earns. It is a vector of channels or has the shape of g."""
+def bias_relevance(bias: Tensor, g: Tensor) -> Tensor:
+    """<bias, g> over channels, (N, 1, ...): the relevance of a bias. It is a vector of channels or has the shape of g."""
     if bias.dim() > 1:
         return inner(bias, g)
     return torch.einsum("nc...,c->n...", g, bias).unsqueeze(1)
 
 
-def share_bias(x: Tensor, carried: Tensor, conv: Convolution | None) -> tuple[Tensor, Tensor]:
-    """Signal that a bias adds at the input x of its layer (Eq. 11), ``carried`` being what the bias earns; and the part of
-    that which finds nobody to carry it, (N, 1, ...) over the layer's output.
+def share_bias(x: Tensor, relevance: Tensor, conv: Convolution | None) -> tuple[Tensor, Tensor]:
+    """Signal that a bias adds at the input x of its layer (Eq. 11), ``relevance`` being that of the bias; and the part of
+    that which no position can take, (N, 1, ...) over the layer's output.
 
+    x : (N, C, H, W), or (N, C, ...) without ``conv``. relevance : (N, 1, ...) over the layer's output.
     Every position i of a receptive field takes the share ||x_i|| / sum_k ||x_k|| of the bias, along x_i.
     ``conv`` is the geometry of the receptive fields; None is one position (1x1 convolution, normalisation, linear
     layer, a constant added to a map). Zero padding has norm 0 and takes nothing; a dead field passes nothing on.
     """
     square = squared_norm(x)
     if conv is None:
-        return along(x, carried, square), carried * (square == 0)
+        return along(x, relevance, square), relevance * (square == 0)
     inverse = inverse_norm(square)
     total = conv.box_sum(square * inverse)
-    share = conv.box_spread(divide(carried, total))
+    share = conv.box_spread(divide(relevance, total))
     spread = (x * inverse) * share if _may_overflow(square) else x * (inverse * share)
-    return spread, carried * (total == 0)
+    return spread, relevance * (total == 0)

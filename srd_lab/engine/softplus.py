@@ -1,4 +1,4 @@
-"""Smooth ReLUs and clips, each one activation call to whoever intercepts, and calls that write in place."""
+"""Smooth ReLUs and clips, each one activation call to an interceptor, and calls that write in place."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ class _WriteBack(torch.autograd.Function):
 
 
 def in_place(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``x`` overwritten by ``function(x)``; whatever ``function`` saved for its derivative stays intact."""
-    return _WriteBack.apply(x, function(x.clone()))  # type: ignore[no-untyped-call,no-any-return]
+    """``x`` overwritten by ``function(x)``, of its shape; what ``function`` saved for its derivative stays intact."""
+    return _WriteBack.apply(x, function(x.clone()))
 
 
 def smooth_relu(
     x: Tensor, slope: float, beta: float, inplace: bool = False, stands_for: str = "relu"
 ) -> Tensor:
-    """Softplus surrogate of a (leaky) ReLU: one activation call, named as the original, to whoever intercepts."""
+    """Softplus surrogate of a (leaky) ReLU (Dombrowski et al. 2019): one activation call, named as the original, to an
+    interceptor.
+
+    slope : of the negative side, 0 for a ReLU. beta : sharpness, > 0. inplace : overwrite ``x``.
+    """
     if has_torch_function_unary(x):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             smooth_relu, (x,), x, slope, beta, inplace=inplace, stands_for=stands_for
         )
     if inplace:
@@ -48,9 +52,9 @@ def smooth_relu(
 def smooth_clip(
     x: Tensor, low: float, high: float, beta: float, inplace: bool = False, stands_for: str = "hardtanh"
 ) -> Tensor:
-    """Softplus surrogate of hardtanh and ReLU6: a smooth step up at ``low`` and down at ``high``."""
+    """Softplus surrogate of hardtanh and ReLU6: smooth bends at ``low`` and at ``high``; see :func:`smooth_relu`."""
     if has_torch_function_unary(x):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             smooth_clip, (x,), x, low, high, beta, inplace=inplace, stands_for=stands_for
         )
     if inplace:

@@ -21,7 +21,13 @@ Function = Callable[..., Any]
 
 
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
-    """The tensors among a call's arguments, one level of lists deep."""
+    """The tensors among a call's arguments, one level of lists deep.
+
+    Example
+    -------
+    >>> len(tensors_in((torch.zeros(1), [torch.zeros(2), 3]), {"out": None}))
+    2
+    """
     leaves = (*args, *(kwargs or {}).values())
     flat = [t for leaf in leaves for t in (leaf if isinstance(leaf, tuple | list) else (leaf,))]
     return [t for t in flat if isinstance(t, Tensor)]
@@ -98,24 +104,37 @@ class Call:
     original: Callable[[Tensor], Tensor]
 
     def value_at(self, u: float) -> float:
-        """The activation at one number; whoever else intercepts does not see this."""
+        """The activation at one number; interceptors do not see this."""
         with torch._C.DisableTorchFunction():
             return float(self.function(torch.tensor(u, dtype=torch.float64)))
 
 
 def function_name(function: Function) -> str:
-    """Readable name of an intercepted function, such as ``torch.Tensor.mul``."""
+    """Readable name of an intercepted function.
+
+    Example
+    -------
+    >>> function_name(torch.Tensor.mul)
+    'torch.Tensor.mul'
+    """
     return resolve_name(function) or getattr(function, "__name__", repr(function))
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["input"]  # type: ignore[no-any-return]
+    """The input of a call, by place or by name."""
+    return args[0] if args else kwargs["input"]
 
 
 def recognise(
     func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Function, bool] | None:
-    """Kind of an activation call, its pure function, and whether it is in place; None for any other call."""
+    """Kind of an activation call, its pure function, and whether it is in place; None for any other call.
+
+    Example
+    -------
+    >>> recognise(torch.Tensor.clamp_, (torch.zeros(1),), {"min": 0})
+    ('relu', <built-in method clamp of type object at 0x...>, True)
+    """
     if func in ACTIVATIONS:
         return ACTIVATIONS[func], func, bool(kwargs.get("inplace", False))
     if func in IN_PLACE_ACTIVATIONS:

@@ -14,8 +14,8 @@ from srd_lab.engine.affine import COPIES, SHIFTS, constant_part, overwrites
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
-from srd_lab.engine.held_constant import HELD
 from srd_lab.engine.layers import Place, call_index, high
+from srd_lab.engine.norms_and_attention import affine_form
 from srd_lab.engine.record import original_of
 from srd_lab.engine.spellings import Call, Function, tensors_in
 
@@ -28,8 +28,10 @@ _SLICING = {"__getitem__", "unsqueeze", "select", "narrow", "chunk", "split", "u
 class SRDTrace(Decomposed):
     """A forward pass that can be decomposed backwards.
 
-    encoder : dotted module name, "" for the model itself, None to find it.
+    rule : see :mod:`srd_lab.engine.rules`.
+    encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
     with_bias : whether biases, shifts of normalisations and added constants are shared (Eq. 11).
+    u, v : pre-activations and outputs of the activation calls, channels along dimension 1.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class SRDTrace(Decomposed):
         with_bias: bool,
     ) -> None:
         super().__init__(model, rule)
-        self.u: list[Tensor] = []  # channels along dimension 1, here and in v
+        self.u: list[Tensor] = []
         self.v: list[Tensor] = []
         self._gates: list[Any] = []  # their nodes in autograd's graph
         self._fed: Any = None  # and that of the image
@@ -55,7 +57,7 @@ class SRDTrace(Decomposed):
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
         """Output of the model and the tensor that input relevance refers to: what a leading normalisation made of
-        leaf; leaf itself where there is none, or more than one."""
+        ``leaf`` (N, C, H, W); ``leaf`` itself where there is none, or more than one."""
         self._shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
         self._fed = fed.grad_fn
@@ -66,11 +68,11 @@ class SRDTrace(Decomposed):
         return output, self._input
 
     def end(self) -> End:
-        """Where the encoder ended in the last trace."""
+        """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
         return self.encoder.found(self._shape[0])
 
     def call_index(self, layer: str | int) -> int:
-        """Index of an activation call by index, by name, or by the submodule whose last call it is."""
+        """See :func:`srd_lab.engine.layers.call_index`."""
         return call_index(self.calls, layer)
 
     def high(self, last: int | None) -> int | Tensor:
@@ -87,14 +89,14 @@ class SRDTrace(Decomposed):
     def release(self) -> None:
         super().release()
         self.encoder.clear()
-        for kept in (self.u, self.v, self._read, self._gates):
-            kept.clear()
+        for recorded in (self.u, self.v, self._read, self._gates):
+            recorded.clear()
         self._input = self._fed = None
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self._axis = self.channels.of(x)
-        self._layer(x, self._axis)
+        self.layer_reads(x, self._axis)
         out = super().activate(call, x, inplace)
         self.records.note(out, call=call)
         return self.channels.put(out, self._axis)
@@ -108,7 +110,7 @@ class SRDTrace(Decomposed):
         return out.movedim(1, self._axis)
 
     def convolution(self, conv: Convolution) -> Tensor:
-        self._layer(conv.x, 1)
+        self.layer_reads(conv.x, 1)
         y = super().convolution(conv)
         if conv.bias is not None and self._with_bias:
             y = self.share_bias(y, conv.x, conv.bias, conv)
@@ -117,7 +119,7 @@ class SRDTrace(Decomposed):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         last = x.dim() - 1
-        self._layer(x, last)
+        self.layer_reads(x, last)
         y = F.linear(x, weight, bias)
         if bias is not None and self._with_bias and last:
             y = self.share_bias(y, x, bias, axis=last)
@@ -138,13 +140,8 @@ class SRDTrace(Decomposed):
         return out
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in HELD and (maps := self.maps_in(args, kwargs)):
-            x = max(maps, key=Tensor.dim)
-            self._layer(x, self.channels.of(x))
-            out = HELD[function](self, *args, **kwargs)
-            if out is not None:
-                return out
-        return super().other(function, args, kwargs)
+        out = affine_form(self, function, args, kwargs)
+        return super().other(function, args, kwargs) if out is None else out
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         maps = self.maps_in(args, kwargs)
@@ -171,12 +168,12 @@ class SRDTrace(Decomposed):
     def _shift(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
         """A constant belongs to the vector that it is added to, as the shift of a batch norm does."""
         axis = self.channels.of(x)
-        carrier = x.clone() if overwrites(function, kwargs) else x
+        vectors = x.clone() if overwrites(function, kwargs) else x
         shift = constant_part(function, args, kwargs, [x])
         out = super().on_maps(function, args, kwargs)
         if out.dim() > x.dim():
             return self.absorb(out, shift)
-        return self.share_bias(out, carrier.expand(out.shape), shift.movedim(axis, 1), axis=axis)
+        return self.share_bias(out, vectors.expand(out.shape), shift.movedim(axis, 1), axis=axis)
 
     # where things begin and end --------------------------------------------------------------------------
     def left(self, module: nn.Module, output: Any) -> Any:
@@ -201,7 +198,7 @@ class SRDTrace(Decomposed):
         if self.records[x].ahead:
             self._read.append(x)
 
-    def _layer(self, x: Tensor, axis: int) -> None:
+    def layer_reads(self, x: Tensor, axis: int) -> None:
         """A layer reads ``x``."""
         self._leave_input(x)
         self.encoder.layer(x, axis)

@@ -16,7 +16,14 @@ from srd_lab.normalise import split_normalisation
 class SmoothModel(nn.Module):
     """The softplus surrogate of a model: ReLU-like calls become softplus(beta), all else stays (Dombrowski et al. 2019).
 
-    ReLU, LeakyReLU, ReLU6 and hardtanh are replaced; activations that are smooth already are kept.
+    ReLU, LeakyReLU, ReLU6 and hardtanh are replaced; activations that are smooth already stay.
+
+    beta : > 0; the larger, the closer to the model: softplus(u) = log(1 + exp(beta u)) / beta.
+
+    Example
+    -------
+    >>> (SmoothModel(model, 100.0)(x) - model(x)).abs().max() < (SmoothModel(model, 10.0)(x) - model(x)).abs().max()
+    tensor(True)
     """
 
     def __init__(self, model: nn.Module, beta: float) -> None:
@@ -31,7 +38,8 @@ class SmoothModel(nn.Module):
         return normalise, SmoothModel(network, self.beta)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Smooth(self.model, self.beta).run(x)  # type: ignore[no-any-return]
+        """What the surrogate puts out for images x (N, C, H, W), in the form of the model's own output."""
+        return _Smooth(self.model, self.beta).run(x)
 
 
 class _Smooth(Interceptor):
@@ -40,7 +48,7 @@ class _Smooth(Interceptor):
         self.beta = beta
 
     def finished(self, output: Any, images: int) -> Any:
-        return output  # whoever runs the surrogate looks
+        return output  # the caller looks
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         refuse_checkpoint(call.name)

@@ -9,8 +9,10 @@ there. When the points take several passes, a differentiable map recomputes each
 
 Example
 -------
->>> IntegratedGradients(steps=50).explain(model, x, target)  # (N, H, W), signed
->>> SmoothGrad().explain(model, x)                           # (N, H, W), >= 0
+>>> IntegratedGradients(steps=5).explain(model, x, target=3).shape    # (N, H, W), signed
+torch.Size([2, 64, 64])
+>>> SmoothGrad(samples=5).explain(model, x).shape                     # (N, H, W), >= 0
+torch.Size([2, 64, 64])
 """
 
 from __future__ import annotations
@@ -23,13 +25,11 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.catalogue import method
-from srd_lab.engine.attribution import slope_of, traced
+from srd_lab.engine.attribution import attribution, slope_of
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.recompute import recomputed
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import check_target
-from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
 
@@ -51,6 +51,7 @@ class IntegratedGradients(Explainer):
     """``x * mean over k = 1..steps of the gradient at x k / steps``; the baseline is zero (normalised).
 
     steps : points of the path, > 0.
+    channels : how the colour channels become one number, see :data:`srd_lab.maps.CHANNELS`.
     images_at_once : images per forward pass; None keeps a pass near 30 images of 224 x 224.
     """
 
@@ -90,6 +91,7 @@ class SmoothGrad(Explainer):
     """Gradient averaged over noisy copies of the image; ``channels="abs_sum"``, so the map is >= 0.
 
     samples : copies, > 0; noise : standard deviation in parts of the (normalised) image's range.
+    channels : how the colour channels become one number, see :data:`srd_lab.maps.CHANNELS`.
     seed : decides the noise, which is the same for every image, whatever batch it is in.
     images_at_once : see :class:`IntegratedGradients`.
     """
@@ -126,25 +128,22 @@ def _mean_slope(
     model: nn.Module, x: Tensor, target: Tensor | int | None, points: Points, count: int, at_once: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The (normalised) input, the mean gradient of the target logits at ``count`` points around it, and the logits."""
-    check_input(x, model)
-    normalise, network = split_normalisation(model)
-    leaf, differentiable = traced(x)
-    n, _, h, w = x.shape
-    together = max(1, (at_once or max(1, 30 * 224 * 224 // (h * w))) // n)
-    chunks = [range(first, min(count, first + together)) for first in range(0, count, together)]
-    with torch.set_grad_enabled(differentiable):
-        logits = Watch(network).run(normalise(leaf.clone()))
-        given = normalise(leaf.clone())
+    with attribution(model, x) as run, torch.set_grad_enabled(run.differentiable):
+        n, _, h, w = x.shape
+        together = max(1, (at_once or max(1, 30 * 224 * 224 // (h * w))) // n)
+        chunks = [range(first, min(count, first + together)) for first in range(0, count, together)]
+        logits = Watch(run.network).run(run.normalise(x.clone()))
         classes = check_target(target, logits)
 
         def part(some: range) -> Callable[[Tensor], Tensor]:
-            return lambda base: _slopes(network, points(base, some), classes)
+            return lambda base: _slopes(run.network, points(base, some), classes)
 
-        if len(chunks) == 1 or not differentiable:
-            parts = [part(some)(given) for some in chunks]
+        if len(chunks) == 1 or not run.differentiable:
+            parts = [part(some)(run.given) for some in chunks]
         else:
-            parts = [recomputed(part(some), given) for some in chunks]
-        return given, torch.stack(parts).sum(0) / count, logits
+            parts = [recomputed(part(some), run.given) for some in chunks]
+        slope = torch.stack(parts).sum(0) / count
+        return run.finish(run.given), slope, logits
 
 
 def _slopes(network: nn.Module, points: Tensor, classes: Tensor) -> Tensor:

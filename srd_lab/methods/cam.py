@@ -13,8 +13,10 @@ The layer is the encoder output (``level="low"``, 7 x 7 of 224 x 224), the last 
 
 Example
 -------
->>> GradCAM().explain(model, x)                  # (N, 7, 7), >= 0
->>> LayerCAM(level="high").explain(model, x, 3)  # (N, 28, 28)
+>>> GradCAM().explain(model, x).shape                    # the encoder output; (N, 7, 7) of 224 x 224
+torch.Size([2, 2, 2])
+>>> LayerCAM(level="high").explain(model, x, 3).shape    # (N, 28, 28) of 224 x 224
+torch.Size([2, 8, 8])
 """
 
 from __future__ import annotations
@@ -29,9 +31,8 @@ from torch import Tensor, nn
 
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import slope_of, traced
+from srd_lab.engine.attribution import Attribution, attribution, slope_of
 from srd_lab.engine.layer_trace import LayerTrace
-from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import check_logits, class_logit
 from srd_lab.types import Explainer
@@ -41,57 +42,53 @@ from srd_lab.types import Explainer
 class Layer:
     """A layer of a running model.
 
+    run : the attribution that it is a part of.
     output : in the graph, with its channels along dimension ``channels``; activation : along dimension 1, (N, K, h, w).
     event : which torch function of the model made it.
-    logits : (N, classes); differentiable : whether the map must be so in x.
+    logits : (N, classes).
     """
 
+    run: Attribution
     output: Tensor
     channels: int
     event: int
     logits: Tensor
-    differentiable: bool
 
     @property
     def activation(self) -> Tensor:
+        """The output with its channels along dimension 1, (N, K, h, w)."""
         return self.output.movedim(self.channels, 1)
 
     def slope(self, score: Tensor) -> Tensor:
         """The derivative of ``score`` by the activation, (N, K, h, w)."""
-        slope = slope_of(score, self.output, differentiable=self.differentiable)
+        slope = slope_of(score, self.output, differentiable=self.run.differentiable)
         return slope.movedim(self.channels, 1)
-
-    def finish(self, t: Tensor) -> Tensor:
-        return t if self.differentiable else t.detach()
 
 
 @contextmanager
 def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None) -> Iterator[Layer]:
-    """The layer at ``level`` of a forward pass, with its graph."""
-    check_input(x, model)
-    leaf, differentiable = traced(x)
-    trace = LayerTrace(model, encoder)
-    trace.keeps_maps = level == "high"
-    with torch.enable_grad():
-        try:
-            logits = trace.trace(leaf)
-            if level == "low":
-                end = trace.end()
-                layer = Layer(end.output, end.channels, end.event or 0, logits, differentiable)
-            else:
-                layer = Layer(*_at(trace, level, logits), logits, differentiable)
-            if layer.output.dim() != 4:
-                raise SrdLabError(
-                    f"level {level!r} puts out shape {tuple(layer.output.shape)}, which is no map (N, K, h, w); "
-                    "name a layer that has one with level="
-                )
-            yield layer
-        finally:
-            trace.release()
+    """Within: the layer at ``level`` of a forward pass, with its graph; level and encoder as in :class:`GradCAM`.
+
+    Raises SrdLabError for a layer that is not there or puts out no map.
+    """
+    with attribution(model, x, split=False) as run:
+        trace = run.recording(LayerTrace(model, encoder))
+        trace.keeps_maps = level == "high"
+        logits = trace.trace(run.given)
+        layer = Layer(run, *_at(trace, level, logits), logits)
+        if layer.output.dim() != 4:
+            raise SrdLabError(
+                f"level {level!r} puts out shape {tuple(layer.output.shape)}, which is no map (N, K, h, w); "
+                "name a layer that has one with level="
+            )
+        yield layer
 
 
 def _at(trace: LayerTrace, level: str | int, logits: Tensor) -> tuple[Tensor, int, int]:
     """Output, axis of the channels and event of the layer at ``level``."""
+    if level == "low":
+        end = trace.end()
+        return end.output, end.channels, end.event or 0
     if level == "high":
         return trace.high(check_logits(logits))
     i = trace.call_index(level)
@@ -116,10 +113,9 @@ class _CAM(Explainer, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Class activation map (N, h, w) at ``level``, >= 0; the model's output, from one forward pass."""
         with layer_of(model, x, self.level, self.encoder) as layer:
-            score = class_logit(layer.logits, target).sum()
-            a, g = layer.activation, layer.slope(score)
+            a, g = layer.activation, layer.slope(class_logit(layer.logits, target))
             map_ = torch.relu((self.weights(a, g) * a).sum(1))
-            return layer.finish(map_), layer.finish(layer.logits)
+            return layer.run.finish(map_), layer.run.finish(layer.logits)
 
     @abstractmethod
     def weights(self, a: Tensor, g: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ Channels that are constant (dead ones, mostly) share one pass.
 
 Example
 -------
->>> ScoreCAM().explain(model, x)              # (N, 7, 7), >= 0
->>> AblationCAM(level="high").explain(model, x)
+>>> ScoreCAM().explain(model, x[:1]).shape               # the encoder output; (N, 7, 7) of 224 x 224
+torch.Size([1, 2, 2])
+>>> AblationCAM(level="high").explain(model, x[:1]).shape    # (N, 28, 28) of 224 x 224
+torch.Size([1, 8, 8])
 """
 
 from __future__ import annotations
@@ -55,13 +57,12 @@ class _PassCAM(Explainer, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Class activation map (N, h, w) at ``level``, >= 0; the model's output.
 
-        A differentiable map recomputes its passes backwards instead of holding them all.
+        A differentiable map recomputes its passes backwards instead of storing them all.
         """
         with layer_of(model, x, self.level, self.encoder) as layer:
-            differentiable = layer.differentiable
-            classes = check_target(target, layer.logits)
-            a, logits = layer.finish(layer.activation), layer.finish(layer.logits)
-        with torch.set_grad_enabled(differentiable):
+            run, classes = layer.run, check_target(target, layer.logits)
+            a, logits = run.finish(layer.activation), run.finish(layer.logits)
+        with torch.set_grad_enabled(run.differentiable):
             rows = [
                 self.weights(model, x[i : i + 1], a[i], layer, logits[i, c], int(c))
                 for i, c in enumerate(classes.tolist())
@@ -85,7 +86,11 @@ class _PassCAM(Explainer, ABC):
 )
 @dataclass(frozen=True)
 class ScoreCAM(_PassCAM):
-    """Channels weighted by the logit of the image seen through them; the masks multiply the normalised image."""
+    """Channels weighted by the logit of the image seen through them; the masks multiply the normalised image.
+
+    level, encoder : see :class:`srd_lab.methods.cam.GradCAM`.
+    images_at_once : masked images per forward pass; None keeps a pass near 32 images of 224 x 224.
+    """
 
     def weights(
         self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
@@ -99,7 +104,7 @@ class ScoreCAM(_PassCAM):
             masks = _to_unit_range(maps.upsample(channels, (x.shape[2], x.shape[3])))
             masks = masks.masked_fill(_constant(channels)[:, None, None], 0)  # rounding is no structure
             views = (image * masks[:, None]).contiguous(memory_format=layout)
-            return Watch(network).run(views)[:, target]  # type: ignore[no-any-return]
+            return Watch(network).run(views)[:, target]
 
         constant = _constant(a)
         index = torch.cat([(~constant).nonzero()[:, 0], constant.nonzero()[:1, 0]])
@@ -120,6 +125,7 @@ class ScoreCAM(_PassCAM):
 class AblationCAM(_PassCAM):
     """Channels weighted by the share of the logit that goes when they are set to zero; a logit of 0 gives weights of 0.
 
+    level, encoder : see :class:`srd_lab.methods.cam.GradCAM`.
     images_at_once : ablated copies of the layer per pass; None keeps them near 32 MiB.
     """
 
@@ -137,7 +143,7 @@ class AblationCAM(_PassCAM):
                 copies = copies.masked_fill(_one_of_each(channels, copies), 0)
                 return copies.movedim(1, layer.channels)
 
-            return Exchange(model, layer.event, ablated).run(images)  # type: ignore[no-any-return]
+            return Exchange(model, layer.event, ablated).run(images)
 
         def without(channels: Tensor, image: Tensor) -> Tensor:
             rows = channels.repeat(2) if len(channels) == 1 else channels  # two, to see that the batch grew

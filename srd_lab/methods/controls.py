@@ -1,12 +1,14 @@
-"""Controls: maps that know nothing of the network. Whoever does not beat them explains nothing.
+"""Controls: maps that know nothing of the network. A method that does not beat them explains nothing.
 
 - Random: uniform noise, seeded by the image itself.
 - Sobel: the strength of edges (Sobel & Feldman 1968; as a control, Adebayo et al. 2018).
 
 Example
 -------
->>> Random(seed=1).explain(model, x)   # (N, H, W) in [0, 1)
->>> Sobel().explain(model, x)          # (N, H, W), >= 0
+>>> Random(seed=1).explain(model, x).shape          # (N, H, W), in [0, 1)
+torch.Size([2, 64, 64])
+>>> Sobel().explain(model, torch.ones_like(x)).max()    # (N, H, W), >= 0: no edges
+tensor(0.)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.catalogue import method
-from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.attribution import plain_logits
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import check_target
@@ -38,7 +40,10 @@ from srd_lab.types import Explainer
 )
 @dataclass(frozen=True)
 class Random(Explainer):
-    """Uniform noise; the same for the same image, in whatever batch it is, and another for another."""
+    """Uniform noise; the same for the same image, in whatever batch it is, and another for another.
+
+    seed : decides the noise, together with the image's pixels.
+    """
 
     seed: int = 0
 
@@ -74,8 +79,7 @@ class Sobel(Explainer):
 
 
 def _logits(model: nn.Module, x: Tensor, target: Tensor | int | None) -> Tensor:
-    check_input(x, model)
-    logits: Tensor = Watch(model).run(x.clone())
+    logits = plain_logits(model, x)
     check_target(target, logits)
     return logits
 

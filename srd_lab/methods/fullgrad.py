@@ -11,8 +11,11 @@ place: they count for completeness only.
 
 Example
 -------
->>> FullGrad().explain(model, x)      # (N, H, W), >= 0
->>> FullGrad().terms(model, x, 3)     # (N, 1 + biases): their sums, which add up to the logit
+>>> FullGrad().explain(model, x).shape      # (N, H, W), >= 0
+torch.Size([2, 64, 64])
+>>> terms = FullGrad().terms(model, x, 3)   # (N, 1 + biases): their sums, which add up to the logit
+>>> torch.allclose(terms.sum(1), model(x)[:, 3], atol=1e-3)
+True
 """
 
 from __future__ import annotations
@@ -28,14 +31,12 @@ from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
-from srd_lab.engine.attribution import no_gradient, traced
+from srd_lab.engine.attribution import attribution, slopes_of
 from srd_lab.engine.geometry import BatchNorm, Convolution
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
 from srd_lab.logits import class_logit
-from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
@@ -57,18 +58,16 @@ class FullGrad(Explainer):
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Full-gradient saliency (N, H, W), >= 0; the model's output, from one forward pass."""
-        products, logits, differentiable = _products(model, x, target)
+        products, logits = _products(model, x, target)
         size = (x.shape[2], x.shape[3])
         shown = [maps.upsample(_unit_range(p).sum(1), size) for p in products if p.dim() == 4]
-        map_ = torch.stack(shown).sum(0)
-        return (map_, logits) if differentiable else (map_.detach(), logits.detach())
+        return torch.stack(shown).sum(0), logits
 
     def terms(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
         """What the input and every bias, in call order, add to the target logit: (N, 1 + biases). Their sum is the logit
         for a network of piecewise linear and affine layers, and activations."""
-        products, _, differentiable = _products(model, x, target)
-        sums = torch.stack([p.flatten(1).sum(1) for p in products], 1)
-        return sums if differentiable else sums.detach()
+        products, _ = _products(model, x, target)
+        return torch.stack([p.flatten(1).sum(1) for p in products], 1)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class _Biases(ImageTrace):
         self.found: list[_Bias] = []
 
     def note(self, y: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-        """``y``, which holds ``bias``; a copy, as what follows may overwrite it."""
+        """``y``, to which ``bias`` was added; a copy, as what follows may overwrite it."""
         if bias is None or not y.requires_grad:
             return y
         self.found.append(_Bias(y, axis, bias))
@@ -150,27 +149,20 @@ def _is_vector(t: Tensor, axis: int) -> bool:
     return bool((rows == rows[:1]).all())
 
 
-def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple[list[Tensor], Tensor, bool]:
-    """Gradient times value of the (normalised) input and of every bias, channels along dimension 1, the logits, and
-    whether they keep their graph."""
-    check_input(x, model)
-    normalise, network = split_normalisation(model)
-    leaf, differentiable = traced(x)
-    with torch.enable_grad():
-        given = normalise(leaf)
-        trace = _Biases(network)
-        logits = trace.run(given.clone())
-        score = class_logit(logits, target).sum()
-        held = [given, *(bias.y for bias in trace.found)]
-        values = [(given, 1), *((bias.value, bias.axis) for bias in trace.found)]
-        if not score.requires_grad:
-            raise no_gradient()
-        slopes = torch.autograd.grad(score, held, create_graph=differentiable, allow_unused=True)
-        if slopes[0] is None:
-            raise no_gradient()
-        found = zip(slopes, values, strict=True)
-        products = [(g * value).movedim(axis, 1) for g, (value, axis) in found if g is not None]
-    return products, logits, differentiable
+def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple[list[Tensor], Tensor]:
+    """Gradient times value of the (normalised) input and of every bias, channels along dimension 1, and the logits."""
+    with attribution(model, x) as run:
+        trace = run.recording(_Biases(run.network))
+        logits = trace.run(run.given.clone())
+        score = class_logit(logits, target)
+        terms = [(run.given, run.given, 1), *((bias.y, bias.value, bias.axis) for bias in trace.found)]
+        slopes = slopes_of(score, [y for y, _, _ in terms], differentiable=run.differentiable)
+        products = [
+            (g * value).movedim(axis, 1)
+            for g, (_, value, axis) in zip(slopes, terms, strict=True)
+            if g is not None
+        ]
+        return [run.finish(p) for p in products], run.finish(logits)
 
 
 def _unit_range(product: Tensor) -> Tensor:

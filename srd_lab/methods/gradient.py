@@ -11,8 +11,11 @@ colour channels become one number: ``sum`` (signed), ``abs_sum`` (l1, what Dombr
 
 Example
 -------
->>> Gradient().explain(model, x)                             # (N, H, W), >= 0
->>> GradInput().explain(model, x, target)                    # (N, H, W), signed
+>>> map_ = Gradient().explain(model, x)              # (N, H, W), >= 0
+>>> map_.shape, bool((map_ >= 0).all())
+(torch.Size([2, 64, 64]), True)
+>>> GradInput().explain(model, x, target=3).shape    # (N, H, W), signed
+torch.Size([2, 64, 64])
 """
 
 from __future__ import annotations
@@ -20,21 +23,18 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import slope_of, traced
+from srd_lab.engine.attribution import attribution, slope_of
 from srd_lab.engine.decomposed import Gated
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.preconditions import check_input
 from srd_lab.logits import class_logit
-from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 
-Attribution = tuple[Tensor, Tensor]  # map (N, H, W) and logits (N, K)
+MapAndLogits = tuple[Tensor, Tensor]  # (N, H, W) and (N, K)
 
 
 @method(
@@ -53,7 +53,7 @@ class Gradient(Explainer):
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
-    ) -> Attribution:
+    ) -> MapAndLogits:
         """Sensitivity per pixel (N, H, W); the model's output, from one forward pass."""
         _, slope, logits = _slope(model, x, target)
         return maps.reduce_channels(slope, self.channels), logits
@@ -75,7 +75,7 @@ class GradInput(Explainer):
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
-    ) -> Attribution:
+    ) -> MapAndLogits:
         """First-order share of every pixel in the logit (N, H, W); the model's output, from one forward pass."""
         given, slope, logits = _slope(model, x, target)
         return maps.reduce_channels(given * slope, self.channels), logits
@@ -100,7 +100,7 @@ class GuidedBackprop(Explainer):
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
-    ) -> Attribution:
+    ) -> MapAndLogits:
         """Guided sensitivity per pixel (N, H, W); the model's output, from one forward pass."""
         _, slope, logits = _slope(model, x, target, rules.guided)
         return maps.reduce_channels(slope, self.channels), logits
@@ -124,7 +124,7 @@ class Deconvnet(Explainer):
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
-    ) -> Attribution:
+    ) -> MapAndLogits:
         """Rectified signal per pixel (N, H, W); the model's output, from one forward pass."""
         _, slope, logits = _slope(model, x, target, rules.deconvnet)
         return maps.reduce_channels(slope, self.channels), logits
@@ -134,17 +134,11 @@ def _slope(
     model: nn.Module, x: Tensor, target: Tensor | int | None, rule: rules.Rule | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The (normalised) input, the gradient of the target logits there, and the logits."""
-    check_input(x, model)
-    leaf, differentiable = traced(x)
-    normalise, network = split_normalisation(model)
-    with torch.enable_grad():
-        given = normalise(leaf)
-        fed = given.clone()  # a model may change its input in place
-        gated = None if rule is None else Gated(network, rule)
-        logits = (gated or Watch(network)).run(fed)
-        score = class_logit(logits, target).sum()
+    with attribution(model, x) as run:
+        fed = run.given.clone()  # a model may change its input in place
+        gated = None if rule is None else run.recording(Gated(run.network, rule))
+        logits = (gated or Watch(run.network)).run(fed)
+        score = class_logit(logits, target)
         with nullcontext() if gated is None else gated.live():
-            slope = slope_of(score, given, differentiable=differentiable)
-    if differentiable:
-        return given, slope, logits
-    return given.detach(), slope, logits.detach()
+            slope = slope_of(score, run.given, differentiable=run.differentiable)
+        return run.finish(run.given), run.finish(slope), run.finish(logits)

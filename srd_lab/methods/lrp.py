@@ -15,8 +15,11 @@ the class would excite is taken off in the last layer.
 
 Example
 -------
->>> LRPZPlus().explain(model, x)               # (N, H, W); sums to the target logit
->>> ExcitationBackprop().explain(model, x, 3)  # (N, H / 8, W / 8)
+>>> map_, logits = LRPZPlus().explain_with_logits(model, x)    # (N, H, W); sums to the target logit
+>>> torch.allclose(map_.sum((1, 2)), logits.amax(1), rtol=1e-3)
+True
+>>> ExcitationBackprop().explain(model, x, 3).shape            # (N, H / 8, W / 8)
+torch.Size([2, 8, 8])
 """
 
 from __future__ import annotations
@@ -31,15 +34,13 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import ON_LEAK, check_conserved, no_gradient, slope_of, traced
+from srd_lab.engine.attribution import ON_LEAK, attribution, check_conserved, slope_of, slopes_of
 from srd_lab.engine.layers import call_index
 from srd_lab.engine.lrp_trace import ModifiedTrace
-from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.record import original_of
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
 from srd_lab.logits import check_target, class_logit
-from srd_lab.normalise import split_normalisation
 from srd_lab.types import Explainer
 
 
@@ -64,29 +65,24 @@ class _Modified(Explainer, ABC):
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Relevance per position, as the class says; the model's output, from one forward pass."""
-        check_input(x, model)
-        leaf, differentiable = traced(x)
-        normalise, network = split_normalisation(model)
-        with torch.enable_grad():
-            box = [
-                normalise(torch.full_like(x, end)).detach().requires_grad_() for end in (self.low, self.high)
-            ]
-            given = normalise(leaf)
-            trace = ModifiedTrace(network, (box[0], box[1]), self.modify, self.with_bias)
-            trace.keeps_maps = self.keeps_maps
-            logits = trace.trace(given)
-            map_ = self.propagate(
-                trace, logits, check_target(target, logits)[:, None], (given, *box), differentiable
+        with attribution(model, x) as run:
+            low, high = (
+                run.normalise(torch.full_like(x, end)).detach().requires_grad_()
+                for end in (self.low, self.high)
             )
-        trace.release()
-        return (map_, logits) if differentiable else (map_.detach(), logits.detach())
+            trace = run.recording(ModifiedTrace(run.network, (low, high), self.modify, self.with_bias))
+            trace.keeps_maps = self.keeps_maps
+            logits = trace.trace(run.given)
+            classes = check_target(target, logits)[:, None]
+            map_ = self.propagate(trace, logits, classes, (run.given, low, high), run.differentiable)
+            return run.finish(map_), run.finish(logits)
 
     with_bias = False
     conserves = True
     keeps_maps = False
 
     def modify(self, weight: Tensor) -> Tensor:
-        """z+."""
+        """The weight that stands in for ``weight``, of its shape: its positive part."""
         return weight.clamp_min(0)
 
     @abstractmethod
@@ -98,20 +94,15 @@ class _Modified(Explainer, ABC):
         ends: tuple[Tensor, ...],
         differentiable: bool,
     ) -> Tensor:
-        """The map, from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
+        """The map (N, h, w), from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
 
 
 def _to_input(
     top: list[Tensor], signals: list[Tensor], ends: tuple[Tensor, ...], differentiable: bool
 ) -> Tensor:
     """Relevance (N, C, H, W) at the image, of signals at tensors of the modified pass."""
-    if not any(t.requires_grad for t in top):
-        raise no_gradient()
-    slopes = torch.autograd.grad(top, ends, signals, create_graph=differentiable, allow_unused=True)
-    if slopes[0] is None:
-        raise no_gradient()
-    shares = [t * g for t, g in zip(ends, slopes, strict=True) if g is not None]
-    return torch.stack(shares).sum(0) if shares else torch.zeros_like(ends[0])
+    slopes = slopes_of(top, ends, signals, differentiable=differentiable)
+    return torch.stack([t * g for t, g in zip(ends, slopes, strict=True) if g is not None]).sum(0)
 
 
 @method(
@@ -126,7 +117,7 @@ def _to_input(
 class LRPZPlus(_Modified):
     """LRP z+ with z^B at the first layer: the map sums to the target logit, up to dead receptive fields.
 
-    low, high, on_leak : the pixel box, normalised as the image is; and what to do where relevance gets lost.
+    low, high, on_leak : the pixel box, normalised as the image is; and what to do where relevance leaks.
     channels : how the colour channels become one number; "sum" adds up their shares.
     """
 
@@ -161,7 +152,7 @@ class LRPZPlus(_Modified):
 )
 @dataclass(frozen=True)
 class LRPGamma(LRPZPlus):
-    """LRP gamma with z^B at the first layer; biases keep what is theirs, so the map does not sum to the logit.
+    """LRP gamma with z^B at the first layer; biases absorb their share, so the map does not sum to the logit.
 
     low, high, channels : see :class:`LRPZPlus`; on_leak means nothing. gamma : how much positive weights are favoured, >= 0.
     """
@@ -177,7 +168,7 @@ class LRPGamma(LRPZPlus):
             raise SrdLabError(f"lrp_gamma needs gamma >= 0, got {self.gamma}")
 
     def modify(self, weight: Tensor) -> Tensor:
-        """Positive weights grow."""
+        """The weight that stands in for ``weight``: ``w + gamma w^+``."""
         return weight + self.gamma * weight.clamp_min(0)
 
 
@@ -281,10 +272,10 @@ def _at_tensor(
 )
 @dataclass(frozen=True)
 class LRPEpsilon(Explainer):
-    """LRP epsilon at every layer, the first among them; biases keep what is theirs.
+    """LRP epsilon at every layer, the first among them; biases absorb their share.
 
-    epsilon : what holds the pre-activations off zero, > 0: the sums that activations are given. zennit holds every
-        addend off zero too, which on residual networks is another map (by 0.3 % of its maximum on a ResNet18).
+    epsilon : stabilises the pre-activations, the sums that activations are given, away from zero; > 0. zennit does so with
+        every addend too, which on residual networks is another map (by 0.3 % of its maximum on a ResNet18).
     channels : how the colour channels become one number; "sum" adds up their shares.
     """
 
@@ -299,17 +290,13 @@ class LRPEpsilon(Explainer):
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Relevance per pixel (N, H, W), signed; the model's output, from one forward pass."""
-        check_input(x, model)
-        leaf, differentiable = traced(x)
-        normalise, network = split_normalisation(model)
-        with torch.enable_grad():
-            given = normalise(leaf)
-            trace = SRDTrace(network, rules.lrp_epsilon(self.epsilon), with_bias=False)
-            logits, _ = trace.trace(given)
+        with attribution(model, x) as run:
+            rule = rules.lrp_epsilon(self.epsilon)
+            trace = run.recording(SRDTrace(run.network, rule, with_bias=False))
+            logits, _ = trace.trace(run.given)
             score = class_logit(logits, target)[:, None]
             signal = rules.divide(score, score + self.epsilon * rules.sign(score))
             with trace.live():
-                g = slope_of(score, given, signal, differentiable=differentiable)
-            map_ = maps.reduce_channels(given * g, self.channels)
-        trace.release()
-        return (map_, logits) if differentiable else (map_.detach(), logits.detach())
+                g = slope_of(score, run.given, signal, differentiable=run.differentiable)
+            map_ = maps.reduce_channels(run.given * g, self.channels)
+            return run.finish(map_), run.finish(logits)

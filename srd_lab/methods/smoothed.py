@@ -10,8 +10,11 @@ the mean. Divided by its sum (``abs_sum``), a copy with all its relevance on one
 
 Example
 -------
->>> Smoothed(SRD(), sigma=0.1, draws=64).explain(model, x)           # (N, h, w), signed
->>> parse_explainer("smoothed(beta_smoothed(gradient,10),0.1)", make_explainer)
+>>> from srd_lab.registry import make_explainer
+>>> Smoothed(make_explainer("srd"), sigma=0.1, draws=4).explain(model, x).shape     # (N, h, w), signed
+torch.Size([2, 64, 64])
+>>> parse_explainer("smoothed(gradient,0.1)", make_explainer).draws
+64
 """
 
 from __future__ import annotations
@@ -26,8 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.catalogue import outer_parts
-from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.preconditions import check_input
+from srd_lab.engine.attribution import plain_logits
 from srd_lab.engine.recompute import recomputed
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import SrdLabError
@@ -80,9 +82,9 @@ class Smoothed(Explainer):
     ) -> tuple[Tensor, Tensor]:
         """The mean map (N, h, w); the model's output for x without noise, by which ``target=None`` is decided.
 
-        Differentiable if x asks for a gradient; with several passes, each is run again backwards and only one is held.
+        Differentiable if x asks for a gradient; with several passes, each is run again backwards, and one is in memory.
         """
-        logits = _plain_logits(model, x)
+        logits = plain_logits(model, x)
         classes = check_target(target, logits)
         together = max(1, (self.images_at_once or _PIXELS_AT_ONCE // x[0, 0].numel()) // len(x))
         chunks = [range(first, min(self.draws, first + together)) for first in range(0, self.draws, together)]
@@ -141,7 +143,7 @@ class BetaSmoothed(Explainer):
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The map (N, h, w) on the softplus network; the output of the network itself, see the class."""
-        logits = _plain_logits(_original(model), x)
+        logits = plain_logits(_original(model), x)
         return _unchecked(self, model, x, check_target(target, logits)), logits
 
 
@@ -159,13 +161,6 @@ def _comparable(raw: Tensor, how: str) -> Tensor:
     return raw / size.masked_fill(size == 0, 1)
 
 
-def _plain_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's output, differentiable if and only if x asks for a gradient."""
-    check_input(x, model)
-    with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
-        return Watch(model).run(x.clone())  # type: ignore[no-any-return]  # a network may change its input in place
-
-
 def _original(model: nn.Module) -> nn.Module:
     while isinstance(model, SmoothModel):
         model = model.model
@@ -179,7 +174,7 @@ def _smoothings(explainer: Any) -> int:
 
 
 def check_wrapped(wrapper: Any) -> None:
-    """Refuse a wrapper whose ``explainer`` is none."""
+    """Refuse (SrdLabError) a wrapper whose ``explainer`` is none."""
     if not isinstance(wrapper.explainer, Explainer) or isinstance(wrapper.explainer, type):
         raise SrdLabError(
             f"{type(wrapper).__name__} wraps an explainer such as SRD(), got {wrapper.explainer!r}"
@@ -203,11 +198,17 @@ def parse_explainer(text: str, make: Callable[[str], Explainer]) -> Explainer:
     if not arguments:
         return make(name)
     inner = parse_explainer(arguments[0], make)
-    return WRAPPERS[name](inner, **_options(name, arguments[1:]))  # type: ignore[no-any-return]
+    return WRAPPERS[name](inner, **_options(name, arguments[1:]))
 
 
 def plain_name(text: str) -> str:
-    """The name of the method inside all wrappers: ``srd`` of ``smoothed(beta_smoothed(srd,10),0.1)``."""
+    """The name of the method inside all wrappers. Raises SrdLabError for a text that cannot be read.
+
+    Example
+    -------
+    >>> plain_name("smoothed(beta_smoothed(srd,10),0.1)")
+    'srd'
+    """
     name, arguments = _read(text)
     return plain_name(arguments[0]) if arguments else name
 

@@ -3,8 +3,10 @@ from below, and the truth lies in between.
 
 Example
 -------
->>> figure = certificate_plot({"srd": (rms, worst)}, {"srd": (rms255(radii, values), share)}, values=3 * 224 * 224)
->>> figure.savefig("certificate.png")
+::
+
+    figure = certificate_plot({"srd": (rms, worst)}, {"srd": (rms255(radii, values), share)}, values=3 * 224 * 224)
+    figure.savefig("certificate.png")
 """
 
 from __future__ import annotations

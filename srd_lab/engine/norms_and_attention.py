@@ -1,11 +1,11 @@
-"""Normalisations that depend on the input, and attention: affine once a statistic or the weights are held constant.
+"""Normalisations that depend on the input, and attention: affine once a statistic or the weights count as constants.
 
-- A normalisation ``(x - mean(x)) * s(x) * w + b``: the scale s is held, the centring is kept (it is linear), and the
+- A normalisation ``(x - mean(x)) * s(x) * w + b``: the scale s is constant, the centring is linear and stays, and the
   shift b belongs to the one vector at its position, as in a batch norm that follows no convolution.
-- Attention ``softmax(q k^T) v``: the weights are held, so that nothing passes through queries and keys.
+- Attention ``softmax(q k^T) v``: the weights are constant, so that nothing passes through queries and keys.
 
-Held in the live pass alone: the values and every ordinary derivative are those of torch. Each function here takes what
-torch's own of that name takes, after the trace; None says that it has no rule for these options.
+Constant in the live pass alone: the values and every ordinary derivative are those of torch. Each function here takes what
+torch's own of that name takes, after the trace.
 """
 
 from __future__ import annotations
@@ -23,11 +23,19 @@ from srd_lab.engine.spellings import Function
 
 
 class Trace(Protocol):
-    """What a forward pass offers to whoever rewrites one of its calls."""
+    """What a forward pass offers to the functions of this module."""
 
     channels: Channels
 
-    def hold(self, t: Tensor) -> Tensor:
+    def maps_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The maps among a call's operands."""
+        ...
+
+    def layer_reads(self, x: Tensor, axis: int) -> None:
+        """A layer reads the map ``x``, whose channels lie along ``axis``."""
+        ...
+
+    def live_constant(self, t: Tensor) -> Tensor:
         """``t`` as a factor that the live pass takes for a constant."""
         ...
 
@@ -53,6 +61,7 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
+    """Layer norm (Ba et al. 2016) over the last axes."""
     y = _standardised(trace, input, [*range(-len(normalized_shape), 0)], eps)
     return _affine(trace, y, input, weight, bias, _axis(trace, input, normalized_shape))
 
@@ -64,9 +73,10 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
+    """RMS norm (Zhang & Sennrich 2019) over the last axes: no centring, no shift."""
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     square = (input * input).mean([*range(-len(normalized_shape), 0)], keepdim=True)
-    y = input * trace.hold(torch.rsqrt(square + eps))
+    y = input * trace.live_constant(torch.rsqrt(square + eps))
     return _affine(trace, y, input, weight, None, _axis(trace, input, normalized_shape))
 
 
@@ -79,6 +89,7 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Tensor:
+    """Group norm (Wu & He 2018) over the positions and channels of every group; input (N, C, ...)."""
     groups = input.unflatten(1, (num_groups, -1))
     y = _standardised(trace, groups, [*range(2, groups.dim())], eps).flatten(1, 2)
     return _affine(trace, y, input, _per_channel(weight, y), _per_channel(bias, y), 1)
@@ -95,6 +106,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    """Instance norm (Ulyanov et al. 2016) over positions; input (N, C, ...)."""
     if use_input_stats or running_mean is None or running_var is None:
         y = _standardised(trace, input, [*range(2, input.dim())], eps)
     else:  # fixed statistics: a batch norm in all but name
@@ -106,15 +118,17 @@ def instance_norm(
 def local_response_norm(
     trace: Trace, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
+    """Local response norm (Krizhevsky et al. 2012) over neighbouring channels; input (N, C, ...)."""
     square = F.pad((input * input).movedim(1, -1), (size // 2, (size - 1) // 2))
     mean = square.unfold(-1, size, 1).mean(-1).movedim(-1, 1)
-    return trace.channels.put(input / trace.hold((k + alpha * mean) ** beta), 1)
+    return trace.channels.put(input / trace.live_constant((k + alpha * mean) ** beta), 1)
 
 
 def normalize(
     trace: Trace, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> Tensor:
-    y = input / trace.hold(input.norm(p, dim, keepdim=True).clamp_min(eps))
+    """Division by the p-norm along ``dim``."""
+    y = input / trace.live_constant(input.norm(p, dim, keepdim=True).clamp_min(eps))
     return trace.channels.put(y, trace.channels.of(input))
 
 
@@ -129,13 +143,14 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """Attention (Vaswani et al. 2017) of query (..., L, E), key (..., S, E) and value (..., S, Ev): (..., L, Ev)."""
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     if is_causal:
         attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = _masking(~attn_mask, query)
-    weights = trace.hold(_weights(query, key, attn_mask, scale))
+    weights = trace.live_constant(_weights(query, key, attn_mask, scale))
     return trace.channels.put(weights @ value, -1)
 
 
@@ -167,6 +182,10 @@ def multi_head_attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
+    """Attention of several heads (Vaswani et al. 2017) on (L, N, E) tokens; the weights, if asked for, are a gate.
+
+    None for keys and values that are given, added biases or zeros, and tokens without a batch.
+    """
     unusual = (bias_k, bias_v, static_k, static_v)
     if query.dim() != 3 or add_zero_attn or any(t is not None for t in unusual):
         return None
@@ -179,7 +198,7 @@ def multi_head_attention_forward(
     def heads(t: Tensor) -> Tensor:
         return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    # Queries and keys are held with the weights: nobody asks for the shares of their biases.
+    # no relevance passes through queries and keys, so their biases need no shares
     q, k = (heads(F.linear(inputs[i], projections[i], biases[i])) for i in (0, 1))
     v = heads(trace.linear(inputs[2], projections[2], biases[2]))
     mask = None
@@ -190,7 +209,7 @@ def multi_head_attention_forward(
         padded = _masking(key_padding_mask, q)[:, None, None]
         mask = padded if mask is None else mask + padded
     weights = _weights(q, k, mask)
-    attended = (trace.hold(weights) @ v).transpose(1, 2).flatten(2)
+    attended = (trace.live_constant(weights) @ v).transpose(1, 2).flatten(2)
     out = trace.channels.put(trace.linear(attended, out_proj_weight, out_proj_bias).transpose(0, 1), -1)
     if not need_weights:
         return out, None
@@ -198,7 +217,7 @@ def multi_head_attention_forward(
     return out, trace.as_gate(weights, F.multi_head_attention_forward)
 
 
-HELD: dict[Function, Function] = {
+AFFINE_FORMS: dict[Function, Function] = {
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
     **dict.fromkeys((F.group_norm, torch.group_norm), group_norm),
@@ -210,9 +229,23 @@ HELD: dict[Function, Function] = {
 }
 
 
+def affine_form(
+    trace: Trace, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any | None:
+    """What a normalisation or attention call on maps returns, made by operations that are affine in the live pass.
+
+    None for every other call, and for options that there is no rule for.
+    """
+    if function not in AFFINE_FORMS or not (maps := trace.maps_in(args, kwargs)):
+        return None
+    x = max(maps, key=Tensor.dim)
+    trace.layer_reads(x, trace.channels.of(x))
+    return AFFINE_FORMS[function](trace, *args, **kwargs)
+
+
 def _standardised(trace: Trace, x: Tensor, dims: list[int], eps: float) -> Tensor:
     centred = x - x.mean(dims, keepdim=True)
-    return centred * trace.hold(torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps))
+    return centred * trace.live_constant(torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps))
 
 
 def _affine(
