@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ def no_gradient() -> SrdLabError:
         "no gradient leads from the model's output back to the image: it is detached on the way, runs under no_grad, or is "
         "quantised; pass the network without that, or choose a method that needs no gradient (`random`, `sobel`)"
     )
+
+
+def row_of(value: Any, i: int, n: int) -> Any:
+    """Image ``i``'s entry where ``value`` holds one for each of ``n`` images."""
+    each = isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() > 0)
+    return value[i : i + 1] if each and len(value) == n else value
 
 
 def check_conserved(

@@ -71,6 +71,7 @@ _LAYERS = (
 )
 _CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
+_IN_ANY_LAYOUT: dict[Function, Function] = {T.view: T.reshape, T.view_as: T.reshape_as}
 _OVER: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -265,7 +266,8 @@ class ModifiedTrace(Decomposed):
         mirrored = [_mirror(function, args, kwargs, table) for table in tables]
         out = run(function, args, kwargs)
         if _made_tensors(out):
-            self._note(out, [self._alike(function, *given) for given in mirrored])
+            alike = _IN_ANY_LAYOUT.get(function, function)  # parts need not lie in memory as the values do
+            self._note(out, [self._alike(alike, *given) for given in mirrored])
         return out
 
     def _alike(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

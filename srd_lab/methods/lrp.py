@@ -32,7 +32,7 @@ from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import ON_LEAK, check_conserved, no_gradient, slope_of, traced
-from srd_lab.engine.layers import call_index
+from srd_lab.engine.layers import call_index, check_rows
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.record import original_of
@@ -249,6 +249,7 @@ class ExcitationBackprop(_Modified):
                 raise SrdLabError(
                     f"no map of relevance is at {trace.calls[place].name!r}; choose another level"
                 )
+            check_rows(f"layer {trace.calls[place].name!r}", found[place].shape, len(logits))
             map_ = found[place]
         return torch.relu(map_) if self.contrastive else map_
 

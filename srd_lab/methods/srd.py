@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import ON_LEAK, check_conserved, slope_of, traced
-from srd_lab.engine.encoder_end import End
+from srd_lab.engine.attribution import ON_LEAK, check_conserved, row_of, slope_of, traced
+from srd_lab.engine.encoder_end import ANOTHER_ENCODER, End
+from srd_lab.engine.layers import check_rows, not_by_rows
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
@@ -170,7 +171,7 @@ class SRD(Explainer):
         """
         # One image at a time: inside windows, or in (S, N, D) layouts, a sum over the batch is not easily split.
         each = [
-            self._leaks_of_one(model, x[i : i + 1], _row(target, i, len(x)), _row(start, i, len(x)))
+            self._leaks_of_one(model, x[i : i + 1], row_of(target, i, len(x)), row_of(start, i, len(x)))
             for i in range(len(x))
         ]
         return {cause: torch.stack([one[cause] for one in each]) for cause in LEAKS}
@@ -261,6 +262,7 @@ class _Run:
         """Relevance 1 at one position of an activation call, for every image."""
         u = self.trace.u[index]
         places = tuple(u.shape[2:])
+        self._check_rows(f"layer {self.trace.calls[index].name!r}", u)
         if len(position) != len(places) or any(
             not 0 <= i < size for i, size in zip(position, places, strict=True)
         ):
@@ -284,6 +286,7 @@ class _Run:
         return _Begin(tensor, signal, r, leaked, call)
 
     def _start_map(self, end: End, target: Tensor | int | None, start: str | Tensor) -> Tensor:
+        self._check_rows("the encoder", end.output, ANOTHER_ENCODER)
         encoded = end.output.movedim(end.channels, 1)
         shape = (encoded.shape[0], *encoded.shape[2:])
         if isinstance(start, Tensor):
@@ -309,6 +312,17 @@ class _Run:
         alpha = slope.movedim(end.channels, 1).mean([*range(2, slope.dim())], keepdim=True)
         return torch.relu((alpha * encoded).sum(1))
 
+    def _check_rows(self, what: str, t: Tensor, cure: str = "name another layer") -> None:
+        """Refuse ``t`` unless it has a row per image, made of that image alone."""
+        images = len(self.leaf)
+        check_rows(what, t.shape, images, cure)
+        if t.dim() != 3 or images == 1 or images not in t.shape[1:] or not t.requires_grad:
+            return
+        # as many tokens as images: the batch may come second
+        (slope,) = torch.autograd.grad(t[0].sum(), self.leaf, retain_graph=True, allow_unused=True)
+        if slope is not None and slope[1:].any():
+            raise not_by_rows(what, t.shape, images, cure)
+
     # backward passes -----------------------------------------------------------------------------------
     def _back(self, begin: _Begin, to: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
         with self.trace.live() as relevance:
@@ -333,9 +347,10 @@ class _Run:
         return torch.zeros_like(self.input[:, 0]) if g is None else (self.input * g).sum(1)
 
     def at_call(self, begin: _Begin, index: int) -> Tensor:
+        u = self.trace.u[index]
+        self._check_rows(f"layer {self.trace.calls[index].name!r}", u)
         if index == begin.call:
             return self.finish(begin.relevance)
-        u = self.trace.u[index]
         relevance = self._back(begin, u)[1] if u.requires_grad else {}
         if index not in relevance:
             raise SrdLabError(
@@ -383,11 +398,6 @@ class _Run:
 def _total(relevance: Tensor) -> Tensor:
     """Sum over positions, (N,)."""
     return relevance.flatten(1).sum(1)
-
-
-def _row(value: Any, i: int, n: int) -> Any:
-    """Image ``i``'s entry where ``value`` holds one for each of ``n`` images."""
-    return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == n else value
 
 
 @contextmanager
