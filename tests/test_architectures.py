@@ -1018,6 +1018,10 @@ FOLLOWED: list[tuple[Callable[[Tensor], Any], tuple[int, ...], int, int]] = [
     (lambda t: t.unflatten(-1, (2, 4)), (2, 5, 8), 2, 3),
     (lambda t: t @ torch.ones(4, 6), (2, 5, 3, 4), 1, 3),
     (lambda t: t.transpose(1, 2).reshape(2, 3, 8), (2, 2, 3, 4), 3, 2),  # heads gathered
+    (lambda t: F.unfold(t, 2, stride=2), (2, 3, 4, 4), 1, 1),
+    (lambda t: t.reshape(-1, 2, 2, 2), (2, 4, 8), 1, 1),  # merged with the images, of which
+    (lambda t: t.reshape(-1, 2, 2, 2), (1, 4, 8), 1, 1),  # there is one
+    (lambda t: t.squeeze(0), (1, 4, 3, 3), 1, 0),
 ]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from srd_lab.engine import affine
 from srd_lab.errors import SrdLabError, SrdLabWarning
 from srd_lab.methods.cam import LayerCAM
+from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.lrp import ExcitationBackprop, LRPZPlus
 from srd_lab.methods.srd import SRD
 from srd_lab.types import Explainer
@@ -150,3 +151,30 @@ def test_a_size_that_is_not_there_is_said_once(x: Tensor) -> None:
         for _ in range(3):
             SRD(start="ones", level="high", encoder="stem").explain(model, x)
     assert ["the nearest has (8, 8)" in str(warning.message) for warning in seen] == [True]
+
+
+class Spread(nn.Module):
+    """A gate and a constant that take the shape of the map."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+        self.place, self.by_name = nn.Parameter(torch.rand(1, 6, 1, 1)), by_name
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        gate, place = torch.sigmoid(self.b(y.mean((2, 3), keepdim=True))), self.place
+        if self.by_name:
+            gate, place = gate.expand_as(y), place.expand_as(y)
+        return self.fc(F.relu(y * gate + place).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", [*CONSERVING, "fullgrad"])
+def test_what_takes_the_shape_of_a_map_is_not_made_of_it(name: str, x: Tensor) -> None:
+    explainer = CONSERVING[name]("error") if name in CONSERVING else FullGrad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SrdLabWarning)
+        found, expected = (explainer.explain(Spread(by_name), x.double(), 1) for by_name in (True, False))
+    torch.testing.assert_close(found, expected)

@@ -57,6 +57,9 @@ _FILLS = SHIFTS | _spelled(  # with a number that is given
 LIKE = _spelled(  # take a map's shape and nothing else
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor size dim",
 )
+SHAPED = _spelled(
+    "expand_as view_as reshape_as type_as"
+)  # take a second tensor's shape or type and nothing else
 _AFFINE = (
     SHIFTS
     | CASTS

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,12 @@ def no_gradient() -> SrdLabError:
         "no gradient leads from the model's output back to the image: it is detached on the way, runs under no_grad, or is "
         "quantised; pass the network without that, or choose a method that needs no gradient (`random`, `sobel`)"
     )
+
+
+def row_of(value: Any, i: int, n: int) -> Any:
+    """Image ``i``'s entry where ``value`` has one for each of ``n`` images."""
+    each = isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() > 0)
+    return value[i : i + 1] if each and len(value) == n else value
 
 
 def check_conserved(

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from srd_lab.engine.affine import exchanged
@@ -22,7 +23,7 @@ from srd_lab.engine.spellings import Function
 T = torch.Tensor
 _RESHAPES = {
     *(torch.reshape, T.reshape, T.view, T.reshape_as, T.view_as, torch.flatten, T.flatten),
-    *(torch.unflatten, T.unflatten, torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze),
+    *(torch.unflatten, T.unflatten),
 }
 _PRODUCTS_OF_MATRICES = {torch.matmul, T.matmul, torch.bmm, T.bmm}
 
@@ -91,6 +92,8 @@ def _followed(
     found: int | None = axis if out.dim() == x.dim() else None
     if function in _PRODUCTS_OF_MATRICES:
         found = out.dim() - 1
+    elif function is F.unfold:  # (N, C k k, positions)
+        found = out.dim() - 2
     elif function in _RESHAPES:
         found = _behind_reshape(tuple(x.shape), axis, tuple(out.shape))
     elif _memory(out) is _memory(x):
@@ -107,10 +110,11 @@ def _memory(t: Tensor) -> Tensor:
 
 
 def _behind_reshape(old: tuple[int, ...], axis: int, new: tuple[int, ...]) -> int | None:
-    """The axis of the same size with as many elements before it."""
-    before = prod(old[:axis])
-    fitting = [j for j, size in enumerate(new) if size == old[axis] and prod(new[:j]) == before]
-    return fitting[0] if fitting else None
+    """The axis of the same size with as many elements behind it, which does not depend on the number of images. Channels
+    merged with the images are along none: with one image they would seem to be the first."""
+    behind = prod(old[axis + 1 :])
+    fitting = [j for j, size in enumerate(new) if size == old[axis] and prod(new[j + 1 :]) == behind]
+    return next((j for j in fitting if j > 0 or axis == 0), None)
 
 
 def _behind_view(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine.channels import Channels, has_extent
+from srd_lab.engine.layers import check_rows
 from srd_lab.engine.record import Records, original_of
 from srd_lab.engine.spellings import Call, Function
 from srd_lab.errors import SrdLabError
 
+ANOTHER_ENCODER = 'name another submodule with encoder="..."'
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
 
 
@@ -43,16 +46,18 @@ class EncoderEnd:
         self._module = None if name is None else find_module(model, name)
         self._records, self._channels = records, channels
         self._found: End | None = None
+        self._pooled = set[Any]()  # what it was pooled and flattened into: nodes of autograd's graph
         self._apart = False  # whether maps of several branches are pooled, each by itself
 
     def clear(self) -> None:
         """Drop the reference to the output."""
         self._found = None
+        self._pooled.clear()
 
     def layer(self, x: Tensor, axis: int) -> None:
         """A layer reads ``x``: where that has spatial extent, what was pooled before was a side branch, not the end."""
         if self._module is None and has_extent(x, axis):
-            self._found, self._apart = None, False
+            self._found, self._pooled, self._apart = None, set(), False
 
     def call(self, function: Function, first: Tensor, out: Tensor) -> None:
         """The model called ``function`` on the map ``first``, which gave ``out``."""
@@ -67,11 +72,16 @@ class EncoderEnd:
             return
         self._records.note(out, pooled=True)
         if self._found is None:
-            self._found = self._end(first)
-        elif extended and original_of(first) is not self._found.output and not self._records[first].pooled:
+            self._found, self._pooled = self._end(first), {out.grad_fn}
+        elif original_of(first) is self._found.output:
+            self._pooled.add(out.grad_fn)
+        elif extended and not self._records[first].pooled:
             # a gate, say, whose pooled factor is the map's own: the later map is the end; or one branch of several
-            self._apart = not _is_made_of(first, self._found.output)
-            self._found = self._end(first)
+            apart = not _is_made_of(first, self._found.output)
+            if not apart and not _is_made_of(first, self._found.output, self._pooled):
+                return  # made of what was pooled alone, such as the logits of several views: behind the end
+            self._apart = apart
+            self._found, self._pooled = self._end(first), {out.grad_fn}
 
     def returned(self, module: nn.Module, output: Any) -> bool:
         """``module`` has returned ``output``; whether it is the encoder."""
@@ -109,11 +119,7 @@ class EncoderEnd:
                 f"encoder {self.name!r} puts out shape {tuple(output.shape)}; expected a map "
                 "(N, C, h, w) or tokens (N, S, D): name a submodule before pooling or flattening"
             )
-        if output.shape[0] != images:
-            raise SrdLabError(
-                f"the encoder puts out shape {tuple(output.shape)} for {images} images; expected the "
-                'batch first: name another submodule with encoder="..."'
-            )
+        check_rows("the encoder", output.shape, images, ANOTHER_ENCODER)
         return self._found
 
     def _end(self, output: Tensor) -> End:
@@ -142,9 +148,9 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     return matches[0]
 
 
-def _is_made_of(t: Tensor, source: Tensor) -> bool:
-    """Whether autograd's graph leads from ``t`` back to ``source``."""
-    goal, waiting, seen = source.grad_fn, [t.grad_fn], set()
+def _is_made_of(t: Tensor, source: Tensor, past: AbstractSet[Any] = frozenset()) -> bool:
+    """Whether autograd's graph leads from ``t`` back to ``source``, past the nodes ``past``."""
+    goal, waiting, seen = source.grad_fn, [t.grad_fn], set(past)
     while waiting:
         node = waiting.pop()
         if node is goal:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srd_lab.engine.affine import SHAPED
 from srd_lab.engine.channels import Channels
 from srd_lab.engine.interceptor import Interceptor, autocast_off
 from srd_lab.engine.layers import Place
@@ -73,7 +74,7 @@ class ImageTrace(Interceptor):
         return out
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        maps = self.maps_in(args, kwargs)
+        maps = self.maps_in(args[:1] if function in SHAPED else args, kwargs)
         if not maps:
             return self.as_factor(function(*args, **kwargs), self.gate_in(args, kwargs))
         x = max(maps, key=Tensor.dim)

@@ -65,6 +65,7 @@ _ATTENTION = (
 )
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+_BATCH_NORMS = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm}
 _TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
@@ -192,7 +193,8 @@ class Interceptor(TorchFunctionMode):
         self.events += getattr(func, "__name__", "") != "__get__" or func in _TURNED
         found = recognise(func, args, kwargs)
         if found is None:
-            return self._dispatch(func, args, kwargs)
+            out = self._dispatch(func, args, kwargs)
+            return _laid_out(out) if func in _BATCH_NORMS else out
         kind, pure, inplace = found
         first, rest = first_tensor(args, kwargs), args[1:]
         kwargs = {name: value for name, value in kwargs.items() if name != "input"}
@@ -247,6 +249,15 @@ class Interceptor(TorchFunctionMode):
     def where(self) -> str:
         """The running module, for messages."""
         return (self._path[-1] if self._path else "") or type(self.model).__name__
+
+
+def _laid_out(out: Any) -> Any:
+    """``out`` of a batch norm, whose gradient will lie in memory as it does. torch reads that of a single image so, even
+    where it comes with its channels last, and then returns a wrong one."""
+    with torch._C.DisableTorchFunction():  # whoever else intercepts counts the model's calls
+        if isinstance(out, Tensor) and out.requires_grad and out.is_contiguous():
+            out.register_hook(lambda g: None if g is None else g.contiguous())
+    return out
 
 
 def autocast_off() -> None:

@@ -54,6 +54,22 @@ def call_index(calls: Sequence[Call], layer: str | int) -> int:
     return within[-1]
 
 
+def check_rows(what: str, shape: Sequence[int], images: int, cure: str = "name another layer") -> None:
+    """Refuse what has no row per image: tokens with the batch second, patches or windows folded into the batch."""
+    if shape[0] != images:
+        raise not_by_rows(what, shape, images, cure)
+
+
+def not_by_rows(
+    what: str, shape: Sequence[int], images: int, cure: str = "name another layer"
+) -> SrdLabError:
+    """The refusal of what has no row per image."""
+    return SrdLabError(
+        f"{what} puts out shape {tuple(shape)} for {images} images; expected the batch first, without patches or windows "
+        f"folded into it: {cure}"
+    )
+
+
 def high(
     activations: Sequence[Place], others: Sequence[Place], image: Sequence[int], top: Any, bottom: Any
 ) -> tuple[bool, int]:
@@ -73,6 +89,7 @@ def high(
         for is_other, places in ((False, activations), (True, others))
         for place in places
         if len(place.shape) == 4 and max(place.shape[2:]) > 1 and place.node in cuts
+        if place.shape[0] == image[0]
     ]
     if not fitting:
         raise SrdLabError(

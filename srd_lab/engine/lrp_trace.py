@@ -49,6 +49,7 @@ _LAYERS = (
 )
 _CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
+_IN_ANY_LAYOUT: dict[Function, Function] = {T.view: T.reshape, T.view_as: T.reshape_as}
 _FORGOTTEN: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -255,7 +256,8 @@ class ModifiedTrace(Decomposed):
         calls = [_in_environment(function, args, kwargs, environment) for environment in environments]
         out = super().on_maps(function, args, kwargs)
         if _made_tensors(out):
-            self._note(out, [self._run_beside(function, *call) for call in calls])
+            alike = _IN_ANY_LAYOUT.get(function, function)  # parts need not lie in memory as the values do
+            self._note(out, [self._run_beside(alike, *call) for call in calls])
         return out
 
     def _run_beside(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import Attribution
+from srd_lab.engine.layers import check_rows, not_by_rows
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
 
@@ -59,6 +60,7 @@ class BackwardPasses:
         """
         u = self.trace.u[index]
         places = tuple(u.shape[2:])
+        self._check_layer(index)
         if len(position) != len(places) or any(
             not 0 <= i < size for i, size in zip(position, places, strict=True)
         ):
@@ -74,6 +76,23 @@ class BackwardPasses:
         u = self.trace.u[index]
         return _start(u, self.trace.v[index] if self._post else u, r, index)
 
+    def check_rows(self, what: str, t: Tensor, cure: str = "name another layer") -> None:
+        """Refuse a tensor ``t`` of the trace, called ``what``, unless it has a row per image, made of that image alone.
+
+        cure : what to do otherwise. Raises SrdLabError.
+        """
+        images = len(self.run.given)
+        check_rows(what, t.shape, images, cure)
+        if t.dim() != 3 or images == 1 or images not in t.shape[1:] or not t.requires_grad:
+            return
+        # as many tokens as images: the batch may come second
+        (slope,) = torch.autograd.grad(t[0].sum(), self.run.given, retain_graph=True, allow_unused=True)
+        if slope is not None and slope[1:].any():
+            raise not_by_rows(what, t.shape, images, cure)
+
+    def _check_layer(self, index: int) -> None:
+        self.check_rows(f"layer {self.trace.calls[index].name!r}", self.trace.u[index])
+
     # backward passes -----------------------------------------------------------------------------------
     def at_input(self, start: Start) -> Tensor:
         """Relevance (N, H, W) that arrives at the input."""
@@ -82,6 +101,7 @@ class BackwardPasses:
 
     def at_call(self, start: Start, index: int) -> Tensor:
         """Relevance (N, ...) that arrives at activation call ``index``. Raises SrdLabError where none does."""
+        self._check_layer(index)
         if index == start.call:
             return self.run.finish(start.relevance)
         u = self.trace.u[index]

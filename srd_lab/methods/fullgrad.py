@@ -31,11 +31,12 @@ from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
-from srd_lab.engine.attribution import attribution, slopes_of
+from srd_lab.engine.attribution import attribution, row_of, slopes_of
 from srd_lab.engine.geometry import BatchNorm, Convolution
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
+from srd_lab.errors import SrdLabError
 from srd_lab.logits import class_logit
 from srd_lab.types import Explainer
 
@@ -60,14 +61,20 @@ class FullGrad(Explainer):
         """Full-gradient saliency (N, H, W), >= 0; the model's output, from one forward pass."""
         products, logits = _products(model, x, target)
         size = (x.shape[2], x.shape[3])
+        for folded in (p for p in products if p.dim() == 4 and len(p) != len(x)):
+            raise SrdLabError(
+                f"a bias is on maps of shape {tuple(folded.shape)} for {len(x)} images, with patches or windows folded into "
+                "the batch, so that it has no place in the image; use another method on this network"
+            )
         shown = [maps.upsample(_unit_range(p).sum(1), size) for p in products if p.dim() == 4]
         return torch.stack(shown).sum(0), logits
 
     def terms(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
         """What the input and every bias, in call order, add to the target logit: (N, 1 + biases). Their sum is the logit
         for a network of piecewise linear and affine layers, and activations."""
-        products, _ = _products(model, x, target)
-        return torch.stack([p.flatten(1).sum(1) for p in products], 1)
+        # one image at a time: inside windows, or in (S, N, D) layouts, a sum over the batch is not easily split
+        each = [_products(model, x[i : i + 1], row_of(target, i, len(x)))[0] for i in range(len(x))]
+        return torch.stack([torch.stack([p.sum() for p in products]) for products in each])
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import ON_LEAK, attribution, check_conserved, slope_of, slopes_of
-from srd_lab.engine.layers import call_index
+from srd_lab.engine.layers import call_index, check_rows
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.record import original_of
 from srd_lab.engine.srd_trace import SRDTrace
@@ -240,6 +240,7 @@ class ExcitationBackprop(_Modified):
                 raise SrdLabError(
                     f"no map of relevance is at {trace.calls[place].name!r}; choose another level"
                 )
+            check_rows(f"layer {trace.calls[place].name!r}", found[place].shape, len(logits))
             map_ = found[place]
         return torch.relu(map_) if self.contrastive else map_
 

@@ -29,14 +29,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import ON_LEAK, attribution, check_conserved, slope_of
+from srd_lab.engine.attribution import ON_LEAK, attribution, check_conserved, row_of, slope_of
+from srd_lab.engine.encoder_end import ANOTHER_ENCODER
 from srd_lab.engine.srd_passes import BackwardPasses, Start
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import SrdLabError
@@ -184,7 +184,7 @@ class SRD(Explainer):
         """
         # One image at a time: inside windows, or in (S, N, D) layouts, a sum over the batch is not easily split.
         each = [
-            self._leaks_of_one(model, x[i : i + 1], _row(target, i, len(x)), _row(start, i, len(x)))
+            self._leaks_of_one(model, x[i : i + 1], row_of(target, i, len(x)), row_of(start, i, len(x)))
             for i in range(len(x))
         ]
         return {cause: torch.stack([one[cause] for one in each]) for cause in LEAKS}
@@ -273,6 +273,7 @@ class SRD(Explainer):
 def _start_relevance(passes: BackwardPasses, target: Tensor | int | None, start: str | Tensor) -> Tensor:
     """Relevance (N, ...) at the positions of the encoder output (Eq. 3, 4, 9)."""
     end, logits = passes.trace.end(), passes.output
+    passes.check_rows("the encoder", end.output, ANOTHER_ENCODER)
     encoded = end.output.movedim(end.channels, 1)
     shape = (encoded.shape[0], *encoded.shape[2:])
     if isinstance(start, Tensor):
@@ -300,8 +301,3 @@ def _start_relevance(passes: BackwardPasses, target: Tensor | int | None, start:
 def _total(relevance: Tensor) -> Tensor:
     """Sum over positions, (N,)."""
     return relevance.flatten(1).sum(1)
-
-
-def _row(value: Any, i: int, n: int) -> Any:
-    """Image ``i``'s entry where ``value`` holds one for each of ``n`` images."""
-    return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and len(value) == n else value

@@ -1,0 +1,176 @@
+"""Classifiers of timm with random weights: every map is right, as far as a sum and a second way to it can tell, or the
+network is refused by name. The table says which, so that a change shows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from srd_lab.errors import SrdLabError
+from srd_lab.methods.srd import SRD
+from srd_lab.registry import make_explainer
+from srd_lab.types import Explainer
+
+timm = pytest.importorskip("timm", reason="needs timm: pip install -e '.[dev,peers-timm]'")
+
+# what refusals say, by method; that of "srd" is expected of the other methods that decompose too, unless they are named
+NOT_RELU = {
+    "lrp_zplus": r"needs activations that are >= 0 \(ReLU, softplus\), but '.*' is (gelu|silu|hardswish)"
+}
+TOKENS = {"gradcam": r"level 'low' puts out shape .*, which is no map"}
+SHARED = ("lrp_epsilon", "srd_high", "lrp_zplus")
+METHODS: dict[str, Explainer] = {
+    "srd": SRD(start="ones"),
+    "srd_high": SRD(start="ones", level="high"),
+    **{
+        name: make_explainer(name)
+        for name in ("lrp_epsilon", "lrp_zplus", "guided_backprop", "fullgrad", "gradcam")
+    },
+}
+
+
+def no_rule(what: str) -> dict[str, str]:
+    """SRD and LRP refuse this function."""
+    return {"srd": rf"{what} in .* is neither affine nor an activation, and there is no rule for it"}
+
+
+class Case(NamedTuple):
+    """A network at ``side`` pixels, made with ``options``.
+
+    refused : by method, what its refusal says; there is a map by all others. leaks : what may be lost, besides rounding.
+    """
+
+    refused: dict[str, str] = {}  # noqa: RUF012
+    leaks: tuple[str, ...] = ()
+    side: int = 64
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+DEAD, CONSTANTS = ("dead fields",), ("constants",)
+SHORT = {"img_size": 64, "depth": 2}
+CASES: dict[str, Case] = {
+    "resnet18": Case(),
+    "resnet26d": Case(),
+    "resnext26ts": Case(NOT_RELU),
+    "seresnet18": Case(),
+    "ecaresnet26t": Case(),
+    "skresnet18": Case(),
+    "resnest14d": Case(),
+    "res2net50_26w_4s": Case(),
+    "gcresnext26ts": Case(NOT_RELU),
+    "botnet26t_256": Case(options={"img_size": 64}),
+    "lambda_resnet26t": Case(no_rule("torch.Tensor.matmul"), options={"img_size": 64}),
+    "regnetx_002": Case(),
+    "regnety_002": Case(),
+    "nf_regnet_b0": Case(NOT_RELU),
+    "nfnet_l0": Case(NOT_RELU),
+    "densenet121": Case(),
+    "dla46_c": Case(),
+    "dpn48b": Case(NOT_RELU),
+    "ese_vovnet19b_slim": Case(),
+    "hrnet_w18_small": Case(),
+    "hgnetv2_b0": Case(leaks=DEAD),
+    "inception_v3": Case(side=80),
+    "repvgg_a0": Case(),
+    "efficientnet_b0": Case(NOT_RELU),
+    "efficientnet_lite0": Case(),
+    "mobilenetv2_050": Case(),
+    "mobilenetv3_small_050": Case(NOT_RELU),
+    "mobilenetv4_conv_small_050": Case(),
+    "mixnet_s": Case(NOT_RELU),
+    "ghostnet_050": Case(leaks=DEAD),
+    "rexnet_100": Case(NOT_RELU),
+    "lcnet_050": Case(NOT_RELU),
+    "convnext_atto": Case(NOT_RELU),
+    "convnextv2_atto": Case(no_rule("torch.Tensor.mul") | NOT_RELU),
+    "starnet_s1": Case(no_rule("torch.Tensor.mul")),
+    "mobilevit_xxs": Case(NOT_RELU),
+    "efficientvit_b0": Case(no_rule("torch.Tensor.div") | NOT_RELU),
+    "poolformer_s12": Case(NOT_RELU),
+    "mixer_s32_224": Case(NOT_RELU | TOKENS, options={"img_size": 64}),
+    "resmlp_12_224": Case(NOT_RELU | TOKENS, CONSTANTS, options={"img_size": 64}),
+    "gmlp_ti16_224": Case(no_rule("torch.Tensor.mul") | NOT_RELU | TOKENS, options={"img_size": 64}),
+    "vit_tiny_patch16_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
+    "deit_tiny_distilled_patch16_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
+    "cait_xxs24_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
+    "xcit_nano_12_p16_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
+    "levit_128s": Case(NOT_RELU | TOKENS, side=96, options={"img_size": 96}),
+    "coat_tiny": Case(
+        NOT_RELU
+        | TOKENS
+        | {"srd": "several maps are pooled, each by itself", "gradcam": "several maps are pooled"}
+        | {"lrp_epsilon": r"torch\.nn\.functional\.conv1d in aggregate is neither affine"},
+        options={"img_size": 64},
+    ),
+    "tnt_s_legacy_patch16_224": Case(
+        NOT_RELU | TOKENS, CONSTANTS, side=32, options={"img_size": 32, "depth": 2}
+    ),
+    "tnt_s_patch16_224": Case(
+        NOT_RELU
+        | TOKENS
+        | {"srd_high": "no map with spatial extent is passed by all of the relevance"}
+        | {"fullgrad": "patches or windows folded into the batch"},
+        CONSTANTS,
+        side=32,
+        options={"img_size": 32, "depth": 2},
+    ),
+    "swin_tiny_patch4_window7_224": Case(NOT_RELU, DEAD, options={"img_size": 64, "depths": (2, 1, 1, 1)}),
+    "hiera_tiny_224": Case(NOT_RELU | TOKENS, options={"img_size": 64, "stages": (1, 1, 1, 1)}),
+    "sequencer2d_s": Case(no_rule("torch.lstm") | NOT_RELU, options={"layers": (1, 1, 1, 1)}),
+}
+
+
+def network(name: str, options: dict[str, Any]) -> nn.Module:
+    """Random weights in which nothing is neutral."""
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=10, **options)
+    chance = torch.Generator().manual_seed(1)
+
+    def small(t: Tensor) -> Tensor:
+        return 0.2 * torch.rand(t.shape, generator=chance) - 0.1
+
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or not parameter.any():
+            parameter.data += small(parameter)
+    for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        norm.running_mean.copy_(small(norm.running_mean))
+    return model.double().eval()
+
+
+def outcome(method: str, model: nn.Module, x: Tensor) -> tuple[Tensor | None, str]:
+    """The map, or why there is none; any other error is the network's undoing."""
+    try:
+        return METHODS[method].explain(model, x, 1), ""
+    except SrdLabError as error:
+        return None, str(error)
+
+
+@pytest.mark.filterwarnings("ignore")  # timm's own; and that no map has 1/8 of the image's size
+@pytest.mark.parametrize("name", CASES)
+def test_maps_are_right_or_refused_by_name(name: str) -> None:
+    case = CASES[name]
+    model = network(name, case.options)
+    x = torch.rand(2, 3, case.side, case.side, generator=torch.Generator().manual_seed(3)).double()
+    for method in METHODS:
+        expected = case.refused.get(method, case.refused.get("srd") if method in SHARED else None)
+        model.requires_grad_(True)
+        found, refusal = outcome(method, model, x)
+        if expected is not None:
+            assert re.search(expected, refusal), f"{method}: {refusal or 'a map'}"
+            continue
+        assert found is not None, f"{method}: {refusal}"
+        assert found.isfinite().all(), method
+        assert len(found) == 2
+        assert method == "gradcam" or found.flatten(1).any(1).all(), method  # the positive part may be none
+        model.requires_grad_(False)  # and alone
+        again, refusal = outcome(method, model, x[1:])
+        assert again is not None, f"{method}, frozen: {refusal}"
+        assert (again[0] - found[1]).abs().max() <= 1e-6 * found[1].abs().max(), method
+    if "srd" not in case.refused:
+        lost = METHODS["srd"].leaks(model, x[:1])  # type: ignore[attr-defined]
+        assert lost["other"].abs().max() < 1e-9
+        assert tuple(cause for cause, share in lost.items() if share.abs().max() > 1e-9) == case.leaks
