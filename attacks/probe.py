@@ -13,7 +13,7 @@ from attacks.budget import Budget
 from attacks.objective import Combined
 from attacks.scores import SCORES, similarity
 from attacks.surrogate import SURROGATES, Surrogate
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import NoGradient, Refused
 from srd_lab.logits import check_target
 from srd_lab.runtime import Batcher
 from srd_lab.types import Explainer
@@ -76,7 +76,7 @@ def probe(
         )
         try:
             reached = _reached(attack, model, x, classes, batcher or Batcher(len(x)))
-        except SrdLabError as error:
+        except (Refused, NoGradient) as error:
             why = str(error)
             continue
         if reached is not None:

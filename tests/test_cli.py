@@ -247,7 +247,7 @@ def test_wrong_input_gets_one_clear_line(arguments: tuple[str, ...], code: int, 
 def test_debug_shows_the_traceback() -> None:
     result = call("--debug", "attack", "--data", "mnist", "--no-track")
     assert result.exit_code == 1
-    assert type(result.exception).__name__ == "SrdLabError"
+    assert type(result.exception).__name__ == "BadValue"
 
 
 def test_models_prints_a_card_for_each_bundled_network() -> None:

@@ -45,7 +45,7 @@ def test_codes_are_a_promise() -> None:
 def test_whatever_is_raised_says_its_kind(package: object) -> None:
     folder = Path(inspect.getfile(package)).parent  # type: ignore[arg-type]
     files = sorted(folder.rglob("*.py"))
-    assert len(files) > 5
+    assert len(files) >= 5
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

@@ -510,15 +510,15 @@ def test_figure_7_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.Monk
     """Two images fit."""
     command = ("reproduce", "fig7", "--model", "vgg16", "--images", "5", "--no-track")
     succeed(*command, "--batch-size", "2", "--out", str(tmp_path / "roomy"))
-    whole, sizes = SRD.explain, list[int]()
+    whole, sizes = SRD.explain_with_logits, list[int]()
 
-    def narrow(self: SRD, model: Any, x: Tensor, target: Any = None) -> Tensor:
+    def narrow(self: SRD, model: Any, x: Tensor, target: Any = None) -> tuple[Tensor, Tensor]:
         sizes.append(len(x))
         if len(x) > 2 and len(sizes) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(self, model, x, target)
 
-    monkeypatch.setattr(SRD, "explain", narrow)
+    monkeypatch.setattr(SRD, "explain_with_logits", narrow)
     succeed(*command, "--batch-size", "5", "--out", str(tmp_path / "narrow"))
     assert sizes == [5, 5, 5, 2, 2, 2, 2, 2, 2, 1, 1, 1]
     tables = [(tmp_path / out / "vgg16" / "images.csv").read_text() for out in ("roomy", "narrow")]

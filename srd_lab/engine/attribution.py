@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import Leak, SrdLabError, SrdLabWarning
+from srd_lab.errors import Leak, Refused, SrdLabWarning
 from srd_lab.normalise import split_normalisation
 
 ON_LEAK = ("error", "warn")
@@ -130,9 +130,9 @@ def slopes_of(
     return first, *others
 
 
-def no_gradient() -> SrdLabError:
+def no_gradient() -> Refused:
     """The refusal of a model that cuts autograd's graph."""
-    return SrdLabError(
+    return Refused(
         "no gradient leads from the model's output back to the image: it is detached on the way, runs under no_grad, or is "
         "quantised; pass the network without that, or choose a method that needs no gradient (`random`, `sobel`)"
     )

@@ -28,7 +28,7 @@ from srd_lab.engine.live_pass import Absorb, Gate, LiveConstant, LivePass, Refus
 from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, tensors_in
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 
 _NO_GATE = "is used for more than multiplying a map by it"
 
@@ -108,7 +108,7 @@ class Gated(ImageTrace):
         if function is not Tensor.__setitem__ and not overwrites(function, kwargs):
             return guarded(function(*args, **kwargs))
         if not isinstance(args[0], Tensor):
-            raise SrdLabError(self._complaint(function, why))
+            raise Refused(self._complaint(function, why))
 
         def changed(t: Tensor) -> Any:
             out = function(t, *args[1:], **kwargs)
@@ -141,7 +141,7 @@ class Decomposed(Gated):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(t.requires_grad and self.records[t].unseen for t in tensors_in(args, kwargs)):
-            raise SrdLabError(
+            raise Refused(
                 f"{self.where()} runs an autograd function of its own, which cannot be seen through; write it with torch's "
                 "functions, or choose a method that needs gradients only"
             )

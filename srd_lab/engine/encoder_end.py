@@ -13,7 +13,7 @@ from srd_lab.engine.channels import Channels, has_extent
 from srd_lab.engine.layers import check_rows
 from srd_lab.engine.record import Records, original_of
 from srd_lab.engine.spellings import Call, Function
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, Refused
 
 ANOTHER_ENCODER = 'name another submodule with encoder="..."'
 _GLOBAL_POOLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
@@ -88,7 +88,7 @@ class EncoderEnd:
         if module is not self._module:
             return False
         if not isinstance(output, Tensor):
-            raise SrdLabError(f"encoder {self.name!r} puts out {type(output).__name__}; expected one tensor")
+            raise Refused(f"encoder {self.name!r} puts out {type(output).__name__}; expected one tensor")
         self._found = self._end(output)
         return True
 
@@ -98,24 +98,24 @@ class EncoderEnd:
         Raises SrdLabError where no end was found, or several, where it was overwritten, and for no map and no tokens.
         """
         if self._found is None:
-            raise SrdLabError(
+            raise Refused(
                 "no end of an encoder was found (a map with spatial extent before global pooling or flattening, or "
                 "tokens before one is picked or all are averaged); "
                 'name the submodule that puts it out with encoder="..." ("" is the model itself)'
             )
         if self._apart:
-            raise SrdLabError(
+            raise Refused(
                 "several maps are pooled, each by itself, before the logits, so that none is the encoder's output; name the "
                 'submodule to explain with encoder="..."'
             )
         output = self._found.output
         if output._version != self._found.version:
-            raise SrdLabError(
+            raise Refused(
                 "what was found as the encoder's output is overwritten by the model later on; name the submodule that "
                 'puts it out with encoder="..."'
             )
         if output.dim() < 3:
-            raise SrdLabError(
+            raise Refused(
                 f"encoder {self.name!r} puts out shape {tuple(output.shape)}; expected a map "
                 "(N, C, h, w) or tokens (N, S, D): name a submodule before pooling or flattening"
             )
@@ -142,9 +142,7 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     matches = [module for full, module in modules.items() if full.endswith("." + name)]
     if len(matches) != 1:
         known = ", ".join(full for full, _ in model.named_children())
-        raise SrdLabError(
-            f"the model has no submodule {name!r}; its parts are {known} (dotted names go deeper)"
-        )
+        raise BadValue(f"the model has no submodule {name!r}; its parts are {known} (dotted names go deeper)")
     return matches[0]
 
 

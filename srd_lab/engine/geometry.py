@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 
 
 class _Convolve(torch.autograd.Function):
@@ -214,7 +214,7 @@ def batch_norm_of(
 ) -> BatchNorm:
     """A call of ``F.batch_norm`` as a value. Raises SrdLabError if it uses the statistics of the batch."""
     if training or running_mean is None or running_var is None:
-        raise SrdLabError("batch norm uses the statistics of the batch; call model.eval() first")
+        raise Refused("batch norm uses the statistics of the batch; call model.eval() first")
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale

@@ -54,7 +54,7 @@ from srd_lab.engine.spellings import (
     recognise,
     tensors_in,
 )
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.logits import class_logits
 
 _ATTENTION = (
@@ -134,7 +134,7 @@ class Interceptor(TorchFunctionMode):
         with _plain_torch, self._following_modules(), self:
             output = self.model(x)
         if self.needs_activations and not self.calls:
-            raise SrdLabError(
+            raise Refused(
                 "no activation call was seen in the model; expected ReLU, LeakyReLU, ELU, SiLU, GELU, Tanh or softplus "
                 "called through torch: use an eager (not scripted, not compiled) network"
             )
@@ -144,7 +144,7 @@ class Interceptor(TorchFunctionMode):
         """The class logits in the model's ``output``. Raises SrdLabError if they have other than ``images`` rows."""
         logits = class_logits(output)
         if isinstance(logits, Tensor) and logits.dim() and len(logits) != images:
-            raise SrdLabError(
+            raise Refused(
                 f"the model puts out shape {tuple(logits.shape)} for {images} images; expected one row per image: take "
                 "averages and copies of the batch out of forward()"
             )
@@ -180,7 +180,7 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():
-            raise SrdLabError(
+            raise Refused(
                 f"{self.where()} runs in torch.inference_mode, where nothing can be traced; use torch.no_grad there, or "
                 "neither"
             )
@@ -221,9 +221,9 @@ class Interceptor(TorchFunctionMode):
                 max_pool_of(*args, **{"return_indices": func is F.max_pool2d_with_indices, **kwargs})
             )
         if func in DROPPING and DROPPING[func](*args, **kwargs):
-            raise SrdLabError(f"dropout is active in {self.where()}; call model.eval() first")
+            raise Refused(f"dropout is active in {self.where()}; call model.eval() first")
         if draws(func, args, kwargs):
-            raise SrdLabError(
+            raise Refused(
                 f"{function_name(func)} in {self.where()} draws at random, so that the model has no one map for an image; "
                 "call model.eval() first, or take chance out of forward()"
             )

@@ -9,7 +9,7 @@ from math import log
 from typing import Any
 
 from srd_lab.engine.spellings import Call
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import BadValue, Refused, SrdLabWarning
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def call_index(calls: Sequence[Call], layer: str | int) -> int:
     names = [call.name for call in calls]
     if isinstance(layer, int):
         if not -len(names) <= layer < len(names):
-            raise SrdLabError(f"activation call {layer} does not exist; the model makes {len(names)} calls")
+            raise BadValue(f"activation call {layer} does not exist; the model makes {len(names)} calls")
         return layer % len(names)
     for suffix in ("", "."):
         exact = [
@@ -48,7 +48,7 @@ def call_index(calls: Sequence[Call], layer: str | int) -> int:
         if f".{name}".find(f".{layer}.") >= 0 or name.startswith(layer + "#")
     ]
     if not within:
-        raise SrdLabError(
+        raise BadValue(
             f"no activation call is named {layer!r} or made inside it; the calls are: {', '.join(names)}"
         )
     return within[-1]
@@ -60,11 +60,9 @@ def check_rows(what: str, shape: Sequence[int], images: int, cure: str = "name a
         raise not_by_rows(what, shape, images, cure)
 
 
-def not_by_rows(
-    what: str, shape: Sequence[int], images: int, cure: str = "name another layer"
-) -> SrdLabError:
+def not_by_rows(what: str, shape: Sequence[int], images: int, cure: str = "name another layer") -> Refused:
     """The refusal of what has no row per image."""
-    return SrdLabError(
+    return Refused(
         f"{what} puts out shape {tuple(shape)} for {images} images; expected the batch first, without patches or windows "
         f"folded into it: {cure}"
     )
@@ -92,7 +90,7 @@ def high(
         if place.shape[0] == image[0]
     ]
     if not fitting:
-        raise SrdLabError(
+        raise Refused(
             "no map with spatial extent is passed by all of the relevance; name a layer with level="
         )
     _, is_other, _, nearest = min(fitting, key=lambda found: found[:3])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srd_lab.engine import rules
 from srd_lab.engine.geometry import Convolution
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 
 
 class LivePass:
@@ -121,7 +121,7 @@ class Refuse(torch.autograd.Function):
         if not ctx.live_pass.on or g is None:
             return g, None, None
         if g.any():
-            raise SrdLabError(ctx.complaint)
+            raise Refused(ctx.complaint)
         return None, None, None  # a signal of zeros is none: autograd fills them in
 
 

@@ -33,7 +33,7 @@ from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
 from srd_lab.engine.layers import Place, high
 from srd_lab.engine.spellings import Call, Function, tensors_in
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused, SrdLabError
 from srd_lab.logits import is_among
 
 _NON_NEGATIVE = ("relu", "relu6", "softplus")
@@ -104,7 +104,7 @@ class ModifiedTrace(Decomposed):
         head = None if self.head is None else self.head[0]
         linear = None if head is None or head.shape[1:] != (1,) else self.records[head].linear
         if head is None or linear is None or not torch.equal(head[:, 0], logits[:, 1]):
-            raise SrdLabError(
+            raise Refused(
                 "a network with one logit must end in a linear layer for this rule; use another method on this network"
             )
         x, weight, bias = linear
@@ -123,14 +123,14 @@ class ModifiedTrace(Decomposed):
         return t if known.part is None else known.part
 
     def _unfollowed(self, what: str) -> SrdLabError:
-        return SrdLabError(
+        return Refused(
             f"{self.where()} {what}, which this rule cannot follow; use another method on this network"
         )
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         if call.kind not in _NON_NEGATIVE and not (call.kind in _MAY_BE and call.value_at(-1e30) >= 0):
-            raise SrdLabError(
+            raise Refused(
                 f"the rule needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
                 "use another method on this network"
             )

@@ -12,7 +12,7 @@ from srd_lab.engine import rules
 from srd_lab.engine.attribution import Attribution
 from srd_lab.engine.layers import check_rows, not_by_rows
 from srd_lab.engine.srd_trace import SRDTrace
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, Refused
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class BackwardPasses:
         if len(position) != len(places) or any(
             not 0 <= i < size for i, size in zip(position, places, strict=True)
         ):
-            raise SrdLabError(
+            raise BadValue(
                 f"position {position} is outside the map of {self.trace.calls[index].name}, {places}"
             )
         r = u.new_zeros(u.shape[0], *places)
@@ -107,7 +107,7 @@ class BackwardPasses:
         u = self.trace.u[index]
         relevance = self._back(start, u)[1] if u.requires_grad else {}
         if index not in relevance:
-            raise SrdLabError(
+            raise Refused(
                 f"no relevance reaches {self.trace.calls[index].name!r}: it lies behind the layer that the pass starts at, "
                 "or in a branch that does not lead there"
             )

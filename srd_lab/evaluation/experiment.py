@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.logits import class_logits
 from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.registry import make_explainer
@@ -73,7 +73,7 @@ def refusals(model: nn.Module, x: Tensor, methods: Sequence[str]) -> dict[str, s
     for method in methods:
         try:
             make_explainer(method).explain(model, x, 0)
-        except SrdLabError as error:
+        except Refused as error:
             why[method] = str(error)
     return why
 

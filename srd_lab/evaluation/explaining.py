@@ -18,7 +18,7 @@ from torch import Tensor
 from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
 from srd_lab.data.pictures import decode, fit, upright
-from srd_lab.errors import BadValue, Refused, SrdLabError
+from srd_lab.errors import BadValue, Refused
 from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 from srd_lab.evaluation.settings import ExplainSettings
 from srd_lab.logits import class_logits, probabilities
@@ -104,7 +104,7 @@ class Explaining:
         for method, explainer in self.methods.items():
             try:
                 raws = {target: explainer.explain(self.model, x, target) for target in targets}
-            except SrdLabError as error:
+            except Refused as error:
                 if len(self.methods) == 1:
                     raise
                 click.echo(f"{method} is left out: {error}", err=True)

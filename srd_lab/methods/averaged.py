@@ -28,7 +28,7 @@ from srd_lab.catalogue import method
 from srd_lab.engine.attribution import attribution, slope_of
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.recompute import recomputed
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.logits import check_target
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
@@ -61,7 +61,7 @@ class IntegratedGradients(Explainer):
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise SrdLabError(f"integrated gradients needs steps >= 1, got {self.steps}")
+            raise BadValue(f"integrated gradients needs steps >= 1, got {self.steps}")
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
@@ -104,7 +104,7 @@ class SmoothGrad(Explainer):
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.noise < 0:
-            raise SrdLabError(
+            raise BadValue(
                 f"smoothgrad needs samples >= 1 and noise >= 0, got {self.samples} and {self.noise}"
             )
 

@@ -34,7 +34,7 @@ from srd_lab.engine import rules
 from srd_lab.engine.attribution import Attribution, attribution, slope_of
 from srd_lab.engine.layer_trace import LayerTrace
 from srd_lab.engine.layers import check_rows
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.logits import check_logits, class_logit
 from srd_lab.types import Explainer
 
@@ -78,7 +78,7 @@ def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None)
         logits = trace.trace(run.given)
         layer = Layer(run, *_at(trace, level, logits), logits)
         if layer.output.dim() != 4:
-            raise SrdLabError(
+            raise Refused(
                 f"level {level!r} puts out shape {tuple(layer.output.shape)}, which is no map (N, K, h, w); "
                 "name a layer that has one with level="
             )

@@ -29,7 +29,7 @@ from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.interceptor import Exchange, Watch
 from srd_lab.engine.recompute import recomputed
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.logits import check_target
 from srd_lab.methods.cam import Layer, layer_of
 from srd_lab.normalise import split_normalisation
@@ -156,7 +156,7 @@ class AblationCAM(_PassCAM):
                 parts = [run(some, image.repeat(len(some), 1, 1, 1)) for some in rows.split(whole_at_once)]
                 logits = torch.cat(parts)
             if logits.shape[0] != len(rows):
-                raise SrdLabError(
+                raise Refused(
                     f"level {self.level!r} cannot be ablated: the model does not use what that call returns; name "
                     "another layer with level="
                 )

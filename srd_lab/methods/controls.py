@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from srd_lab.catalogue import method
 from srd_lab.engine.attribution import plain_logits
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import NoGradient
 from srd_lab.logits import check_target
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
@@ -53,7 +53,7 @@ class Random(Explainer):
         """Noise in [0, 1), (N, H, W); not differentiable in x, which is refused; the model's output."""
         check_input(x, model)
         if x.requires_grad and torch.is_grad_enabled():
-            raise SrdLabError("random maps have no derivative; x must not ask for a gradient")
+            raise NoGradient("random maps have no derivative; x must not ask for a gradient")
         logits = _logits(model, x, target)
         drawn = [
             torch.rand(x.shape[2:], generator=generator(self.seed, "random", _digest(image))) for image in x

@@ -36,7 +36,7 @@ from srd_lab.engine.geometry import BatchNorm, Convolution
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.logits import class_logit
 from srd_lab.types import Explainer
 
@@ -62,7 +62,7 @@ class FullGrad(Explainer):
         products, logits = _products(model, x, target)
         size = (x.shape[2], x.shape[3])
         for folded in (p for p in products if p.dim() == 4 and len(p) != len(x)):
-            raise SrdLabError(
+            raise Refused(
                 f"a bias is on maps of shape {tuple(folded.shape)} for {len(x)} images, with patches or windows folded into "
                 "the batch, so that it has no place in the image; use another method on this network"
             )

@@ -39,7 +39,7 @@ from srd_lab.engine.layers import call_index, check_rows
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.record import original_of
 from srd_lab.engine.srd_trace import SRDTrace
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, Refused
 from srd_lab.logits import check_target, class_logit
 from srd_lab.types import Explainer
 
@@ -59,7 +59,7 @@ class _Modified(Explainer, ABC):
 
     def __post_init__(self) -> None:
         if self.on_leak not in ON_LEAK:
-            raise SrdLabError(f"on_leak={self.on_leak!r} is not known; expected one of {', '.join(ON_LEAK)}")
+            raise BadValue(f"on_leak={self.on_leak!r} is not known; expected one of {', '.join(ON_LEAK)}")
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
@@ -165,7 +165,7 @@ class LRPGamma(LRPZPlus):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gamma < 0:
-            raise SrdLabError(f"lrp_gamma needs gamma >= 0, got {self.gamma}")
+            raise BadValue(f"lrp_gamma needs gamma >= 0, got {self.gamma}")
 
     def modify(self, weight: Tensor) -> Tensor:
         """The weight that stands in for ``weight``: ``w + gamma w^+``."""
@@ -219,7 +219,7 @@ class ExcitationBackprop(_Modified):
         signals = [rules.divide(one, top[0])]
         if self.contrastive:
             if trace.head is None or trace.head[0] is not original_of(logits):
-                raise SrdLabError(
+                raise Refused(
                     "contrastive excitation backprop needs a network that ends in a linear layer; use contrastive=False"
                 )
             _, x, weight = trace.head
@@ -237,9 +237,7 @@ class ExcitationBackprop(_Modified):
             map_ = attribution.sum(1)
         elif isinstance(place, int):
             if place not in found or found[place].dim() != 3:
-                raise SrdLabError(
-                    f"no map of relevance is at {trace.calls[place].name!r}; choose another level"
-                )
+                raise Refused(f"no map of relevance is at {trace.calls[place].name!r}; choose another level")
             check_rows(f"layer {trace.calls[place].name!r}", found[place].shape, len(logits))
             map_ = found[place]
         return torch.relu(map_) if self.contrastive else map_
@@ -285,7 +283,7 @@ class LRPEpsilon(Explainer):
 
     def __post_init__(self) -> None:
         if not self.epsilon > 0:
-            raise SrdLabError(f"lrp_epsilon needs epsilon > 0, got {self.epsilon}")
+            raise BadValue(f"lrp_epsilon needs epsilon > 0, got {self.epsilon}")
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None

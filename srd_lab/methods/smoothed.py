@@ -32,7 +32,7 @@ from srd_lab.catalogue import outer_parts
 from srd_lab.engine.attribution import plain_logits
 from srd_lab.engine.recompute import recomputed
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.logits import check_target
 from srd_lab.overflow import refuse_overflow
 from srd_lab.runtime import generator
@@ -68,12 +68,12 @@ class Smoothed(Explainer):
     def __post_init__(self) -> None:
         check_wrapped(self)
         if not 0 < self.sigma < inf:
-            raise SrdLabError(f"smoothed needs sigma > 0 (pixels are in [0, 1]), got {self.sigma}")
+            raise BadValue(f"smoothed needs sigma > 0 (pixels are in [0, 1]), got {self.sigma}")
         for name, count in (("draws", self.draws), ("images_at_once", self.images_at_once)):
             if count is not None and count < 1:
-                raise SrdLabError(f"smoothed needs {name} >= 1, got {count}")
+                raise BadValue(f"smoothed needs {name} >= 1, got {count}")
         if self.normalise not in NORMALISE:
-            raise SrdLabError(
+            raise BadValue(
                 f"smoothed: normalise must be one of {', '.join(NORMALISE)}, got {self.normalise!r}"
             )
 
@@ -129,7 +129,7 @@ class BetaSmoothed(Explainer):
     def __post_init__(self) -> None:
         check_wrapped(self)
         if not 0 < self.beta < inf:
-            raise SrdLabError(f"beta_smoothed needs beta > 0, got {self.beta}")
+            raise BadValue(f"beta_smoothed needs beta > 0, got {self.beta}")
 
     def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
         """The map (N, h, w); without a pass of the network itself where ``target`` is given."""
@@ -176,7 +176,7 @@ def _smoothings(explainer: Any) -> int:
 def check_wrapped(wrapper: Any) -> None:
     """Refuse (SrdLabError) a wrapper whose ``explainer`` is none."""
     if not isinstance(wrapper.explainer, Explainer) or isinstance(wrapper.explainer, type):
-        raise SrdLabError(
+        raise BadValue(
             f"{type(wrapper).__name__} wraps an explainer such as SRD(), got {wrapper.explainer!r}"
         )
 
@@ -217,17 +217,15 @@ def _read(text: str) -> tuple[str, list[str]]:
     """The name in a text and its arguments, of which a plain method has none."""
     found = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if found is None:
-        raise SrdLabError(f"{text!r} cannot be read as a method; expected a name, or {_EXAMPLE}")
+        raise BadValue(f"{text!r} cannot be read as a method; expected a name, or {_EXAMPLE}")
     parts = [] if found[2] is None else outer_parts(found[2])
     if bool(parts) != (found[1] in WRAPPERS):
         wrong = "is no wrapper" if parts else "lacks the method that it wraps"
-        raise SrdLabError(
+        raise BadValue(
             f"{found[1]!r} in {text!r} {wrong}; wrappers are {', '.join(WRAPPERS)}, as in {_EXAMPLE}"
         )
     if not all(parts) or (parts and "=" in parts[0].partition("(")[0]):
-        raise SrdLabError(
-            f"{text!r} has an argument that is empty, or not a method first; expected {_EXAMPLE}"
-        )
+        raise BadValue(f"{text!r} has an argument that is empty, or not a method first; expected {_EXAMPLE}")
     return found[1], parts
 
 
@@ -236,15 +234,15 @@ def _options(name: str, given: list[str]) -> dict[str, Any]:
     types = {field.name: str(field.type).partition(" ")[0] for field in fields(WRAPPERS[name])[1:]}
     options: dict[str, Any] = {}
     if len(given) > len(types):
-        raise SrdLabError(f"{name} takes at most {len(types)} values ({', '.join(types)}), got {len(given)}")
+        raise BadValue(f"{name} takes at most {len(types)} values ({', '.join(types)}), got {len(given)}")
     for place, argument in enumerate(given):
         key, named, value = (part.strip() for part in argument.rpartition("="))
         if not named and any("=" in before for before in given[:place]):
-            raise SrdLabError(f"{name}: {argument!r} stands behind a named value; name it too")
+            raise BadValue(f"{name}: {argument!r} stands behind a named value; name it too")
         key = key if named else list(types)[place]
         if key not in types or key in options:
             wrong = f"is given {key} twice" if key in options else f"has no option {key!r}"
-            raise SrdLabError(f"{name} {wrong}; it takes {', '.join(types)}, each once")
+            raise BadValue(f"{name} {wrong}; it takes {', '.join(types)}, each once")
         options[key] = _value(name, key, value, types[key])
     return options
 
@@ -254,4 +252,4 @@ def _value(name: str, key: str, text: str, kind: str) -> Any:
         return _READ[kind](text)
     except ValueError:
         expected = "a whole number" if kind == "int" else "a number"
-        raise SrdLabError(f"{name}: {key} must be {expected}, got {text!r}") from None
+        raise BadValue(f"{name}: {key} must be {expected}, got {text!r}") from None

@@ -39,7 +39,7 @@ from srd_lab.engine.attribution import ON_LEAK, attribution, check_conserved, ro
 from srd_lab.engine.encoder_end import ANOTHER_ENCODER
 from srd_lab.engine.srd_passes import BackwardPasses, Start
 from srd_lab.engine.srd_trace import SRDTrace
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue, Refused
 from srd_lab.logits import check_target, class_logit
 from srd_lab.types import Explainer
 
@@ -111,7 +111,7 @@ class SRD(Explainer):
         options = {"start": STARTS, "unit": UNITS, "values": VALUES, "on_leak": ON_LEAK}
         for field, allowed in options.items():
             if getattr(self, field) not in allowed:
-                raise SrdLabError(
+                raise BadValue(
                     f"SRD {field}={getattr(self, field)!r} is not known; expected one of {', '.join(allowed)}"
                 )
 
@@ -211,7 +211,7 @@ class SRD(Explainer):
         One backward pass per position.
         """
         if not len(positions):
-            raise SrdLabError("no positions were given; expected pairs (row, column)")
+            raise BadValue("no positions were given; expected pairs (row, column)")
         with self._passes(model, x) as passes:
             index = passes.trace.call_index(layer)
             starts = (passes.from_position(index, position) for position in positions)
@@ -234,7 +234,7 @@ class SRD(Explainer):
             else:
                 i = passes.trace.call_index(source)
                 if i >= j:
-                    raise SrdLabError(
+                    raise BadValue(
                         f"layer {source!r} does not come before {target!r}; swap source and target"
                     )
                 shares = [passes.at_call(start, i) for start in starts]
@@ -263,7 +263,7 @@ class SRD(Explainer):
         else:
             found = passes.at_call(start, passes.trace.call_index(self.level))
         if found.dim() != 3:
-            raise SrdLabError(
+            raise Refused(
                 f"level {self.level!r} holds relevance of shape {tuple(found.shape)} here (tokens), which is no map "
                 '(N, h, w); use level="input", or relevance() for the numbers as they are'
             )
@@ -278,16 +278,16 @@ def _start_relevance(passes: BackwardPasses, target: Tensor | int | None, start:
     shape = (encoded.shape[0], *encoded.shape[2:])
     if isinstance(start, Tensor):
         if start.shape != shape:
-            raise SrdLabError(
+            raise BadInput(
                 f"start must hold the relevance at the encoder output, shape {shape}, got {tuple(start.shape)}"
             )
         return start.to(encoded)
     if start == "ones":
         return encoded.new_ones(shape)
     if start not in STARTS:
-        raise SrdLabError(f"start={start!r} is not known; expected a tensor or one of {', '.join(STARTS)}")
+        raise BadValue(f"start={start!r} is not known; expected a tensor or one of {', '.join(STARTS)}")
     if logits is end.output or not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise SrdLabError(
+        raise Refused(
             f'start={start!r} needs class logits behind the encoder; use start="ones" or give a tensor'
         )
     score = class_logit(logits, target)
