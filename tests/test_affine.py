@@ -152,6 +152,7 @@ def cases(function: Callable[..., Any]) -> Iterator[tuple[str, Step]]:
         yield pattern, step
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of functions that are deprecated or experimental
 def test_every_function_of_torch_is_affine_a_selection_or_refused() -> None:
     """LRP's passes share what refuses, and are asked about every ninth case."""

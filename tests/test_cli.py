@@ -167,6 +167,7 @@ def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
         assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_what_has_changed_since(
     store: str, finished: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

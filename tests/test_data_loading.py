@@ -185,6 +185,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups here")
 def test_ctrl_c_and_hang_up_end_all_at_once_and_quietly() -> None:
     """A terminal sends them to every process of the group."""

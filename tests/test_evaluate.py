@@ -248,6 +248,7 @@ def test_a_reference_that_is_not_there_is_refused_and_the_default_missed() -> No
     assert "No comparisons: srd is not among the methods." in succeed(*command, "--methods", "gradient,sobel")
 
 
+@pytest.mark.slow
 def test_pictures_keep_their_labels_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, drawn = Experiment.run, []
 

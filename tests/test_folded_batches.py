@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from small_networks import OPTIONS
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused, SrdLabError
 from srd_lab.methods.cam import GradCAM
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.lrp import ExcitationBackprop
@@ -271,3 +271,48 @@ def test_terms_of_fullgrad_are_sums_within_an_image() -> None:
     terms = FullGrad().terms(model, x, torch.tensor([1, 2, 0]))
     assert terms.shape[0] == 3
     torch.testing.assert_close(terms.sum(1), model(x)[[0, 1, 2], [1, 2, 0]].detach())
+
+
+class Partitioned(nn.Module):
+    """Windows along an axis of their own, (N, windows, positions, C): as many windows as positions, so that it looks like an
+    image (as in MaxViT). The residual sum, where there is one, is of maps whose rows and columns are what they seem."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.proj, self.narrow = nn.Conv2d(3, WIDTH, 1), nn.Linear(WIDTH, WIDTH)
+        self.last, self.head = nn.Conv2d(WIDTH, WIDTH, 1), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.proj(x)).permute(0, 2, 3, 1)  # (N, 16, 16, C)
+        windows = y.reshape(-1, 4, 4, 4, 4, WIDTH).transpose(2, 3).reshape(-1, 16, 16, WIDTH)
+        if self.inside:
+            windows = torch.relu(self.narrow(windows))
+        back = windows.reshape(-1, 4, 4, 4, 4, WIDTH).transpose(2, 3).reshape(-1, 16, 16, WIDTH)
+        y = y + back
+        if not self.inside:
+            y = torch.relu(self.narrow(y))
+        return self.head(torch.relu(self.last(y.permute(0, 3, 1, 2))).mean((2, 3)))
+
+
+def test_fullgrad_refuses_biases_on_windows_that_look_like_an_image() -> None:
+    x = torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64)
+    with pytest.raises(
+        Refused, match=r"maps of shape \(2, 6, 16, 16\) for 2 images, cut into patches or windows"
+    ):
+        FullGrad().explain(drawn(Partitioned(inside=True)), x)
+    beside = drawn(Partitioned(inside=False))
+    torch.testing.assert_close(FullGrad().explain(beside, x), FullGrad().explain(Doubled(beside), x))
+
+
+class Doubled(nn.Module):
+    """The same function as :class:`Partitioned` without its windows."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.of.proj(x))
+        y = torch.relu(self.of.narrow((y + y).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.of.head(torch.relu(self.of.last(y)).mean((2, 3)))

@@ -528,6 +528,7 @@ def test_figure_7_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.Monk
 # --- Fig. 4 ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figure_4_compares_srd_with_every_other_method(tmp_path: Path) -> None:
     methods = ("--method", "gradient", "--method", "srd", "--method", "grad_input")
     command = ("reproduce", "fig4", "--pairs", "10", "--steps", "2", *methods, "--no-track")
@@ -882,6 +883,7 @@ def assets() -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_real_resnet18_predicts_from_its_pattern(assets: Path) -> None:
     """The counts are those measured when this was written, on the first 48 rows of the table of the images."""
     folder = assets / "imagenet_val227"

@@ -47,6 +47,7 @@ def stored(uri: str, run: str, method: str) -> list[dict[str, str]]:
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_other_batches_end_with_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

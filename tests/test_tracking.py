@@ -355,6 +355,7 @@ assert halves, "no kill came while a store was made"
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_store_is_made_is_harmless(tmp_path: Path) -> None:
     """Killed at eight moments between the first step and the last."""
     _script(_KILLED, tmp_path)
@@ -420,6 +421,7 @@ sys.exit(sum(worker.exitcode != 0 for worker in workers))
 """
 
 
+@pytest.mark.slow
 def test_four_processes_at_once_on_a_fresh_store(tmp_path: Path) -> None:
     _script(_FIRST_USE, tmp_path)
     fresh = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")

@@ -82,6 +82,15 @@ def has_extent(t: Tensor, axis: int) -> bool:
     return max(places(t, axis), default=1) > 1
 
 
+def keeps_places(function: Function, x: Tensor, axis: int, out: Tensor) -> bool:
+    """Whether rows and columns of ``x`` (channels along ``axis``) are those of ``out = function(x, ...)`` too; a reshape may
+    put them elsewhere."""
+    if function not in _RESHAPES:
+        return True
+    old, new = tuple(x.shape), tuple(out.shape)
+    return all(_behind_reshape(old, i, new) is not None for i in range(1, x.dim()) if i != axis)
+
+
 def _default(dims: int) -> int:
     return 1 if dims == 4 else max(dims - 1, 0)
 

@@ -43,6 +43,7 @@ class Record:
 
     About the tensor:
     channels : the axis of its channels. ahead : it is the image, or what normalising makes of it.
+    scattered : a reshape has put its positions elsewhere, as into windows, so that they are no rows and columns (FullGrad).
 
     About its value:
     role : None for a map; "gate" for what multiplies maps and no more, "constant" for what is made of parameters alone.
@@ -58,6 +59,7 @@ class Record:
 
     channels: int | None = _stays(None)
     ahead: bool = _stays(False)
+    scattered: bool = _stays(False)
     role: Literal["gate", "constant"] | None = None
     compared: bool = False
     detached: bool = False

@@ -32,6 +32,7 @@ from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
+from srd_lab.engine.channels import keeps_places
 from srd_lab.engine.geometry import BatchNorm, Convolution
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.softplus import in_place
@@ -59,13 +60,14 @@ class FullGrad(Explainer):
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Full-gradient saliency (N, H, W), >= 0; the model's output, from one forward pass."""
-        products, logits = _products(model, x, target)
+        products, logits, scattered = _products(model, x, target)
         size = (x.shape[2], x.shape[3])
-        for folded in (p for p in products if p.dim() == 4 and len(p) != len(x)):
-            raise Refused(
-                f"a bias is on maps of shape {tuple(folded.shape)} for {len(x)} images, with patches or windows folded into "
-                "the batch, so that it has no place in the image; use another method on this network"
-            )
+        for p, elsewhere in zip(products, scattered, strict=True):
+            if p.dim() == 4 and (elsewhere or len(p) != len(x)):
+                raise Refused(
+                    f"a bias is on maps of shape {tuple(p.shape)} for {len(x)} images, cut into patches or windows, so that "
+                    "it has no place in the image; use another method on this network"
+                )
         shown = [maps.upsample(_unit_range(p).sum(1), size) for p in products if p.dim() == 4]
         return torch.stack(shown).sum(0), logits
 
@@ -82,12 +84,14 @@ class _Bias:
     """A bias of the running model.
 
     y : what it is in, with channels along ``axis``. bias : its value; None for that of an activation y of ``u``.
+    scattered : the positions of y are no rows and columns of the image.
     """
 
     y: Tensor
     axis: int
     bias: Tensor | None
     u: Tensor | None = None
+    scattered: bool = False
 
     @property
     def value(self) -> Tensor:
@@ -111,19 +115,31 @@ class _Biases(ImageTrace):
         """``y``, to which ``bias`` was added; a copy, as what follows may overwrite it."""
         if bias is None or not y.requires_grad:
             return y
-        self.found.append(_Bias(y, axis, bias))
-        return self.channels.put(y.clone(), axis)
+        self.found.append(_Bias(y, axis, bias, scattered=self.records[y].scattered))
+        return self.channels.put(self._like([y], y.clone()), axis)
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         axis = self.channels.of(x)
-        return self.channels.put(self._activated(call, x, inplace, axis), axis)
+        return self.channels.put(self._like([x], self._activated(call, x, inplace, axis)), axis)
+
+    def _like(self, maps: list[Tensor], out: Tensor, moved: bool = False) -> Tensor:
+        """``out``, whose positions are where those of any of ``maps`` are, unless they were moved."""
+        scattered = moved or all(self.records[t].scattered for t in maps)
+        self.records.note(out, scattered=scattered)
+        return out
+
+    def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, Tensor):
+                x = max(maps, key=Tensor.dim)
+                self._like(maps, made, not keeps_places(function, x, self.channels.of(x), made))
 
     def _activated(self, call: Call, x: Tensor, inplace: bool, axis: int) -> Tensor:
         if call.kind in _WITHOUT_BIAS:
             return call.original(x)
         u = x.clone()
         v = call.function(u)
-        self.found.append(_Bias(v, axis, None, u))
+        self.found.append(_Bias(v, axis, None, u, self.records[x].scattered))
         return x.copy_(v) if inplace else v.clone()
 
     def convolution(self, conv: Convolution) -> Tensor:
@@ -132,7 +148,7 @@ class _Biases(ImageTrace):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
-        return self.note(y, bias, y.dim() - 1)
+        return self.note(self._like([x], y), bias, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
         return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
@@ -146,8 +162,9 @@ class _Biases(ImageTrace):
         if bias.dim() != maps[0].dim() or not _is_vector(bias, axis):
             return super().on_maps(function, args, kwargs)
         if overwrites(function, kwargs):
-            return in_place(args[0], lambda u: self.note(function(u, *args[1:], **kwargs), bias, axis))
-        return self.note(function(*args, **kwargs), bias, axis)
+            add = lambda u: self._like(maps, function(u, *args[1:], **kwargs))  # noqa: E731
+            return in_place(args[0], lambda u: self.note(add(u), bias, axis))
+        return self.note(self._like(maps, function(*args, **kwargs)), bias, axis)
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
@@ -156,20 +173,24 @@ def _is_vector(t: Tensor, axis: int) -> bool:
     return bool((rows == rows[:1]).all())
 
 
-def _products(model: nn.Module, x: Tensor, target: Tensor | int | None) -> tuple[list[Tensor], Tensor]:
-    """Gradient times value of the (normalised) input and of every bias, channels along dimension 1, and the logits."""
+def _products(
+    model: nn.Module, x: Tensor, target: Tensor | int | None
+) -> tuple[list[Tensor], Tensor, list[bool]]:
+    """Gradient times value of the (normalised) input and of every bias, channels along dimension 1; the logits; and of each
+    product whether its positions are no rows and columns of the image."""
     with attribution(model, x) as run:
         trace = run.recording(_Biases(run.network))
         logits = trace.run(run.given.clone())
         score = class_logit(logits, target)
-        terms = [(run.given, run.given, 1), *((bias.y, bias.value, bias.axis) for bias in trace.found)]
-        slopes = slopes_of(score, [y for y, _, _ in terms], differentiable=run.differentiable)
-        products = [
-            (g * value).movedim(axis, 1)
-            for g, (_, value, axis) in zip(slopes, terms, strict=True)
-            if g is not None
-        ]
-        return [run.finish(p) for p in products], run.finish(logits)
+        terms = [_Bias(run.given, 1, run.given), *trace.found]
+        values = [term.value for term in terms]
+        slopes = slopes_of(score, [term.y for term in terms], differentiable=run.differentiable)
+        products, scattered = [], []
+        for g, value, term in zip(slopes, values, terms, strict=True):
+            if g is not None:
+                products.append(run.finish((g * value).movedim(term.axis, 1)))
+                scattered.append(term.scattered)
+        return products, run.finish(logits), scattered
 
 
 def _unit_range(product: Tensor) -> Tensor:
