@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,32 @@ def test_ctrl_c_and_hang_up_end_all_at_once_and_quietly() -> None:
         os.killpg(process.pid, end)
         assert process.communicate(timeout=60)[1] == "interrupted\n"
         assert process.returncode == 1
+
+
+KILLED = """
+import time
+from srd_lab.data import load_batches, load_data
+for batch in load_batches(load_data("scenes"), [range(k, k + 20) for k in range(0, 2000, 20)], 2):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_soon_after_a_killed_parent() -> None:
+    """Also while they wait for a full pipe to be read."""
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(2)  # they decode ahead
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) >= 2
+        process.kill()
+    ended = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < ended:
+        time.sleep(0.1)
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
 
 
 def test_the_report_is_one_line() -> None:

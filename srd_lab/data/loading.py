@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from srd_lab.types import Dataset, Sample
 
 MOST_WORKERS = 4
 WORTH_WORKERS = 256  # images to decode
+WATCHED_EVERY = 1.0  # seconds between two looks of a worker at its parent
 
 _Packed = tuple[np.ndarray, int, np.ndarray | None, str]
 _Sent = tuple[list[int], list[_Packed], dict[str, str]]
@@ -131,6 +135,7 @@ def _by_workers(read: _Reader, plan: list[list[int]], workers: int) -> Iterator[
             generator=torch.Generator(),  # the caller's random numbers stay as they are
             # Forked workers start at once and need no guarded main module; elsewhere fork is not safe.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
+            worker_init_fn=partial(_end_with, os.getpid()),
         )
         arriving = iter(loader)
     try:
@@ -141,6 +146,18 @@ def _by_workers(read: _Reader, plan: list[list[int]], workers: int) -> Iterator[
             yield Loaded(indices, [_unpacked(*sample) for sample in samples], skipped)
     finally:
         del arriving  # ends the workers
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Let this worker process end soon after its parent, which may be killed: PyTorch's own watch ends in waiting for a pipe
+    to be read that nobody reads any more."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCHED_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
