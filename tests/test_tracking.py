@@ -8,10 +8,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -23,8 +25,8 @@ from mlflow.entities import Run as StoredRun
 
 from srd_lab.errors import SrdLabError, StoreTrouble
 from srd_lab.runs import environment as record
+from srd_lab.runs import guard, tracking
 from srd_lab.runs import store as mlflow_store
-from srd_lab.runs import tracking
 from srd_lab.runs.environment import environment
 from srd_lab.runs.store import store_uri
 from srd_lab.runs.tracking import Run, open_run
@@ -508,6 +510,55 @@ def test_ui_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     mlflow_store.launch_ui(port=_free_port())
     assert seen[0][seen[0].index("--backend-store-uri") + 1] == store_uri()
     assert "/#/experiments/1/runs?workflowType=machine_learning" in capsys.readouterr().out
+
+
+_GUARDED = """
+import subprocess, sys, time
+from srd_lab.runs.guard import guarded
+
+shell = "sleep 300 & echo $! $$; wait"
+server = subprocess.Popen(guarded(["sh", "-c", shell]))
+sys.exit(server.wait())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups here")
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT"])
+def test_a_guarded_command_ends_with_its_parent_and_takes_its_children_along(end: str) -> None:
+    environ = os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[2])}
+    command = [sys.executable, "-c", _GUARDED]
+    with subprocess.Popen(
+        command,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout is not None
+        running = [int(number) for number in parent.stdout.readline().split()]
+        assert len(running) == 2
+        if end == "SIGKILL":
+            parent.kill()
+        else:
+            os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+    last = time.monotonic() + 10
+    while any(map(_runs, running)) and time.monotonic() < last:
+        time.sleep(0.1)
+    assert not any(map(_runs, running))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_guarded_command_gives_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # those of this process stay
+    assert guard.run(os.getppid(), ["sh", "-c", "exit 3"]) == 3
 
 
 def _free_port() -> int:

@@ -23,6 +23,7 @@ from urllib.request import url2pathname
 
 from srd_lab.errors import BadRun, StoreTrouble, Unavailable
 from srd_lab.runs.environment import git_commit
+from srd_lab.runs.guard import guarded
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -326,7 +327,7 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
     options = ["--host", host, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
     calm = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the page would outlive its command
-    server = subprocess.Popen(command + options, env=os.environ | calm)
+    server = subprocess.Popen(guarded(command + options), env=os.environ | calm)
     try:
         status = server.wait()
     except KeyboardInterrupt:
