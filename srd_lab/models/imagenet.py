@@ -24,7 +24,10 @@ from srd_lab.models.classifier import Statistics, last_parameter
 
 
 class ImageNet:
-    """1,000 classes: torchvision's networks as they are, with its IMAGENET1K_V1 weights and the recipe of these."""
+    """1,000 classes: torchvision's networks as they are, with its IMAGENET1K_V1 weights and the recipe of these.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`.
+    """
 
     def names(self) -> tuple[str, ...]:
         return torchvision_names()
@@ -61,12 +64,13 @@ class FineTuned(ImageNet):
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Every classifier that torchvision lists."""
+    """The names of every classifier that torchvision lists."""
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
 def torchvision_network(name: str, classes: int = 1000) -> nn.Module:
-    """torchvision's network, untrained, without auxiliary heads, for inputs normalised as all the others'."""
+    """torchvision's network, untrained, without auxiliary heads, with so many classes, for inputs normalised as all the
+    others'."""
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # torchvision's weights of these two want (x - 0.5) / 0.5, which transform_input makes of ImageNet's.
@@ -104,7 +108,7 @@ class Head:
 def vgg_head(name: str, state: Mapping[str, Tensor]) -> Head | None:
     """The head in a VGG's ``state``; None for other networks, and where ``state`` is not of a VGG at all.
 
-    Raises SrdLabError where a VGG's convolutions come without a classifier, or with one of no known shape.
+    Raises BadWeights where a VGG's convolutions come without a classifier, or with one of no known shape.
     """
     if not name.startswith("vgg") or "features.0.weight" not in state:
         return None
