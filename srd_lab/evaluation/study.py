@@ -44,8 +44,8 @@ test on the same images, p < 0.05 after Holm's correction for {tests} tests)"""
 class Evaluation:
     """One run of ``srd-lab evaluate``, from settings to tables and figures.
 
-    Raises BadValue for names that are not known and for a reference that is not among the methods, and Refused where no
-    method goes with the network; else the errors are those of :func:`srd_lab.runs.inputs.data_for` and
+    Raises BadValue for a method that is not known and for a reference that is not among the methods, and Refused where
+    no method goes with the network; else the errors are those of :func:`srd_lab.runs.inputs.data_for` and
     :func:`srd_lab.runs.inputs.network_for`.
     """
 
