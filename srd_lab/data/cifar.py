@@ -164,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(raw: bytes, where: str) -> dict[str, Any]:
-    """The dictionary in a pickle of Python 2 or 3; SrdLabError for what is none, or names what it should not."""
+    """The dictionary in a pickle of Python 2 or 3; BadData for what is none, or names what it should not."""
     try:
         found = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}

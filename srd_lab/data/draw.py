@@ -86,7 +86,14 @@ def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Ba
 def draw_images(dataset: Dataset, count: int | str, seed: int) -> list[int]:
     """A random subset of ``count`` indices, sorted; all of them if ``count`` is "all" or there are not more.
 
-    With the same seed, a smaller subset is part of a larger one.
+    count : >= 1, or "all". With the same seed, a smaller subset is part of a larger one.
+
+    Example
+    -------
+    >>> from srd_lab.data import load_data
+    >>> data = load_data("scenes")
+    >>> len(draw_images(data, 3, seed=0)), len(draw_images(data, "all", seed=0))
+    (3, 2000)
     """
     count = len(dataset) if isinstance(count, str) else count
     order = torch.randperm(len(dataset), generator=generator(seed, "images"))

@@ -168,7 +168,7 @@ def _synsets(meta: Path) -> dict[str, str]:
 
 
 def _collect(file: Path, pairs: Pairs) -> dict[str, int]:
-    """The class index of every image that ``file`` names; SrdLabError for what is no class, or two at once."""
+    """The class index of every image that ``file`` names; BadData for what is no class, or two at once."""
     labels: dict[str, int] = {}
     for name, found in pairs:
         label = int(found) if found.isdecimal() else index_of().get(found, -1)

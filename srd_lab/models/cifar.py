@@ -42,24 +42,30 @@ CIFAR_STATISTICS: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Cifar:
     """The family for 32 x 32 pixels: the networks of this module, and torchvision's as they are for ImageNet.
 
-    classes : rows of the last layer, 10 or 100. Methods are those of :class:`srd_lab.models.classifier.Family`.
+    classes : rows of the last layer, 10 or 100.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`; there are no weights to take by default.
     """
 
     classes: int
 
     def names(self) -> tuple[str, ...]:
+        """``CIFAR_NETWORKS``, then torchvision's."""
         return *CIFAR_NETWORKS, *torchvision_names()
 
     def size(self, name: str) -> int:
+        """32 pixels for all."""
         return 32
 
     def statistics(self, name: str) -> Statistics:
+        """ImageNet's, as ``CIFAR_STATISTICS``."""
         return CIFAR_STATISTICS
 
     def file(self, name: str) -> None:
         return None
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """The untrained network, with as many classes as the data; ``state`` does not matter."""
         return cifar_network(name, self.classes)
 
 

@@ -30,30 +30,48 @@ class ImageNet:
     """
 
     def names(self) -> tuple[str, ...]:
+        """Every classifier that torchvision lists."""
         return torchvision_names()
 
     def size(self, name: str) -> int:
+        """Side in pixels that torchvision's weights are tested at."""
         return int(_recipe(name).crop_size[0])
 
     def statistics(self, name: str) -> Statistics:
+        """Mean and standard deviation that torchvision's weights want."""
         recipe = _recipe(name)  # ImageNet's for all but efficientnet_v2_l
         return tuple(recipe.mean), tuple(recipe.std)
 
     def file(self, name: str) -> Path | None:
+        """torchvision's weights in its cache, downloaded if need be.
+
+        Raises BadWeights where torchvision has none of this network, and Unavailable where the download fails.
+        """
         return _cached_file(name)
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """torchvision's untrained network of 1,000 classes; a VGG with the head that ``state`` has.
+
+        Raises BadWeights for a VGG's ``state`` with a head of no known shape.
+        """
         head = vgg_head(name, state)
         return vgg_network(name, replace(head, classes=1000)) if head else torchvision_network(name)
 
 
 class FineTuned(ImageNet):
-    """The same networks with as many classes as the last layer in the user's weights file has."""
+    """The same networks with as many classes as the last layer in the user's weights file has.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`; there are no weights to take by default.
+    """
 
     def file(self, name: str) -> None:
         return None
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """torchvision's untrained network with as many classes as the last layer in ``state``; a VGG with the head there.
+
+        Raises BadWeights for a VGG's ``state`` with a head of no known shape.
+        """
         if head := vgg_head(name, state):
             return vgg_network(name, head)
         network = torchvision_network(name)
@@ -154,7 +172,7 @@ def _recipe(name: str) -> Any:
 def _cached_file(name: str) -> Path:
     """torchvision's IMAGENET1K_V1 weights in its own cache, brought there from its server if need be.
 
-    Raises SrdLabError where there are no such weights, or they can be had neither from the cache nor from the server.
+    Raises BadWeights where there are no such weights, and Unavailable where neither the cache nor the server has them.
     """
     entries = torchvision.models.get_model_weights(name).__members__
     if "IMAGENET1K_V1" not in entries:

@@ -24,18 +24,23 @@ class Scenes:
     """
 
     def names(self) -> tuple[str, ...]:
+        """``SCENES_NETWORKS``."""
         return SCENES_NETWORKS
 
     def size(self, name: str) -> int:
+        """64 pixels for all."""
         return 64
 
     def statistics(self, name: str) -> Statistics:
+        """``SCENES_STATISTICS`` for all."""
         return SCENES_STATISTICS
 
     def file(self, name: str) -> Path:
+        """The weights that come with the package."""
         return WEIGHTS / f"{name}_scenes.npz"
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """The untrained network; ``state`` does not matter."""
         return scenes_network(name)
 
 

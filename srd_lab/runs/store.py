@@ -247,7 +247,7 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """Hold the store's lock; raises SrdLabError if ``file`` cannot be a store."""
+    """Hold the store's lock; raises StoreTrouble if ``file`` cannot be a store."""
     from filelock import FileLock, Timeout
 
     try:
