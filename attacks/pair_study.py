@@ -14,7 +14,7 @@ PIXELS_AT_ONCE = 48 * 64 * 64  # on a CPU; an accelerator takes 16 times as many
 
 
 class PairStudy:
-    """Opens what the settings name; bad settings show here, before a run exists.
+    """Opens the data, the network and the pairs that the settings name, before a run exists.
 
     methods : names, wrapped or not; those of SRD are attacked once for each of ``settings.starts``.
 
