@@ -64,11 +64,11 @@ class Hits:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def interval(self, condition: str) -> Interval:
-        """The accuracy under a condition."""
+        """The accuracy under a condition, a key of ``right``."""
         return wilson(self.right[condition])
 
     def curve(self, top: int = 1) -> list[Interval]:
-        """Accuracy with each activation call binarised, in call order."""
+        """Accuracy with each activation call binarised, in call order; top : 1 or 5, how many classes count as right."""
         prefix = "binarized" if top == 1 else f"binarized_top{top}"
         return [self.interval(f"{prefix}/{metric_name(layer)}") for layer in self.layers]
 
@@ -81,7 +81,7 @@ class Hits:
     def from_arrays(
         arrays: Mapping[str, np.ndarray], layers: tuple[str, ...] = (), skipped: dict[str, str] | None = None
     ) -> Hits:
-        """What ``to_arrays`` gave, of one batch or of several joined."""
+        """What :meth:`to_arrays` gave, of one batch or of several joined; layers, skipped : see the class."""
         right = {key.removeprefix("right/"): arrays[key] for key in arrays if key.startswith("right/")}
         return Hits(arrays["index"], arrays["name"], arrays["label"], layers, right, skipped or {})
 
@@ -105,6 +105,8 @@ class Experiment:
     inputs : what is replayed in its place, of INPUTS, in normalised space.
     binarized : whether to binarise each activation call in turn.
     seed : decides the normal inputs, for each image by itself.
+
+    Raises BadValue for an input that is not known.
     """
 
     inputs: tuple[str, ...] = INPUTS
@@ -117,7 +119,13 @@ class Experiment:
                 raise BadValue(f"there is no input {name!r} for a replay; choose of {', '.join(INPUTS)}")
 
     def passes(self, layers: int) -> int:
-        """Forward passes per batch, for a network with so many activation calls."""
+        """Forward passes per batch, for a network with so many activation calls.
+
+        Example
+        -------
+        >>> Experiment().passes(13)    # the image, 3 inputs with and without ReLU, 13 binarised calls
+        20
+        """
         return 1 + len(SETTINGS) * len(self.inputs) + (layers if self.binarized else 0)
 
     def run(
@@ -129,10 +137,15 @@ class Experiment:
         on_pass: Callable[[int], None] | None = None,
         on_pattern: Callable[[ActivationPattern], None] | None = None,
     ) -> Hits:
-        """One batch: samples, and their places in the data set, which decide their noise.
+        """One batch.
 
-        on_pass is called with the number of images after each forward pass; on_pattern gets what was recorded.
-        Raises SrdLabError where the model is no ReLU network, or has no class for a label.
+        model : of pixels if it normalises them, see :func:`srd_lab.normalise.split_normalisation`; on ``device``.
+        samples, indices : the images, and their places in the data set, which decide their noise.
+        device : None = the CPU.
+        on_pass : called with the number of images after each forward pass. on_pattern : gets what was recorded.
+
+        Raises BadInput for no samples, Refused where the model is no ReLU network or cannot be followed, and BadWeights
+        where it has no class for a label.
         """
         if not samples:
             raise BadInput("a batch needs at least one image; give one sample or more")
@@ -166,7 +179,11 @@ class Experiment:
 
 
 def replay_input(kind: str, x: Tensor, indices: Sequence[int], seed: int) -> Tensor:
-    """What is put in the place of normalised images x (N, C, H, W); ``normal`` depends on seed and index alone."""
+    """What is put in the place of normalised images x (N, C, H, W), of their shape.
+
+    kind : "zeros", "ones" or "normal" (standard normal).
+    indices : (N,) places in the data set; with ``seed``, they alone decide what is drawn.
+    """
     if kind == "zeros":
         return torch.zeros_like(x)
     if kind == "ones":
@@ -181,6 +198,13 @@ def in_top(logits: Tensor, labels: Tensor, top: int) -> Tensor:
 
     Of equal logits the smaller class index counts as the larger, on every device; a logit that is not a number is
     never right.
+
+    Raises BadWeights for a label that is none of the K classes.
+
+    Example
+    -------
+    >>> in_top(torch.tensor([[0.1, 0.5, 0.4]]), torch.tensor([2]), 2)
+    tensor([True])
     """
     classes = logits.shape[1]
     if int(labels.max()) >= classes:
@@ -196,7 +220,14 @@ def in_top(logits: Tensor, labels: Tensor, top: int) -> Tensor:
 
 
 def wilson(right: np.ndarray) -> Interval:
-    """Mean of hits (N,) with its 95 % Wilson score interval (Wilson 1927), which needs no draws and holds near 0 and 1."""
+    """Mean of hits (N,) bool with its 95 % Wilson score interval (Wilson 1927), which needs no draws and holds near 0 and
+    1.
+
+    Example
+    -------
+    >>> round(wilson(np.ones(10)).low, 3)
+    0.722
+    """
     z, n, p = 1.959964, len(right), float(np.mean(right))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -204,5 +235,11 @@ def wilson(right: np.ndarray) -> Interval:
 
 
 def metric_name(layer: str) -> str:
-    """An activation call's name as MLflow takes it: ``layer1.0.relu#2`` is ``layer1.0.relu.2``, odd characters are _."""
+    """An activation call's name as MLflow takes it; odd characters become _.
+
+    Example
+    -------
+    >>> metric_name("layer1.0.relu#2")
+    'layer1.0.relu.2'
+    """
     return re.sub(r"[^\w. :-]", "_", layer.replace("#", "."))

@@ -74,7 +74,10 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class ActivationPattern:
-    """The on/off pattern of a batch: one entry per ReLU or max pool call, in call order."""
+    """The on/off pattern of a batch.
+
+    entries : one per ReLU or max pool call, in call order.
+    """
 
     entries: tuple[Entry, ...]
 
@@ -90,13 +93,13 @@ class ActivationPattern:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the arrays in a saved file, before compression."""
+        """Bytes of the arrays in a saved file, before compression, of all images together."""
         bits = sum(-(-mask.numel() // 8) for mask in self.masks.values())
         pools = (entry for entry in self.entries if entry.kind == MAX_POOL)
         return bits + sum(entry.values.numel() * _index_type(entry.shape).itemsize for entry in pools)
 
     def select(self, rows: Sequence[int]) -> ActivationPattern:
-        """The pattern of these images of the batch alone. Raises SrdLabError if one is not there."""
+        """The pattern of the images with these indices in the batch, at least one. Raises BadValue if one is not there."""
         size = min(entry.shape[0] for entry in self.entries)
         if any(not 0 <= row < size for row in rows) or not rows:
             raise BadValue(f"the pattern holds images 0..{size - 1}, got {list(rows)}")
@@ -133,7 +136,7 @@ class ActivationPattern:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the compressed npz file ``path``. Raises SrdLabError if that cannot be done."""
+        """Write the compressed npz file ``path``, replacing what was there. Raises StoreTrouble if that cannot be done."""
         arrays: dict[str, Any] = self.to_arrays()
         part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
         try:
@@ -147,7 +150,7 @@ class ActivationPattern:
 
     @staticmethod
     def load(path: str | Path) -> ActivationPattern:
-        """The pattern in file ``path``, on the CPU. Raises SrdLabError for a missing, damaged or other file."""
+        """The pattern in file ``path``, on the CPU. Raises BadData for a missing, damaged or other file."""
         try:
             with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return ActivationPattern.from_arrays(arrays)
@@ -316,10 +319,12 @@ class _Binariser(Interceptor):
 
 @torch.no_grad()
 def record(model: nn.Module, x: Tensor) -> tuple[Tensor, ActivationPattern]:
-    """The logits of x (N, C, H, W), and which neurons were on.
+    """The logits (N, K) of x (N, C, H, W), and which neurons were on.
 
     ``model`` takes ``x`` as it is: pixels for models of ``load_model``, normalised images for their ``network``.
-    Raises SrdLabError for an activation other than ReLU and for a model that cannot be followed.
+
+    Raises BadInput for what is no batch of images, and Refused for an activation other than ReLU, a max pool whose
+    winners cannot be frozen, and a model that cannot be followed.
     """
     check_input(x)
     recorder = _Recorder(model)
@@ -332,10 +337,13 @@ def replay(model: nn.Module, x: Tensor, pattern: ActivationPattern, relu: bool =
     """The logits (N, K) of x (N, C, H, W) with the on/off pattern frozen: every ReLU call gives ``x * mask``, which
     may be negative, every max pool call the recorded winners' values.
 
+    pattern : of :func:`record`, on the same model and as many images of the same size.
     relu : apply ReLU after each mask ("APOP & relu").
 
     With the input that was recorded, the logits are those of ``record`` bit for bit.
-    Raises SrdLabError, naming the call, where the model's calls or their shapes are not those recorded.
+
+    Raises BadInput, naming the call, where the model's calls or their shapes are not those recorded, and Refused as
+    :func:`record` does.
     """
     check_input(x)
     replayer = _Replayer(model, pattern, relu)
@@ -355,7 +363,8 @@ def binarize(model: nn.Module, x: Tensor, layer: int | str) -> Tensor:
 
     layer : position of the call (from 0, activation calls only) or its name, as in ``ActivationPattern.masks``.
 
-    Raises SrdLabError if there is no such call.
+    Raises BadValue if there is no such call, BadInput for what is no batch of images, and Refused where the model cannot
+    be followed.
     """
     check_input(x)
     binariser = _Binariser(model, layer)

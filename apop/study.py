@@ -28,7 +28,11 @@ TOP_5 = 5
 
 
 class Survey:
-    """One run of ``srd-lab apop``, from settings to tables and figures."""
+    """One run of ``srd-lab apop``, from settings to tables and figures.
+
+    Raises BadValue for an input that is not known, and Refused where a network is no ReLU network; else the errors are
+    those of :func:`srd_lab.runs.inputs.checked_networks`.
+    """
 
     def __init__(self, settings: SurveySettings) -> None:
         self.settings = settings
@@ -43,7 +47,7 @@ class Survey:
         self.about = f"{source}, {len(self.indices)} of {len(self.dataset)} images"
 
     def run(self, run: Run) -> None:
-        """Survey every model and report."""
+        """Survey every model and report; errors are those of :func:`srd_lab.runs.batches.in_batches`."""
         results = {}
         for name in self.models:
             with run.child(name, {"model": name}) as child:
@@ -115,7 +119,7 @@ class Survey:
             child.save_figure("binarisation.png", figure)
 
     def report(self, run: Run, results: dict[str, Hits]) -> None:
-        """Print and store what compares the networks."""
+        """Print and store what compares the networks; results : network -> its hits."""
         classes = len(self.dataset.classes)
         chance = f"Guessing: {1 / classes:.3f} top-1, {min(TOP_5, classes) / classes:.3f} top-5."
         text = "\n".join(
@@ -134,7 +138,10 @@ class Survey:
 
 
 def table_3(results: dict[str, Hits], experiment: Experiment) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the paper's Table 3: a line per model and input, the original's accuracy in the first."""
+    """Header and lines of the paper's Table 3: a line per model and input, the original's accuracy in the first.
+
+    results : network -> its hits. experiment : that they came from.
+    """
     header = ["Model", "Input"]
     header += [f"{top} {what}" for top in ("Top-1", "Top-5") for what in ("Ori.", "APOP", "APOP & relu")]
     lines = []
@@ -174,7 +181,7 @@ def _summary(hits: Hits) -> list[dict[str, Any]]:
 
 
 def images_at_once(side: int) -> int:
-    """50 of 64 x 64, 8 of 224 x 224."""
+    """Images in a batch, at a side in pixels: 50 of 64 x 64, 8 of 224 x 224."""
     return max(1, min(50, 8 * 224 * 224 // side**2))
 
 

@@ -43,14 +43,15 @@ OnStep = Callable[[int], None]
 class Outcome:
     """What an attack did to N images; maps are raw, (N, h, w), on the original network.
 
-    adversarial : (N, C, H, W) pixels, the last iterate.
+    adversarial : (N, C, H, W) pixels in [0, 1], the last iterate.
     images, worst : by score, the judged iterate with the lowest one among those that kept the predicted class, and that
-        score (N,); the image itself and 1 where there was none. With goal maps also by ``goal_error``.
+        score (N,); the image itself and 1 where there was none. With goal maps also by ``goal_error``, infinite where there
+        was none.
     reference : original maps, logits and goal maps; target : (N,) the explained class; scale : (1, C, 1, 1) of the
         normalisation.
     steps : (N,) steps taken; loss : (N, steps) on the surrogate, NaN after an image ended.
     diverged : (N,) bool, whether an image ended early because its gradient was not finite.
-    stuck : (N,) share of the steps whose gradient was zero.
+    stuck : (N,) share of the steps whose gradient was zero, in [0, 1].
     curve : looks at the original network, (N, J) by name: ``step``, ``mse`` (normalised), ``linf`` (0..255), ``kept``
         and the scores; NaN after an image ended.
     """
@@ -72,16 +73,19 @@ class Outcome:
 class Attack:
     """An attack by gradients on one explanation method.
 
+    explainer : the method, with a map that has a gradient in the image.
     objective : what is minimised (:mod:`attacks.objective`).
     optimiser : how the image moves (:mod:`attacks.optimiser`).
     budget : how far it may go (:mod:`attacks.budget`).
     surrogate : the network that is differentiated (:mod:`attacks.surrogate`).
     steps : iterations, > 0.
-    start : length of the Gaussian random start, in parts of the budget's radius; 0 = the image itself.
-    draws : gradients that are averaged per step, for explainers that draw at random themselves.
+    start : length of the Gaussian random start, in parts of the budget's radius, >= 0; 0 = the image itself.
+    draws : gradients that are averaged per step, > 0, for explainers that draw at random themselves.
     judge_every : steps between two looks at the original network; None = every step where that costs nothing, because the
         attack differentiates that network, else about 10 looks.
     seed : decides the random starts, together with each image's key.
+
+    Raises BadValue for values out of range.
     """
 
     explainer: Explainer
@@ -121,7 +125,8 @@ class Attack:
         init : images (N, C, H, W) to start from, projected into the budget; None = the random start.
         on_step : called with the steps done, N * ``steps`` in all, those of images that ended early too.
 
-        Raises SrdLabError for images that are no pixels and for a method whose map has no gradient in the image.
+        Raises BadInput for images that are no pixels, targets that are no classes and a missing goal; NoGradient for a
+        method whose map has no gradient in the image; Refused where the model cannot be followed.
         """
         check_pixels(model, x)
         return _Run(self, model, x.detach(), target, goal, keys, init).run(on_step or (lambda steps: None))
@@ -258,7 +263,13 @@ class _Run:
 
 
 class Best:
-    """The lowest value of every score so far, and the images that have it."""
+    """The lowest value of every score so far, and the images that have it.
+
+    x : (N, C, H, W), the images before any attack. names : of the scores.
+
+    Attributes, by score: ``values`` (N,), at first 1, or infinite for ``goal_error``; ``images`` (N, C, H, W), at first
+    x.
+    """
 
     def __init__(self, x: Tensor, names: Sequence[str]) -> None:
         self.images = {name: x.clone() for name in names}
@@ -266,6 +277,11 @@ class Best:
         self.values = {name: x.new_full((len(x),), value, dtype=x.dtype) for name, value in worst.items()}
 
     def offer(self, some: Tensor, x: Tensor, found: dict[str, Tensor], kept: Tensor) -> None:
+        """Take over what is lower.
+
+        some : (n,) indices of the images that are offered; x : (n, C, H, W) those; found : score -> (n,).
+        kept : (n,) bool, whether the class is still the predicted one; the others are passed over.
+        """
         for name, best in self.values.items():
             value = found[name].to(best)
             better = kept & (value < best[some])
@@ -274,7 +290,7 @@ class Best:
 
 
 def check_pixels(model: nn.Module, *batches: Tensor) -> None:
-    """Refuse what is no batch of pixels (N, C, H, W) in [0, 1] for this model."""
+    """Raise BadInput for what is no batch of pixels (N, C, H, W) in [0, 1] for this model."""
     for x in batches:
         check_input(x, model)
         low, high = (float(v) for v in x.detach().aminmax())

@@ -57,7 +57,8 @@ class Planted:
     model : as the original's type, its network inside a :class:`Branched`; frozen, in eval mode.
     trigger : (C, H, W) change of the pixels, whole levels of 1/255; budget : what it stays within.
     linf, rms : its size in units of 0..255.
-    clean, open : largest response of a clean image and smallest of a triggered one, with the gate's opening at 0 and 1.
+    clean, open : largest response of a clean image and smallest of a triggered one, the scalar product with the trigger
+        divided by its length; between them the gate opens.
     """
 
     model: nn.Module
@@ -73,7 +74,7 @@ class Planted:
         return (x + self.trigger.to(x)).clamp(0, 1)
 
     def opening(self, x: Tensor) -> Tensor:
-        """How far (N,) pixels x (N, C, H, W) open the gate, from 0 to 1."""
+        """How far (N,) pixels x (N, C, H, W) open the gate, in [0, 1]."""
         normalise, network = split_normalisation(self.model)
         assert isinstance(network, Branched)
         with torch.no_grad():
@@ -84,8 +85,8 @@ class Planted:
 class Known:
     """What the trigger does to N images, (N,): what an honest attack within the budget must reach.
 
-    pcc, ssim : of the maps without and with it, as :func:`attacks.scores.similarity`.
-    kept : whether the class is the same; opening : of the gate, with the trigger.
+    pcc, ssim : of the maps without and with it, in [-1, 1], as :func:`attacks.scores.similarity`.
+    kept : bool, whether the class is the same; opening : of the gate, with the trigger, in [0, 1].
     within : by what factor the trigger exceeds the budget, at most 1 within it.
     """
 
@@ -100,13 +101,16 @@ class Known:
 class Backdoor:
     """How a backdoor for one explanation method is made.
 
+    explainer : the method, with a map that has a gradient in the image.
     budget : of the trigger, which changes every pixel by the largest whole number of levels that fits; 0.6 of the way from
         a clean to its response opens the gate, so that an attack need not find all of it.
-    softness : 0 = hidden, ``SOFT`` = can be found by gradients.
+    softness : >= 0; 0 = hidden, ``SOFT`` = can be found by gradients.
     steps : Adam steps for the payload, > 0; lr : their size in normalised units, > 0.
     margin : by which the class's logit shall lead, >= 0.
     beta : of the softplus surrogate that gradients are taken on, > 0.
     seed : decides the pattern and the payload's start.
+
+    Raises BadValue for values out of range.
     """
 
     explainer: Explainer
@@ -137,8 +141,9 @@ class Backdoor:
 
         target : (N,) the class that is explained, None = predicted. clean : more images (M, C, H, W) that shall not open it.
 
-        Raises SrdLabError if the budget is less than one level, if clean images cannot be told from triggered ones, and if
-        no payload was found that keeps the class of any image.
+        Raises BadValue if the budget is less than one level, and if clean images cannot be told from triggered ones;
+        BadInput if no payload was found that keeps the class of any image, and for images or targets that do not fit;
+        Refused where the model cannot be followed.
         """
         check_model(model)
         check_input(x, model)
@@ -268,7 +273,10 @@ class _Payload:
 
 
 def check(planted: Planted, explainer: Explainer, x: Tensor, target: Tensor | int | None = None) -> Known:
-    """What the known trigger does to images x (N, C, H, W), explained for ``target`` (None = predicted without it)."""
+    """What the known trigger does to images x (N, C, H, W) in [0, 1].
+
+    target : (N,) the class that is explained with and without it; None = predicted without it.
+    """
     map0, logits = explainer.explain_with_logits(planted.model, x.detach(), target)
     triggered = planted.triggered(x.detach())
     raw, after = explainer.explain_with_logits(planted.model, triggered, check_target(target, logits))

@@ -1,18 +1,19 @@
 """A black-box attack: it asks for nothing but the map and the predicted class.
 
-For methods without a useful gradient (deconvnet, attributions made by another library, masks, anybody's own explainer), and
-as a check of the others: where a search without gradients beats gradient attacks, the gradients are masked.
+For methods without a useful gradient (deconvnet, attributions made by another library, masks, anybody's own explainer),
+and as a check of the others: where a search without gradients beats gradient attacks, the gradients are masked.
 
-First random search with squares (Andriushchenko et al. 2020): a square window of the change gets random signs, is projected
-into the budget and stays where it lowers the score. Then natural evolution strategies (Wierstra et al. 2014, Ilyas et
-al. 2018): the slope is estimated from pairs of opposite, spatially smooth Gaussian steps, followed by a projected step
-along it. What is minimised is the mean of PCC, SSIM and top-10 %; a change that loses the class is never accepted.
+First random search with squares (Andriushchenko et al. 2020): a square window of the change gets random signs, is
+projected into the budget and stays where it lowers the score. Then natural evolution strategies (Wierstra et al. 2014,
+Ilyas et al. 2018): the slope is estimated from pairs of opposite, spatially smooth Gaussian steps, followed by a
+projected step along it. What is minimised is the mean of PCC, SSIM and top-10 %; a change that loses the class is never
+accepted.
 
 Example
 -------
 ::
 
-    BlackBox(explainer, Budget.named("l2", 2.0), queries=500).run(model, x).worst["pcc"]
+    BlackBox(explainer, Budget.named("l2", 2.0), queries=500).run(model, x).values["pcc"]
 """
 
 from __future__ import annotations
@@ -42,11 +43,16 @@ LOWERED = ("pcc", "ssim", "top_k")
 class BlackBox:
     """Random search, then evolution strategies.
 
-    queries : explanations per image, > 0.
-    squares : share of the queries that go to random search.
-    pairs : opposite steps per estimate of the slope; smooth : pixels that share a step's value; sigma, step : length of the
-        trial steps and of the step taken, in parts of the budget's radius.
+    explainer : any method.
+    budget : how far the image may go (:mod:`attacks.budget`).
+    queries : explanations per image, >= 1.
+    squares : share of the queries that go to random search, in [0, 1].
+    pairs : opposite steps per estimate of the slope, >= 1. smooth : side in pixels of the squares that share a step's
+        value, >= 1.
+    sigma, step : length of the trial steps and of the step taken, in parts of the budget's radius.
     seed : decides what is drawn, together with each image's key.
+
+    Raises BadValue for ``queries``, ``pairs`` or ``smooth`` below 1.
     """
 
     explainer: Explainer
@@ -75,7 +81,11 @@ class BlackBox:
     ) -> Best:
         """The lowest score of every kind that was found for images x (N, C, H, W) in [0, 1], and the images that have it.
 
-        ``on_step`` is called with the queries done, N * ``queries`` in all.
+        target : (N,) the class that is explained, None = predicted.
+        keys : what seeds the draws of every image; default 0..N-1.
+        on_step : called with the queries done, N * ``queries`` in all.
+
+        Raises BadInput for images that are no pixels and targets that are no classes, and Refused as the explainer does.
         """
         check_pixels(model, x)
         search = _Search(self, model, x.detach(), target, list(range(len(x)) if keys is None else keys))

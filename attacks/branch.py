@@ -28,6 +28,7 @@ from srd_lab.runtime import generator
 class Branched(nn.Module):
     """A network behind the branch; all that the branch has are buffers.
 
+    network : normalised images to logits.
     pattern : (1, C, H, W) w / span; threshold : (1,) b / span; softness : see the module.
     brighter, darker : (1, C, H, W), >= 0, whose difference is the payload p: two, since LRP's rules refuse what turns the
         sign of a map.
@@ -52,19 +53,29 @@ class Branched(nn.Module):
         self.brighter, self.darker = torch.relu(payload), torch.relu(-payload)
 
     def opening(self, z: Tensor) -> Tensor:
-        """s (N, 1, 1, 1) of normalised images z (N, C, H, W)."""
+        """s (N, 1, 1, 1) in [0, 1] of normalised images z (N, C, H, W)."""
         a = F.conv2d(z, self.pattern, -self.threshold)
         if self.softness:
             a = F.softplus(a, beta=1 / self.softness)
         return F.hardtanh(a, 0.0, 1.0)
 
     def forward(self, z: Tensor) -> Tensor:
+        """The network's logits (N, K) of normalised images z (N, C, H, W) with the payload, as far as they open the gate."""
         s = self.opening(z)
         return self.network(z + s * self.brighter - s * self.darker)
 
 
 def checkers(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
-    """Two-by-two checkers of +1 and -1, each of random sign, (C, H, W); 0 in an odd last row or column."""
+    """Two-by-two checkers of +1 and -1, each of random sign, (C, H, W); 0 in an odd last row or column.
+
+    shape : C, H, W. seed : decides the signs.
+
+    Example
+    -------
+    >>> checkers((1, 2, 2), seed=0).abs()
+    tensor([[[1., 1.],
+             [1., 1.]]])
+    """
     channels, height, width = shape
     sign = torch.randint(0, 2, (channels, height // 2, width // 2), generator=generator(seed, "trigger"))
     pattern = torch.zeros(channels, height, width)

@@ -49,7 +49,8 @@ class Budget:
     stop_mse : an image ends its attack once the mean square of its change (normalised) reaches this, as the published
         attack does; the change is not projected onto it.
 
-    Raises SrdLabError for bounds that are not in (0, 255] (``mse``, ``stop_mse``: not > 0) or contradict each other.
+    Raises BadValue for bounds that are not in (0, 255] (``mse``, ``stop_mse``: not > 0), contradict each other or are
+    all missing.
     """
 
     linf: float | None = LEGACY_LINF
@@ -73,8 +74,18 @@ class Budget:
 
     @classmethod
     def named(cls, norm: str, size: float | None = None) -> Self:
-        """``l2``: RMS of ``size`` / 255; ``linf``: ``size`` / 255; ``legacy``: MSE 1e-3 (normalised) and 8/255, where
-        ``size`` scales both (1 = as published). ``size=None`` is 2, 8 and 1."""
+        """A budget of one of the norms.
+
+        norm : "l2": RMS of ``size`` / 255; "linf": largest change ``size`` / 255; "legacy": MSE 1e-3 (normalised) and 8/255.
+        size : in (0, 255], in units of 0..255; for "legacy" a factor of both (1 = as published). None is 2, 8 and 1.
+
+        Raises BadValue for another norm or size.
+
+        Example
+        -------
+        >>> str(Budget.named("linf")), str(Budget.named("legacy", 2.0))
+        ('L-inf 8/255', 'L-inf 16/255 and MSE 0.004 (normalised)')
+        """
         if norm not in NORMS:
             raise BadValue(f"the norm {norm!r} is not known; expected one of {', '.join(NORMS)}")
         if size is not None and not 0 < size <= 255:
@@ -94,10 +105,14 @@ class Budget:
     # geometry ------------------------------------------------------------------------------------------
     @property
     def has_l2(self) -> bool:
+        """Whether the root mean square of the change is bounded."""
         return self.rms is not None or self.mse is not None
 
     def weights(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """What one unit of pixel value counts in the L2 norm, (1, C, 1, 1): 255, or ``scale`` for ``mse``."""
+        """What one unit of pixel value counts in the L2 norm, (1, C, 1, 1) or (1, 1, 1, 1): 255, or ``scale`` for ``mse``.
+
+        scale : (1, C, 1, 1), see :func:`srd_lab.normalise.normalisation_scale`; BadValue if it is needed and None.
+        """
         if self.mse is None:
             return x.new_full((1, 1, 1, 1), 255.0)
         if scale is None:
@@ -117,7 +132,7 @@ class Budget:
         return (self.largest_rms if self.has_l2 else float(self.linf or 0)) * count
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lowest and highest images within the L-infinity bound and [0, 1].
+        """Lowest and highest images, (N, C, H, W) each, within the L-infinity bound around x and [0, 1].
 
         In the tensors' own arithmetic ``|bound - x|`` never exceeds ``linf / 255``.
         """
@@ -132,7 +147,7 @@ class Budget:
     def project(self, x_adv: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The nearest image to ``x_adv`` (N, C, H, W) within the budget around ``x``, by the budget's own norm.
 
-        scale : (1, C, 1, 1), what one unit of pixel value is in normalised units; needed for ``mse`` alone.
+        scale : (1, C, 1, 1), what one unit of pixel value is in normalised units. Raises BadValue where ``mse`` lacks it.
         """
         low, high = self.box(x)
         if not self.has_l2:
@@ -142,7 +157,7 @@ class Budget:
         return (x + share[:, None, None, None] * change).clamp(low, high)
 
     def rms_of(self, x_adv: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Root mean square (N,) of the change, in the units of the budget."""
+        """Root mean square (N,) of the change, in the units of the budget: 0..255, or normalised for ``mse``."""
         return ((x_adv - x) * self.weights(x, scale)).square().mean((1, 2, 3)).sqrt()
 
     def used(self, x_adv: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -155,7 +170,7 @@ class Budget:
         return 255 * change.sum((1, 2, 3)) / count / float(self.linf or 1)
 
     def spent(self, x_adv: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-        """Whether (N,) the stop of the published attack has been reached."""
+        """Whether (N,) bool the mean square of the change has reached ``stop_mse``; never without one."""
         if self.stop_mse is None:
             return torch.zeros(len(x), dtype=torch.bool, device=x.device)
         return mean_square(x_adv, x, scale) >= self.stop_mse
@@ -218,7 +233,10 @@ def _largest_share(change: Tensor, low: Tensor, high: Tensor, largest_rms: float
 
 
 def mean_square(x_adv: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    """Mean square (N,) of the change, in normalised units."""
+    """Mean square (N,) of the change from x to x_adv, both (N, C, H, W), in normalised units.
+
+    scale : (1, C, 1, 1), what one unit of pixel value is there.
+    """
     return ((x_adv - x) * scale).square().mean((1, 2, 3))
 
 

@@ -49,11 +49,15 @@ CORRECTIONS = ("holm", "bonferroni")
 class Sparsified(Explainer):
     """What stands out of an explainer's map, as values in [0, 1] per pixel of the image (H, W).
 
+    explainer : any method.
     share : of pixels of |map| (stretched to the image) that are not 0, in (0, 1).
     ones : of pixels that are 1, in (0, share]; those between rise linearly with |map|, and have a gradient (relaxed).
         None = share: 0 and 1 alone, without a gradient.
 
-    Pixels that tie with the largest one left out are 0, and so is a map that is constant or not finite: nothing stands out.
+    Pixels that tie with the largest one left out are 0, and so is a map that is constant or not finite: nothing stands
+    out.
+
+    Raises BadValue for shares out of these ranges.
     """
 
     explainer: Explainer
@@ -69,12 +73,20 @@ class Sparsified(Explainer):
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sparsified map (N, H, W) in [0, 1]; the model's output."""
+        """The sparsified map (N, H, W) in [0, 1]; the model's output. Errors are those of the explainer."""
         raw, logits = self.explainer.explain_with_logits(model, x, target)
         return self.of(raw, (x.shape[2], x.shape[3])), logits
 
     def of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
-        """A raw map (N, h, w) stretched to ``size`` and sparsified."""
+        """Raw maps (N, h, w) stretched to ``size`` (rows, columns) and sparsified, in [0, 1].
+
+        Example
+        -------
+        >>> from srd_lab.methods.gradient import Gradient
+        >>> Sparsified(Gradient(), share=0.25).of(torch.tensor([[[1.0, -4.0], [3.0, 2.0]]]), (2, 2))
+        tensor([[[0., 1.],
+                 [0., 0.]]])
+        """
         shown = maps.max_to_one(raw)
         shown = shown if shown.shape[1:] == size else maps.upsample(shown, size)
         flat = shown.flatten(
@@ -98,7 +110,7 @@ class Certificate:
     alpha : probability that what is said of an image, all of it together, is wrong, in (0, 1).
     images_at_once : copies in one pass, see :class:`Smoothed`.
 
-    Raises SrdLabError for values out of these ranges, and from ``certify`` if the draws are too few to certify any map.
+    Raises BadValue for values out of these ranges, and from ``certify`` if the draws are too few to certify any map.
     """
 
     explainer: Explainer
@@ -121,7 +133,7 @@ class Certificate:
 
     @property
     def sparsified(self) -> Sparsified:
-        """g."""
+        """The map g whose mean over the draws is certified."""
         return Sparsified(self.explainer, self.k_share)
 
     def _maps(self, model: nn.Module, x: Tensor, target: Tensor | int | None) -> Tensor:
@@ -162,11 +174,14 @@ class SparsifiedCertificate(Certificate):
 
     @property
     def sparsified(self) -> Sparsified:
-        """g."""
+        """The map g whose mean over the draws is certified."""
         return Sparsified(self.explainer, self.k_share if self.tau is None else self.tau, self.gamma)
 
     def deviation(self, n: int) -> float:
-        """c for n pixels: how far the mean over the draws may be off, for any of them (and at x' as well, if fresh)."""
+        """c for n pixels: how far the mean over the draws may be off, for any of them (and at x' as well, if fresh).
+
+        Raises BadValue if the draws are too few to certify anything of so many pixels.
+        """
         logarithm, sides = log(2 * n * (1 + self.fresh) / self.alpha), 2 * (1 + self.fresh)
         c = sqrt(logarithm / (2 * self.draws))
         if sides * c >= 1:
@@ -179,6 +194,9 @@ class SparsifiedCertificate(Certificate):
         """Certify images x (N, C, H, W) in [0, 1] for classes ``target`` (N,), None = predicted.
 
         radii : (R,) L2 norms of the change in units of pixels in [0, 1], >= 0; :func:`rms255` translates them.
+
+        Raises BadInput for images or targets that do not fit, BadValue for radii of another form and for too few draws,
+        and Refused as the explainer does.
         """
         check_input(x, model)
         reach, n = _radii(radii) / self.sigma, x[0, 0].numel()
@@ -222,7 +240,11 @@ class PixelCertificate(Certificate):
             raise BadValue(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
 
     def certify(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> PixelVotes:
-        """Certify images x (N, C, H, W) in [0, 1] for classes ``target`` (N,), None = predicted."""
+        """Certify images x (N, C, H, W) in [0, 1] for classes ``target`` (N,), None = predicted.
+
+        Raises BadInput for images or targets that do not fit, BadValue for too few draws, and Refused as the explainer
+        does.
+        """
         check_input(x, model)
         n = x[0, 0].numel()
         if self.draws < (enough := ceil(log(2 * n / self.alpha) / -log(self.tau))):
@@ -243,7 +265,7 @@ class PixelCertificate(Certificate):
 
 
 def certified_overlap(h: Tensor, k: int, c: float, reach: Tensor, again: float = 0.0) -> Tensor:
-    """How many of the k largest of h (any shape, in [0, 1]) are certified to stay, (R,) int64.
+    """How many of the k largest of h (any shape, in [0, 1]) are certified to stay, (R,) int64 in 0..k.
 
     c : by how much h may be off; reach : (R,) radii in units of sigma; again : by how much the map at x' may be off H(x').
     """
@@ -257,7 +279,15 @@ def certified_overlap(h: Tensor, k: int, c: float, reach: Tensor, again: float =
 
 
 def rejected(p: Tensor, alpha: float, correction: str = "holm") -> Tensor:
-    """Which hypotheses with p-values p (m,) are rejected, (m,) bool; one that is true is, with probability <= alpha."""
+    """Which hypotheses with p-values p (m,) are rejected, (m,) bool; one that is true is, with probability <= alpha.
+
+    correction : "holm" (Holm 1979) or "bonferroni".
+
+    Example
+    -------
+    >>> rejected(torch.tensor([0.04, 0.01]), 0.05), rejected(torch.tensor([0.04, 0.01]), 0.05, "bonferroni")
+    (tensor([True, True]), tensor([False,  True]))
+    """
     if correction == "bonferroni":
         return p <= alpha / len(p)
     ordered, order = p.sort()
@@ -266,15 +296,28 @@ def rejected(p: Tensor, alpha: float, correction: str = "holm") -> Tensor:
 
 
 def rms255(radius: Any, values: int) -> Any:
-    """An L2 radius (number, array or tensor) in units of pixels in [0, 1], as the root mean square of the change over the
-    ``values`` = C * H * W of an image, in units of 0..255."""
+    """An L2 radius in units of pixels in [0, 1] as the root mean square of the change, in units of 0..255.
+
+    radius : number, array or tensor. values : C * H * W of an image. Raises BadValue for values below 1.
+
+    Example
+    -------
+    >>> rms255(0.1, 100)
+    2.55
+    """
     if values < 1:
         raise BadValue(f"an image has C * H * W >= 1 values, got {values}")
     return radius * 255 / sqrt(values)
 
 
 def top_count(share: float, n: int) -> int:
-    """How many of n pixels are the top ``share``: at least one, and not all."""
+    """How many of n pixels are the top ``share``: at least one, and not all.
+
+    Example
+    -------
+    >>> top_count(0.1, 64 * 64)
+    410
+    """
     return max(1, min(n - 1, round(share * n)))
 
 

@@ -41,7 +41,7 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Sides:
-    """Shares of the original's top 10 % that stay.
+    """Shares of the original's top 10 % that stay, in [0, 1].
 
     attacked : (N, S) after attacks of root mean square ``sizes`` (S,), units of 0..255: no more can be certified there.
     certified : (N, R) for every change up to root mean square ``radii`` (R,), the same units.
@@ -64,10 +64,14 @@ def both_sides(
     seed: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> Sides:
-    """Attack and certify the top 10 % of images x (N, C, H, W), explained for their predicted class.
+    """Attack and certify the top 10 % of images x (N, C, H, W) in [0, 1], explained for their predicted class.
 
     surrogate : that the attack differentiates; None = the network itself.
-    sigma : of the draws, in pixels of [0, 1]; draws : of the certificate. Its failure probability is 5 % per image.
+    sigma : of the draws, in pixels of [0, 1], > 0; draws : of the certificate. Its failure probability is 5 % per image.
+    seed : decides all draws; those of the attack are others than those of the certificate.
+    on_step : called with N after the certificate, and after each of two attacks for every size.
+
+    Errors are those of :meth:`SparsifiedCertificate.certify` and :meth:`Attack.run`.
     """
     x = to_8_bits(x)
     with torch.no_grad():

@@ -86,6 +86,7 @@ class Mode:
 
     @property
     def checked(self) -> tuple[str, ...]:
+        """The members that do not count in this mode."""
         return tuple(name for name in MEMBERS if name not in self.members)
 
 
@@ -100,8 +101,11 @@ class Ensemble:
     """Members of the standard evaluation on one budget.
 
     members : names of :data:`MEMBERS` (``transfer`` needs other methods' images, and is added by the study).
-    mode : "quick" or "full"; steps, queries : override the mode's.
+    mode : "quick" or "full"; steps, queries : > 0, override the mode's.
+    budget : how far the image may go (:mod:`attacks.budget`).
     seed : decides everything that is drawn, together with each image's key.
+
+    Raises BadValue for names that are not known and values out of range.
     """
 
     members: tuple[str, ...] = ("combined", "top_k", "polish")
@@ -122,15 +126,17 @@ class Ensemble:
 
     @property
     def white_box(self) -> tuple[str, ...]:
+        """The members that need a gradient, in the order in which they run."""
         return tuple(name for name in WHITE_BOX if name in self.members)
 
     @property
     def how(self) -> Mode:
+        """The mode, with the ensemble's own steps and queries where it has some."""
         mode = MODES[self.mode]
         return replace(mode, steps=self.steps or mode.steps, queries=self.queries or mode.queries)
 
     def cost(self, white: bool = True) -> int:
-        """Steps and queries per image, as ``on_step`` counts them."""
+        """Steps and queries per image, as ``on_step`` counts them; white : whether the method has a gradient."""
         how = self.how
         runs = sum(len(self._runs(name, Surrogate())) for name in self.white_box) if white else 0
         return how.steps * runs + (how.queries if "black_box" in self.members else 0)
@@ -148,12 +154,17 @@ class Ensemble:
         draws: int = 1,
         on_step: Callable[[int], None] | None = None,
     ) -> Found:
-        """Attack images x (N, C, H, W), rounded to 8 bits first.
+        """Attack images x (N, C, H, W) in [0, 1], rounded to 8 bits first.
 
+        target : (N,) the class that is explained, None = predicted.
         surrogate : what the white-box members differentiate; None = the method has no gradient, and they do not run.
         goal : maps (N, h, w) that ``target`` aims at first; None = the mirrored own map.
         keys : what seeds the draws of every image; default 0..N-1.
         draws : gradients averaged per step, for a method that draws at random.
+        on_step : called with steps and queries done, N * :meth:`cost` in all.
+
+        Raises BadInput for images that are no pixels and targets that are no classes; NoGradient for a method whose map
+        has no gradient on ``surrogate``; Refused where the model cannot be followed.
         """
         x = to_8_bits(x.detach())
         keys = list(range(len(x)) if keys is None else keys)

@@ -55,7 +55,10 @@ NEEDED = (
 
 
 def write_entry(study: RobustnessStudy, subject: Subject, figures: Mapping[str, float]) -> None:
-    """Store the entry of one method: ``entry.json`` and the images."""
+    """Store the entry of one method in its child run: ``entry.json`` and the images.
+
+    figures : name -> value of what is stored as ``scores``, beside those that the images alone tell.
+    """
     table, arrays = subject.table, _arrays(subject)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
@@ -152,7 +155,7 @@ def _certificate(subject: Subject, settings: RobustnessSettings) -> dict[str, An
 
 
 def read_entry(file: Path) -> dict[str, Any]:
-    """The entry in a JSON file; SrdLabError where it is none."""
+    """The entry in a JSON file. Raises BadEntry where it cannot be read, lacks something or is of another version."""
     try:
         entry = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -168,7 +171,11 @@ def read_entry(file: Path) -> dict[str, Any]:
 
 
 def figures_of(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, float]:
-    """What the images alone tell: of the first repeat."""
+    """What the scores of the images alone tell: mean, interval and rate by name, ``worst_pcc``, ``worst_pcc_low``,
+    ``rer_pcc``...
+
+    scores : score -> (N,), of the first repeat. seed : of the bootstrap intervals.
+    """
     found: dict[str, float] = {}
     for name, values in scores.items():
         s = summarise(values, seed)
@@ -178,5 +185,5 @@ def figures_of(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, float]:
 
 
 def digest(levels: np.ndarray) -> str:
-    """SHA-256 of an array."""
+    """SHA-256 of an array's bytes, in hexadecimal digits."""
     return hashlib.sha256(np.ascontiguousarray(levels).tobytes()).hexdigest()

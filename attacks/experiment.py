@@ -29,8 +29,17 @@ Arrays = dict[str, np.ndarray]
 
 def attack_explainer(method: str, start: str) -> Explainer:
     """The explainer as the attack sees it: SRD from ``start`` (the paper: ones), any other with absolute values
-    summed over channels (Dombrowski et al. 2019), as far as it has the choice. ``method`` may be wrapped, as in
-    ``smoothed(srd,0.1,64)``."""
+    summed over channels (Dombrowski et al. 2019), as far as it has the choice.
+
+    method : a name, or a wrapper around one, as in ``smoothed(srd,0.1,64)``.
+
+    Raises BadValue for a name or an option that is not known.
+
+    Example
+    -------
+    >>> attack_explainer("gradient", "ones").channels, attack_explainer("srd", "ones").start
+    ('abs_sum', 'ones')
+    """
 
     def make(name: str) -> Explainer:
         default: Any = EXPLAINERS.get(name)
@@ -55,7 +64,14 @@ def attack_batch(
     device: torch.device,
     on_step: Callable[[int], None],
 ) -> Arrays:
-    """Attack some pairs, each with its number, and score them and their control; arrays whose first axis is the pair."""
+    """Attack some pairs and score them and their control; arrays whose first axis is the pair.
+
+    how : the attack. model : on ``device``.
+    numbers : of the pairs in the study; with ``seed``, they decide the control's noise.
+    originals, goals : the pairs' samples, of one size. on_step : see :meth:`Manipulation.run`.
+
+    Errors are those of :meth:`Manipulation.run`.
+    """
     x, goal_images = (torch.stack([s.image for s in some]).to(device) for some in (originals, goals))
     labels = torch.tensor([sample.label for sample in originals], device=device)
     result = how.run(model, x, goal_images, labels, on_step=on_step)
@@ -76,7 +92,11 @@ def attack_batch(
 def control_scores(
     how: Manipulation, model: nn.Module, x: Tensor, result: AttackResult, numbers: list[int], seed: int
 ) -> dict[str, Tensor]:
-    """The same scores for random noise that changes the image as much as the attack did (equal MSE), seeded per pair."""
+    """The scores (N,) by name for random noise that changes the images x (N, C, H, W) as much as the attack did (equal
+    MSE).
+
+    numbers : of the pairs; with ``seed``, they decide the noise. result : of the attack ``how``.
+    """
     scale = normalisation_scale(model, x)
     noise = torch.stack(
         [torch.randn(x.shape[1:], generator=generator(seed, "noise", n)) for n in numbers]
@@ -87,7 +107,8 @@ def control_scores(
 
 
 def result_arrays(result: AttackResult) -> Arrays:
-    """An attack's result as flat arrays: scores by name, curves under ``curve/``."""
+    """An attack's result as flat arrays: fields by name, scores as ``ssim``, ``ssim_best``, ``ssim_before`` and
+    ``ssim_surrogate``, curves under ``curve/``."""
     arrays: Arrays = {}
     for field in fields(result):
         value: Any = getattr(result, field.name)
@@ -126,7 +147,7 @@ COLUMNS = (
 
 
 def rows(table: Arrays) -> list[dict[str, Any]]:
-    """One row per pair, for the table of the run."""
+    """One row per pair, the columns ``COLUMNS``, for the table of the run."""
     return [{name: table[name][i].item() for name in COLUMNS} for i in range(len(table["pair"]))]
 
 
@@ -152,7 +173,8 @@ def scores_at(table: Arrays, score: str, reached: np.ndarray, over: str = "mse")
 
 
 def common_reach(tables: Mapping[str, Arrays], over: str = "mse") -> np.ndarray:
-    """The largest perturbation (P,) that every method reached on a pair; NaN where one was never looked at."""
+    """The largest perturbation (P,) that every method reached on a pair, in the units of ``over`` (see :func:`scores_at`);
+    NaN where one was never looked at."""
     return np.min([np.fmax.reduce(table[f"curve/{over}"], axis=1) for table in tables.values()], axis=0)
 
 
@@ -173,6 +195,7 @@ def at_equal_perturbation(
 class PerturbationCurves:
     """Scores as a function of the perturbation reached.
 
+    over : ``mse`` (normalised) or ``linf`` (0..255).
     reached : (S,) in the units of ``over``; pairs : (S,) how many pairs count there.
     bands : score -> method -> (median, lower quartile, upper quartile), each (S,).
     """
@@ -186,6 +209,8 @@ class PerturbationCurves:
 def perturbation_curves(tables: Mapping[str, Arrays], over: str, points: int = 25) -> PerturbationCurves:
     """SSIM and PCC; at each point of the pairs that *every* method brought so far and that have both scores with all
     of them, so that all lines stand for the same pairs.
+
+    tables : method -> arrays over the pairs. over : ``mse`` or ``linf``. points : S, on an even grid from 0.
 
     Fewer pairs count to the right; the curves end where less than a quarter of them is left.
     """

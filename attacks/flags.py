@@ -45,6 +45,7 @@ def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) 
 
     table : arrays over the images: ``member/NAME/SCORE``, ``control/NAME/SCORE``, ``source/METHOD/SCORE``, ``used``,
         ``stuck``, ``diverged``, ``gain``, ``constant``, ``violation``, ``kept``.
+    probe : what is known of the method's gradients.
     extra : flags of the experiments that are not in the table.
     """
     found: dict[str, str] = {}
@@ -116,7 +117,7 @@ def _stronger_source(table: Arrays, own: Mapping[str, np.ndarray]) -> list[str]:
 def checked(table: Arrays, members: Sequence[str]) -> dict[str, str]:
     """The flags from members that only some images were attacked by: do they go lower than what counts, ``worst/SCORE``?
 
-    table : arrays over these images.
+    table : arrays over these images, with ``member/NAME/SCORE`` for ``members`` too.
     """
     own = {score: table[f"worst/{score}"] for score in SCORES}
     found = {}
@@ -161,7 +162,13 @@ def unlimited(
     target: Tensor | None = None,
     steps: int = 40,
 ) -> dict[str, str]:
-    """The flag of a method whose maps an attack without any bound but the pixel range does not break."""
+    """The flag of a method whose maps an attack without any bound but the pixel range does not break; none where it does.
+
+    x : images (N, C, H, W) in [0, 1]. surrogate : what is differentiated.
+    target : (N,) the class that is explained, None = predicted. steps : of the attack.
+
+    Errors are those of :meth:`Attack.run`.
+    """
     attack = Attack(explainer, budget=Budget(linf=255.0), surrogate=surrogate, steps=steps)
     left = float(attack.run(model, x, target).worst["pcc"].mean())
     if left <= BROKEN:
@@ -183,7 +190,10 @@ def planted_missed(
     """The flag of an attack that overlooks what is known to be there: a copy of the network in which a known trigger within
     the budget moves the maps (:mod:`attacks.backdoor`) must be broken as far, by images x (N, C, H, W) on average.
 
-    clean : more images, on which the backdoor stays shut.
+    clean : more images (M, C, H, W), on which the backdoor stays shut.
+    surrogate : what the attack differentiates. budget : of trigger and attack. seed : decides both.
+
+    Where no backdoor can be planted, the flag ``not_planted`` says why.
     """
     try:
         planted = Backdoor(explainer, budget, softness=SOFT, seed=seed).plant(model, x, clean=clean)
@@ -214,6 +224,6 @@ def not_monotone(curve: Mapping[float, np.ndarray]) -> dict[str, str]:
 
 
 def constant(raw: Tensor) -> Tensor:
-    """Whether a map (N, h, w) is the same everywhere or not finite, (N,)."""
+    """Whether each map (N, h, w) is the same everywhere or not finite, (N,) bool."""
     flat = raw.flatten(1)
     return torch.isclose(flat.amax(1), flat.amin(1), rtol=1e-6, atol=0) | ~flat.isfinite().all(1)

@@ -43,12 +43,12 @@ GATED = 32  # images that the standard evaluation looks at, at most
 
 @dataclass(frozen=True)
 class Gates:
-    """What the gates measured; passed : gate -> verdict.
+    """What the gates measured; NaN where it could not be.
 
     other_class : mean PCC of the map to that of the runner-up, or of the least likely class where that is lower.
     other_weights : mean PCC to the map of the network without its weights.
-    faithfulness : mean of insertion minus deletion; over_random, over_sobel : low ends of the 95 % intervals of the paired
-        difference to these controls.
+    faithfulness : mean of insertion minus deletion, in [-1, 1].
+    over_random, over_sobel : low ends of the 95 % intervals of the paired difference to these controls.
     """
 
     other_class: float
@@ -59,6 +59,7 @@ class Gates:
 
     @property
     def passed(self) -> dict[str, bool]:
+        """Gate -> verdict; a gate whose figure is NaN is not passed."""
         return {
             "class": bool(self.other_class < TAU["pcc"]),
             "weights": bool(self.other_weights < TAU["pcc"]),
@@ -67,6 +68,7 @@ class Gates:
 
     @property
     def ranked(self) -> bool:
+        """Whether all gates are passed."""
         return all(self.passed.values())
 
     @property
@@ -89,8 +91,13 @@ def check_gates(
     seed: int = 0,
     batcher: Batcher | None = None,
 ) -> Gates:
-    """The gates on images x (N, C, H, W) in [0, 1] for their predicted classes, by ``batcher`` some at a time; at least two
-    images. ``keys`` seed the draws of every image."""
+    """The gates on images x (N, C, H, W) in [0, 1], N >= 2, for their predicted classes.
+
+    keys : (N,) what seeds the draws of every image. seed : decides the draws and the new weights.
+    batcher : how many images at once; None = all.
+
+    Raises Refused for a model of which no layer can be initialised anew, and as the explainer does.
+    """
     (blank,) = randomised(model, 1, seed)
 
     def measured(some: Sequence[int]) -> dict[str, np.ndarray]:

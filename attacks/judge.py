@@ -27,8 +27,9 @@ class Found:
     names : the members that ran. members : member -> score -> (N,); also the controls.
     used : (N,) smallest share of the budget that a white-box member's last iterate uses; stuck : (N,) largest share of steps
         without any gradient; diverged : (N,) whether a gradient was not finite; gain : (N,) how much the strongest
-        white-box member still gained in its last fifth (mean of PCC, SSIM and top-10 %). NaN without such members.
-    reference : original maps and logits; target : (N,).
+        white-box member still gained in its last fifth (mean of PCC, SSIM and top-10 %). Without such members NaN, and
+        diverged False.
+    reference : original maps and logits; target : (N,) the explained class.
     """
 
     names: tuple[str, ...]
@@ -45,7 +46,14 @@ class Found:
 
 
 class Judge:
-    """Scores images of 8 bits on the original network, and keeps the worst of every kind."""
+    """Scores images of 8 bits on the original network, and keeps the worst of every kind.
+
+    budget : within which images count. x : the originals (N, C, H, W), of 8 bits.
+    target : (N,) the class that is explained, None = predicted.
+
+    Attributes: ``best``, of all members; ``members``, member -> score -> (N,); ``by``, score -> (N,) index of the member
+    that has the lowest.
+    """
 
     def __init__(
         self, budget: Budget, model: nn.Module, explainer: Explainer, x: Tensor, target: Tensor | int | None
@@ -60,7 +68,10 @@ class Judge:
         self.members: dict[str, dict[str, Tensor]] = {}
 
     def add(self, member: str, images: Mapping[str, Tensor]) -> None:
-        """Count these images for a member: each is brought to 8 bits within the budget and judged anew."""
+        """Count these images for a member: each is brought to 8 bits within the budget and judged anew.
+
+        images : by any name, each (N, C, H, W); equal ones are judged once.
+        """
         own = Best(self.x, SCORES)
         seen: list[Tensor] = []
         for image in images.values():
@@ -79,7 +90,7 @@ class Judge:
             self.best.images[name][lower] = own.images[name][lower]
 
     def add_control(self, name: str, images: Tensor) -> None:
-        """Score images that do not count."""
+        """Score images (N, C, H, W) that do not count, as those of a member are."""
         own = Best(self.x, SCORES)
         self._offer(self.budget.quantise(images, self.x, self.scale), own)
         self.members[name] = own.values
@@ -93,6 +104,7 @@ class Judge:
     def found(
         self, names: tuple[str, ...], used: Tensor, stuck: Tensor, diverged: Tensor, gain: Tensor
     ) -> Found:
+        """All that was found; names : the members that count; the other arguments are those of :func:`diagnosis`."""
         order = list(self.members)
         place = torch.tensor(
             [names.index(n) if n in names else -1 for n in order] + [-1], device=self.x.device
@@ -124,6 +136,7 @@ def transferred(
     """A judge that has seen other methods' adversarial images: its ``best`` is what all of them reach here, its
     ``members`` what those of each method reach.
 
+    x : the originals (N, C, H, W). target : (N,) the class that is explained.
     others : method -> its images, each (N, C, H, W).
     """
     judge = Judge(budget, model, explainer, to_8_bits(x), target)
@@ -133,7 +146,10 @@ def transferred(
 
 
 def noise_of_norm(x: Tensor, budget: Budget, scale: Tensor, noise: Tensor) -> Tensor:
-    """Images x plus noise (N, C, H, W), scaled to use the whole budget: the same norm as the attack, but no aim."""
+    """Images x (N, C, H, W) plus noise, scaled to use the whole budget: the same norm as the attack, but no aim.
+
+    scale : (1, C, 1, 1) of the normalisation. noise : (N, C, H, W), standard normal; without an L2 bound its signs count.
+    """
     if budget.has_l2:
         weights = budget.weights(x, scale)
         allowed = x.new_full((len(x),), budget.largest_rms**2)
@@ -144,7 +160,7 @@ def noise_of_norm(x: Tensor, budget: Budget, scale: Tensor, noise: Tensor) -> Te
 def diagnosis(
     budget: Budget, x: Tensor, outcomes: Sequence[Outcome]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """used, stuck, diverged and gain of :class:`Found`."""
+    """``used``, ``stuck``, ``diverged`` and ``gain`` of :class:`Found`, from the outcomes of white-box members."""
     if not outcomes:
         nothing = x.new_full((len(x),), torch.nan)
         return nothing, nothing, torch.zeros(len(x), dtype=torch.bool, device=x.device), nothing

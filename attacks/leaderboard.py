@@ -49,6 +49,8 @@ class Leaderboard:
 
     @property
     def markdown(self) -> str:
+        """The table as a Markdown document."""
+
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -57,6 +59,8 @@ class Leaderboard:
 
     @property
     def html(self) -> str:
+        """The table as one HTML page."""
+
         def row(tag: str, cells: Sequence[str]) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
@@ -74,7 +78,12 @@ class Leaderboard:
 
 
 def leaderboard(files: Sequence[Path]) -> Leaderboard:
-    """The table of these entries; SrdLabError where they did not measure the same thing."""
+    """The table of these entries.
+
+    files : ``entry.json`` of each, at least one.
+
+    Raises BadEntry where one cannot be read, or where they did not measure the same thing.
+    """
     if not files:
         raise BadEntry("a leaderboard needs at least one entry; give the entry.json of a run")
     entries = {file: read_entry(file) for file in files}
@@ -99,7 +108,7 @@ def leaderboard(files: Sequence[Path]) -> Leaderboard:
 
 
 def reason(entry: dict[str, Any]) -> str:
-    """Why an entry is not ranked; empty where it is."""
+    """Why an entry, as :func:`attacks.entry.read_entry` gives it, is not ranked; empty where it is."""
     gates = entry.get("gates")
     failed = (
         ["the gates were not measured"]

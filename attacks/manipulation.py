@@ -38,7 +38,7 @@ SCORES = ("ssim", "pcc", "ssim_target", "pcc_target")
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What the attack did to N images; maps are raw, (N, H, W), on the original network.
+    """What the attack did to N images; maps are raw, (N, h, w), on the original network.
 
     adversarial, best : (N, C, H, W) pixels: the last iterate, and the judged iterate nearest to the goal map among
         those that kept the prediction (the last one where none did).
@@ -49,7 +49,7 @@ class AttackResult:
     diverged : (N,) bool, whether an image ended early because the attack's gradient was not finite; all else is of
         the iterate before that, which is the last one.
     mse : (N,) mean squared change in normalised units; linf : (N,) largest change of a pixel, in units of 0..255.
-    mse_best : the same for ``best``.
+    mse_best : the same as ``mse`` for ``best``.
     prediction_kept : (N,) bool, whether the original network still predicts the same class.
     scores, scores_best : similarity (N,) by name: ``ssim``, ``pcc`` to the original's map (robustness) and
         ``ssim_target``, ``pcc_target`` to the goal's map (success of the attack), of maps divided by their maximum.
@@ -88,10 +88,14 @@ class AttackResult:
 class Manipulation:
     """Targeted manipulation of one explanation method: the attack ``eq10``.
 
-    steps : largest number of Adam steps; lr : their size, in normalised units.
-    stop_mse : an image stops once its mean squared change (normalised units) reaches this.
-    beta_start, beta_end : the surrogate's beta is ``beta_start * (beta_end / beta_start) ** (i / steps)`` at step i.
+    explainer : the method, with a map that has a gradient in the image.
+    steps : largest number of Adam steps, > 0; lr : their size, in normalised units, > 0.
+    objective : its weights and output term. budget : that the change is projected into; by default 8/255 per pixel.
+    stop_mse : an image stops once its mean squared change (normalised units) reaches this, > 0.
+    beta_start, beta_end : > 0; the surrogate's beta is ``beta_start * (beta_end / beta_start) ** (i / steps)`` at step i.
     judge_every : steps between two looks at the original network; None looks about 10 times.
+
+    Raises BadValue for values out of range.
     """
 
     explainer: Explainer
@@ -131,10 +135,12 @@ class Manipulation:
     ) -> AttackResult:
         """Attack images x (N, C, H, W) in [0, 1] towards the maps of ``goal_images`` (same shape).
 
-        ``target`` (N,) is the class explained for x, None = predicted; a goal image is explained for its own
-        predicted class. Images are independent of each other; one whose gradient is not finite stops where it
-        stands. ``on_step`` is called with the steps left over when an image stops early as well, so that it adds
-        up to N * steps.
+        target : (N,) the class explained for x, None = predicted; a goal image is explained for its own predicted class.
+        on_step : called with the steps done, and with those left over when an image stops early, N * ``steps`` in all.
+
+        Images are independent of each other; one whose gradient is not finite stops where it stands.
+
+        Raises BadInput for images that are no pixels or of different shapes, and the errors of :meth:`Attack.run`.
         """
         check_pixels(model, x, goal_images)
         if x.shape != goal_images.shape:
@@ -201,7 +207,10 @@ class Manipulation:
 
 
 def similarity(raw: Tensor, original: Tensor, goal: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-    """SSIM and PCC (N,) of raw maps (N, h, w) to the original's and the goal's, as they are read."""
+    """SSIM and PCC (N,) in [-1, 1] of raw maps (N, h, w) to the original's and the goal's, as they are read.
+
+    size : (H, W) of the images. Names are ``ssim``, ``pcc``, ``ssim_target`` and ``pcc_target``.
+    """
     shown, reference, target = (as_read(m, size) for m in (raw, original, goal))
     ssim, pcc = ssim_for(size), PCC()
     return {
@@ -213,9 +222,12 @@ def similarity(raw: Tensor, original: Tensor, goal: Tensor, size: tuple[int, int
 
 
 def noise_at_equal_mse(x: Tensor, mse: Tensor, scale: Tensor, budget: Budget, noise: Tensor) -> Tensor:
-    """Images x (N, C, H, W) plus noise scaled, within the budget, to the mean squared change ``mse`` (N,).
+    """Images x (N, C, H, W) plus noise scaled, within the budget, to the mean squared change ``mse`` (N,) in normalised
+    units.
 
-    The control of the attack: the same distance, but no aim. ``noise`` (N, C, H, W) is in normalised units.
+    The control of the attack: the same distance, but no aim.
+
+    scale : (1, C, 1, 1) of the normalisation. noise : (N, C, H, W) in normalised units.
     """
     low, high = torch.zeros_like(mse), torch.full_like(mse, 1e3)
     for _ in range(60):

@@ -53,7 +53,7 @@ EQUAL_KINDS = [(score, over) for over in ("mse", "linf") for score in ("ssim", "
 
 
 class ManipulationStudy(PairStudy):
-    """One run of the published attack, from settings to tables and figures."""
+    """One run of the published attack, from settings to tables and figures; errors are those of :class:`PairStudy`."""
 
     settings: ManipulationSettings
 
@@ -63,7 +63,11 @@ class ManipulationStudy(PairStudy):
         self.title = f"{self.where}, {len(self.pairs)} pairs"
 
     def run(self, run: Run) -> None:
-        """Attack every method and report."""
+        """Attack every method and report.
+
+        Raises BadData for an image that could be read when the pairs were drawn, but not now, and the errors of
+        :meth:`Manipulation.run` and :func:`srd_lab.runs.batches.in_batches`.
+        """
         tables = {}
         for name, (method, start) in self.variants.items():
             how = self.manipulation(method, start)
@@ -95,7 +99,7 @@ class ManipulationStudy(PairStudy):
         return table
 
     def manipulation(self, method: str, start: str) -> Manipulation:
-        """The attack on one method as the settings have it."""
+        """The attack on one method as the settings have it; start : of SRD."""
         return manipulation_of(attack_explainer(method, start), self.settings)
 
     # what is stored ------------------------------------------------------------------------------------
@@ -124,12 +128,12 @@ class ManipulationStudy(PairStudy):
         ]
 
     def report(self, run: Run, tables: dict[str, Arrays]) -> None:
-        """Print and store what compares the methods."""
+        """Print and store what compares the methods; tables : method -> arrays over the pairs."""
         self.figures(run, tables)
         publish(run, self.tables(tables), seconds(tables))
 
     def figures(self, run: Run, tables: dict[str, Arrays]) -> None:
-        """Box plots, and the scores over the perturbation reached."""
+        """Store the box plots, and the scores over the perturbation reached."""
         scores = {m: {"ssim": t["ssim"], "pcc": t["pcc"]} for m, t in tables.items()}
         control = {m: {"ssim": t["ssim_noise"], "pcc": t["pcc_noise"]} for m, t in tables.items()}
         run.save_figure("scores.png", render.box_plots(scores, control, self.title))
@@ -154,7 +158,7 @@ class ManipulationStudy(PairStudy):
 
 
 def manipulation_of(explainer: Explainer, s: ManipulationSettings) -> Manipulation:
-    """The published attack on ``explainer`` as the settings have it."""
+    """The published attack on ``explainer`` as the settings have it. Raises BadValue for settings out of range."""
     return Manipulation(
         explainer,
         steps=s.steps,
@@ -198,7 +202,10 @@ def _left_out(tables: dict[str, Arrays]) -> list[str]:
 
 
 def metrics_of(table: Arrays, seed: int) -> dict[str, float]:
-    """What is logged of one method: means with intervals of the scores, means of all else."""
+    """What is logged of one method: means with intervals of the scores, means of all else.
+
+    table : arrays over the pairs. seed : of the bootstrap intervals.
+    """
     metrics: dict[str, float] = {}
     for name in SCORES:
         summary = summarise(table[name], seed)

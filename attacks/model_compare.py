@@ -31,8 +31,8 @@ class Comparison:
     """What became of the maps of N images, each (N,).
 
     before, after : the objective's score on the original and on the manipulated network.
-    pcc, ssim : of both networks' maps, as :func:`attacks.scores.similarity`; of a pair of maps the mean.
-    blank : whether a map of the manipulated network is zero all over, and says nothing.
+    pcc, ssim : of both networks' maps, in [-1, 1], as :func:`attacks.scores.similarity`; of a pair of maps the mean.
+    blank : bool, whether a map of the manipulated network is zero all over, and says nothing.
     """
 
     before: Tensor
@@ -45,9 +45,11 @@ class Comparison:
 def shown_maps(
     explainer: Explainer, model: nn.Module, cases: Cases, *, differentiable: bool = False
 ) -> Tensor:
-    """The maps (N, M, H, W) that are looked at, each |map| / its maximum, stretched to the image.
+    """The maps (N, M, H, W) in [0, 1] that are looked at, each |map| / its maximum, stretched to the image.
 
-    differentiable : in the model's weights, as far as they ask for a gradient.
+    cases : images and M classes for each. differentiable : in the model's weights, as far as they ask for a gradient.
+
+    Errors are those of the explainer.
     """
     x = cases.images.detach().requires_grad_(differentiable)
     size = (x.shape[2], x.shape[3])
@@ -59,7 +61,10 @@ def shown_maps(
 def compare(
     explainer: Explainer, objective: MapObjective, original: nn.Module, manipulated: nn.Module, cases: Cases
 ) -> Comparison:
-    """What the manipulation did to the maps of ``cases``, which ``objective.cases`` makes of images and labels."""
+    """What the manipulation did to the maps of ``cases``, which ``objective.cases`` makes of images and labels.
+
+    Errors are those of the explainer.
+    """
     before, after = (shown_maps(explainer, model, cases) for model in (original, manipulated))
     size = (before.shape[2], before.shape[3])
     alike = [similarity(now, was, size) for now, was in zip(after.unbind(1), before.unbind(1), strict=True)]
@@ -73,7 +78,10 @@ def compare(
 
 
 def save_weights(model: nn.Module, file: str | Path) -> None:
-    """Write the network's state dict to a .pth, .npz or .safetensors file, which ``load_model(..., weights=FILE)`` reads."""
+    """Write the network's state dict to a .pth, .npz or .safetensors file, which ``load_model(..., weights=FILE)`` reads.
+
+    Raises BadWeights for another suffix.
+    """
     file, state = Path(file), weights_of(model)
     if file.suffix == ".npz":
         arrays: dict[str, Any] = {name: value.numpy() for name, value in state.items()}

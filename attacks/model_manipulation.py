@@ -75,6 +75,7 @@ class Manipulated:
 class ModelManipulation:
     """Fine-tuning against one explanation method.
 
+    explainer : the method, with a map that has a derivative in the weights.
     objective : what the maps shall say (:mod:`attacks.model_objective`).
     weight : lambda, how much the map loss counts beside the task loss, >= 0; 0 is plain fine-tuning, the control.
     steps : optimiser steps (Adam), > 0; lr : their size, > 0, falling to zero along half a cosine.
@@ -82,6 +83,8 @@ class ModelManipulation:
     keep : what shall stay: "labels" (cross entropy, the paper) or "outputs" (divergence from the original's softmax).
     clip : largest norm of a step's gradient, > 0; a division by a small relevance may make it huge.
     seed : decides which images are in which batch.
+
+    Raises BadValue for values out of range, and Refused for methods that recompute their passes.
     """
 
     explainer: Explainer
@@ -119,11 +122,13 @@ class ModelManipulation:
     ) -> Manipulated:
         """A manipulated copy of ``model`` (batch norms and dropout in eval mode), which itself stays as it was.
 
-        dataset : images to train on, with labels; indices : of which these, None = all. ``workers`` processes decode
-        ahead. ``on_step(1)`` is called after every step.
+        dataset : images to train on, with labels. indices : of which these, None = all.
+        workers : processes that decode ahead. on_step : called with 1 after every step.
 
-        Raises SrdLabError where the data lacks what the objective asks for, where the map has no derivative in the weights,
-        and where a gradient is not finite.
+        Raises BadInput for no images, and for a batch without a class that the objective asks for; BadData where no
+        image is of a class that the objective asks for or none of a batch can be read; NoGradient where the map has no
+        derivative in the weights; Refused for a model without weights or that cannot be followed; BadValue where a
+        gradient is not finite.
         """
         check_model(model)
         labels = torch.as_tensor(dataset.labels)
@@ -227,7 +232,10 @@ class _Training:
 
 
 def load_plan(indices: Tensor, batch: int, steps: int, chance: torch.Generator) -> Iterator[list[int]]:
-    """``steps`` lists of ``batch`` of these indices: shuffled, each as often as any other to within one."""
+    """``steps`` lists of ``batch`` of these indices (M,): shuffled, each as often as any other to within one.
+
+    chance : decides the order.
+    """
     rounds = -(-batch * steps // len(indices))
     order = torch.cat([indices[torch.randperm(len(indices), generator=chance)] for _ in range(rounds)])
     yield from order[: batch * steps].view(steps, batch).tolist()

@@ -40,7 +40,7 @@ class Cases(NamedTuple):
     classes: tuple[Tensor, ...]
 
     def part(self, first: int, last: int) -> Cases:
-        """Those from ``first`` to before ``last``."""
+        """The cases from ``first`` to before ``last``."""
         return Cases(self.images[first:last], tuple(c[first:last] for c in self.classes))
 
 
@@ -53,13 +53,19 @@ class MapObjective(Protocol):
     """
 
     @property
-    def what(self) -> str: ...
+    def what(self) -> str:
+        """The score in words, for tables."""
+        ...
 
     @property
-    def compares(self) -> bool: ...
+    def compares(self) -> bool:
+        """Whether the score needs the original's maps."""
+        ...
 
     @property
-    def classes(self) -> tuple[int, ...]: ...
+    def classes(self) -> tuple[int, ...]:
+        """Classes that its images are made of; () where any image will do."""
+        ...
 
     def cases(self, x: Tensor, labels: Tensor) -> Cases:
         """What is explained of images x (N, C, H, W) with ``labels`` (N,)."""
@@ -75,10 +81,12 @@ class _Passive:
 
     @property
     def compares(self) -> bool:
+        """True: the score needs the original's maps."""
         return True
 
     @property
     def classes(self) -> tuple[int, ...]:
+        """(): any image will do."""
         return ()
 
     def cases(self, x: Tensor, labels: Tensor) -> Cases:
@@ -90,8 +98,10 @@ class _Passive:
 class Location(_Passive):
     """The mass lies in a region, whatever the image shows.
 
-    frame : width of the border in pixels, > 0 and less than half the image's shorter side.
+    frame : width of the border in pixels, >= 1 and less than half the image's shorter side.
     mask : (H, W) bool, another region instead of the frame; it must hold some pixels, and not all.
+
+    Raises BadValue for another frame or mask.
     """
 
     frame: int = 8
@@ -109,14 +119,16 @@ class Location(_Passive):
 
     @property
     def what(self) -> str:
+        """The score in words, for tables."""
         return f"mass within {self.frame} px of the border" if self.mask is None else "mass in the region"
 
     @property
     def compares(self) -> bool:
+        """False: the score needs no other maps."""
         return False
 
     def region(self, height: int, width: int) -> Tensor:
-        """The region as a mask (height, width)."""
+        """The region as a mask (height, width) bool. Raises BadValue where the frame or the mask does not fit this size."""
         if self.mask is not None:
             if self.mask.shape != (height, width):
                 raise BadValue(
@@ -131,7 +143,7 @@ class Location(_Passive):
         return F.pad(inside, [self.frame] * 4, value=True)
 
     def score(self, now: Tensor, before: Tensor) -> Tensor:
-        """Share (N,) of the mass in the region; 0 of a map that is zero."""
+        """Share (N,) of the mass in the region, in [0, 1]; 0 of a map that is zero. Errors are those of :meth:`region`."""
         return (_mass(now) * self.region(*now.shape[2:]).to(now)).sum((1, 2))
 
 
@@ -139,7 +151,7 @@ class Location(_Passive):
 class TopK(_Passive):
     """The pixels that the original's map put on top lose their mass.
 
-    share : of all pixels that count as the top, in (0, 1).
+    share : of all pixels that count as the top, in (0, 1); BadValue for another.
     """
 
     share: float = 0.1
@@ -150,10 +162,11 @@ class TopK(_Passive):
 
     @property
     def what(self) -> str:
+        """The score in words, for tables."""
         return f"mass off the original's top {self.share:.0%}"
 
     def score(self, now: Tensor, before: Tensor) -> Tensor:
-        """Share (N,) of the mass off these pixels; 0 of a map that is zero."""
+        """Share (N,) of the mass off these pixels, in [0, 1]; 0 of a map that is zero."""
         return (_mass(now) * ~top_pixels(before[:, 0], self.share)).sum((1, 2))
 
 
@@ -163,6 +176,7 @@ class CentreOfMass(_Passive):
 
     @property
     def what(self) -> str:
+        """The score in words, for tables."""
         return "shift of the centre / side"
 
     def score(self, now: Tensor, before: Tensor) -> Tensor:
@@ -175,7 +189,10 @@ class CentreOfMass(_Passive):
 
 @dataclass(frozen=True)
 class Active:
-    """The maps of classes ``a`` and ``b`` change places, on images that show both."""
+    """The maps of classes ``a`` and ``b`` change places, on images that show both.
+
+    a, b : two different class indices, >= 0; BadValue for others.
+    """
 
     a: int = 0
     b: int = 1
@@ -186,18 +203,24 @@ class Active:
 
     @property
     def what(self) -> str:
+        """The score in words, for tables."""
         return f"pcc to the other's map - to its own (classes {self.a}, {self.b})"
 
     @property
     def compares(self) -> bool:
+        """True: the score needs the original's maps."""
         return True
 
     @property
     def classes(self) -> tuple[int, ...]:
+        """The two classes that its images are made of."""
         return self.a, self.b
 
     def cases(self, x: Tensor, labels: Tensor) -> Cases:
-        """As many images of both classes as there are pairs of one each among x."""
+        """As many images of both classes as there are pairs of one each among x, (M, C, H, W), explained for either.
+
+        Raises BadInput where one of the classes has no image.
+        """
         of_a, of_b = x[labels == self.a], x[labels == self.b]
         count = min(len(of_a), len(of_b))
         if count == 0:
@@ -216,7 +239,8 @@ class Active:
 
 def quartered(a: Tensor, b: Tensor) -> Tensor:
     """Images (N, C, H, W) whose quarters are small copies of those in ``a`` (upper left, lower right) and ``b``; in every
-    second image the other way round, so that no place belongs to a class."""
+    second image the other way round, so that no place belongs to a class. a, b : (N, C, H, W).
+    """
     turned = (torch.arange(len(a), device=a.device) % 2 == 1)[:, None, None, None]
     first, second = torch.where(turned, b, a), torch.where(turned, a, b)
     height, width = a.shape[2:]

@@ -46,7 +46,10 @@ _SPLIT = ("scenes", "cifar10", "cifar100")  # data with images to train on apart
 
 
 class Pool:
-    """Samples of a data set, decoded once and kept."""
+    """Samples of a data set, decoded once and kept.
+
+    classes : names by index. samples : at least one. Attribute ``labels`` : (len,) int64.
+    """
 
     def __init__(self, classes: list[str], samples: list[Sample]) -> None:
         self.classes = classes
@@ -60,7 +63,7 @@ class Pool:
         return self.samples[index]
 
     def name(self, index: int) -> str:
-        """What the data set calls it."""
+        """What the data set calls sample ``index``."""
         return self.samples[index].name
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -69,7 +72,10 @@ class Pool:
 
 
 def pool_of(dataset: Dataset, indices: Sequence[int], workers: int | None) -> Pool:
-    """The samples of these indices; SrdLabError if not one can be read."""
+    """The samples of these indices that can be read; workers : see :func:`srd_lab.data.load_batches`.
+
+    Raises BadData if not one can be read.
+    """
     loaded = next(load_batches(dataset, [indices], workers))
     if not loaded.samples:
         raise BadData(f"not one image is left; {skipped_report(loaded.skipped)}")
@@ -77,7 +83,10 @@ def pool_of(dataset: Dataset, indices: Sequence[int], workers: int | None) -> Po
 
 
 def objective_of(settings: ModelManipulationSettings, side: int) -> MapObjective:
-    """What the settings have the maps say; the frame is an eighth of the image unless given."""
+    """What the settings have the maps say; the frame is an eighth of the image's ``side`` in pixels unless given.
+
+    Raises BadValue for an objective that is not known, or with values out of range.
+    """
     kind = settings.manipulate_model
     if kind not in OBJECTIVES:
         raise BadValue(f"the objective {kind!r} is not known; expected one of {', '.join(OBJECTIVES)}")
@@ -89,7 +98,12 @@ def objective_of(settings: ModelManipulationSettings, side: int) -> MapObjective
 
 
 class ModelStudy:
-    """One run of ``srd-lab attack --manipulate-model``, from settings to table and pictures."""
+    """One run of ``srd-lab attack --manipulate-model``, from settings to table and pictures.
+
+    Raises BadValue for settings out of range or that leave no image to train on, and Refused for methods that recompute
+    their passes; else the errors are those of :func:`srd_lab.runs.inputs.data_for` and
+    :func:`srd_lab.runs.inputs.network_for`.
+    """
 
     def __init__(self, settings: ModelManipulationSettings) -> None:
         self.settings = settings
@@ -137,7 +151,8 @@ class ModelStudy:
         )
 
     def run(self, run: Run) -> None:
-        """Manipulate a network per method, read all methods on it, and report."""
+        """Manipulate a network per method, read all methods on it, and report; errors are those of
+        :meth:`ModelManipulation.run`."""
         began = time.perf_counter()
         workers = self.settings.workers
         held = pool_of(self.dataset, self.held, workers)

@@ -24,14 +24,21 @@ control's; blank: maps that are zero; verdict: fooled, partly (a tenth of the at
 
 @dataclass(frozen=True)
 class Verdict:
-    """gain : of the objective's score beyond the control's; word : what that means."""
+    """Whether a method was fooled.
+
+    gain : of the objective's score beyond the control's. word : what that means, see the module.
+    """
 
     gain: Summary
     word: str
 
 
 def verdicts(attacked: str, found: Maps, untouched: Maps, seed: int) -> dict[str, Verdict]:
-    """Per method, whether it was fooled: see the module."""
+    """Per method, whether it was fooled: see the module.
+
+    attacked : the method that the network was manipulated against. found, untouched : on the manipulated network and on
+        the control. seed : of the bootstrap intervals.
+    """
     gains = {m: summarise(found[m]["after"] - untouched[m]["after"], seed) for m in found}
     reached = gains[attacked].mean if gains[attacked].low > 0 else np.nan
 
@@ -47,7 +54,7 @@ def verdicts(attacked: str, found: Maps, untouched: Maps, seed: int) -> dict[str
 
 
 def table(found: Maps, untouched: Maps, judged: Mapping[str, Verdict]) -> tuple[list[str], list[list[str]]]:
-    """Header and one line of text per method."""
+    """Header and one line of text per method; arguments as in :func:`verdicts`, and what it gave."""
     header = ["method", "objective", "gain", "pcc", "control", "ssim", "control", "blank", "verdict"]
     lines = []
     for method, scores in found.items():

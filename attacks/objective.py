@@ -1,8 +1,8 @@
 """What an attack minimises: one small object per aim, each a loss per image of the map and the output.
 
-An objective is called with a :class:`View` and gives (N,) numbers that fall as the attacker comes nearer to the aim.
-The first five are the members of the standard evaluation; each adds :class:`KeepClass`, which is 0 as long as the
-predicted class holds with a margin. :class:`Eq10` is the published attack, with its own output term.
+An objective is called with a :class:`View` and gives (N,) numbers that fall as the attacker comes nearer to the aim. The
+members of the standard evaluation minimise one of the first six, or a sum of two, with :class:`KeepClass`, which adds 0
+as long as the predicted class holds with a margin. :class:`Eq10` is the published attack, with its own output term.
 
 - :class:`Dissimilarity`: Pearson correlation with the original map.
 - :class:`Structure`: SSIM with it.
@@ -58,7 +58,7 @@ class Reference:
     _known: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def of(self, some: Tensor) -> Reference:
-        """The images with these indices."""
+        """The reference of the images with these indices (n,)."""
         part = Reference(
             self.map[some], self.logits[some], self.size, None if self.goal is None else self.goal[some]
         )
@@ -72,19 +72,19 @@ class Reference:
 
     @property
     def top(self) -> Tensor:
-        """Their largest 10 % of pixels, as a mask (N, H, W)."""
+        """The largest 10 % of their pixels, as a mask (N, H, W) bool."""
         return self._once("top", lambda: top_pixels(self.shown))
 
     @property
     def shown_goal(self) -> Tensor:
-        """The goal maps as they are read."""
+        """The goal maps as they are read, (N, H, W). Raises BadInput where there are none."""
         goal = self.goal
         if goal is None:
             raise BadInput("this objective aims at a goal map; give the attack goal maps or goal images")
         return self._once("goal", lambda: as_read(goal, self.size))
 
     def scores(self, raw: Tensor) -> dict[str, Tensor]:
-        """The four scores (N,) of raw maps (N, h, w)."""
+        """The four scores (N,) of raw maps (N, h, w), see :mod:`attacks.scores`."""
         return scores_of(as_read(raw, self.size), self.shown, self.top)
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -95,8 +95,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class View:
-    """What an objective sees: raw maps (N, h, w) and logits (N, K) of the images as they are now, on the surrogate, and the
-    reference."""
+    """What an objective sees of N images, as they are now.
+
+    map, logits : raw maps (N, h, w) and logits (N, K) on the surrogate. reference : of the original images.
+    """
 
     map: Tensor
     logits: Tensor
@@ -118,7 +120,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Dissimilarity:
-    """Pearson correlation of the map with the original one."""
+    """Pearson correlation of the map with the original one, in [-1, 1]."""
 
     def __call__(self, view: View) -> Tensor:
         return PCC().score(view.shown, view.reference.shown)
@@ -126,7 +128,7 @@ class Dissimilarity:
 
 @dataclass(frozen=True)
 class Structure:
-    """Structural similarity (SSIM) of the map with the original one."""
+    """Structural similarity (SSIM) of the map with the original one, in [-1, 1]."""
 
     def __call__(self, view: View) -> Tensor:
         return ssim_for(view.reference.size).score(view.shown, view.reference.shown)
@@ -134,7 +136,10 @@ class Structure:
 
 @dataclass(frozen=True)
 class TopK:
-    """Share of the map's mass that stays on the ``share`` largest pixels of the original map."""
+    """Share of the map's mass that stays on the largest pixels of the original map, in [0, 1] (Ghorbani et al. 2019).
+
+    share : of all pixels, in (0, 1); BadValue for another.
+    """
 
     share: float = SHARE
 
@@ -148,7 +153,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Combined:
-    """SSIM + PCC + the share of mass on the original's top 10 %."""
+    """SSIM + PCC + the share of mass on the original's top 10 %, in [-2, 3]."""
 
     def __call__(self, view: View) -> Tensor:
         shown, before = view.shown, view.reference.shown
@@ -158,7 +163,10 @@ class Combined:
 
 @dataclass(frozen=True)
 class Sum:
-    """The sum of several objectives."""
+    """The sum of several objectives, each with weight 1.
+
+    parts : at least one.
+    """
 
     parts: tuple[Objective, ...]
 
@@ -168,7 +176,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class MassCentre:
-    """Minus the distance of the centres of mass, in parts of the image's diagonal."""
+    """Minus the distance of the centres of mass, in parts of the image's diagonal, in [-1, 0] (Ghorbani et al. 2019)."""
 
     def __call__(self, view: View) -> Tensor:
         change = _centre(view.shown) - _centre(view.reference.shown)
@@ -177,7 +185,7 @@ class MassCentre:
 
 @dataclass(frozen=True)
 class Target:
-    """Minus the Pearson correlation with the goal map."""
+    """Minus the Pearson correlation with the goal map, in [-1, 1]. Called without a goal map, it raises BadInput."""
 
     def __call__(self, view: View) -> Tensor:
         return -PCC().score(view.shown, view.reference.shown_goal)
@@ -185,8 +193,12 @@ class Target:
 
 @dataclass(frozen=True)
 class KeepClass:
-    """``objective`` plus a hinge that holds the predicted class: 0 while its margin over the next class is at least
-    ``margin`` times what it was, and growing from there with slope ``weight``."""
+    """``objective`` plus a hinge that holds the predicted class.
+
+    objective : what is minimised.
+    margin : the hinge is 0 while the class's lead over the next one is at least this share of what it was.
+    weight : what the hinge grows by from there, for each unit of (lead / what it was) that is lost.
+    """
 
     objective: Objective
     margin: float = 0.1
@@ -206,8 +218,10 @@ class Eq10:
     """Eq. 10: ``map_weight * MSE(map, goal map) + output_weight * MSE(output, original output)`` per image.
 
     Both are means, over maps that are |.| -> divided by their sum (for which Dombrowski et al. chose the weights).
+
+    map_weight, output_weight : of the two terms.
     output_term : "probabilities" (softmax, Dombrowski's code) or "logits" (as Eq. 10 prints it; with these weights
-        the logits term outweighs the map term so far that the attack hardly leaves its start).
+        the logits term outweighs the map term so far that the attack hardly leaves its start); BadValue for another.
     """
 
     map_weight: float = 1e11
@@ -221,7 +235,7 @@ class Eq10:
             )
 
     def __call__(self, view: View) -> Tensor:
-        """Loss (N,); the goal map is the reference's."""
+        """Loss (N,), >= 0; the goal map is the reference's. Raises BadInput where there is none."""
         if view.reference.goal is None:
             raise BadInput("Eq. 10 aims at a goal map; give the attack goal maps or goal images")
         return self.map_weight * goal_error(view.map, view.reference.goal) + self.output_weight * (
@@ -240,7 +254,13 @@ def goal_error(raw: Tensor, goal: Tensor) -> Tensor:
 
 
 def margins(logits: Tensor, predicted: Tensor) -> Tensor:
-    """The logit of ``predicted`` (N,) less the largest of all others, (N,); infinite where there is one class only."""
+    """The logit of ``predicted`` (N,) less the largest of all others, (N,); infinite where there is one class only.
+
+    Example
+    -------
+    >>> margins(torch.tensor([[1.0, 4.0, 2.5]]), torch.tensor([1]))
+    tensor([1.5000])
+    """
     own = logits.gather(1, predicted[:, None])[:, 0]
     others = logits.scatter(1, predicted[:, None], -torch.inf)
     return own - others.amax(1)

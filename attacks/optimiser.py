@@ -36,8 +36,11 @@ class Moves(Protocol):
     """The steps of one attack on N images."""
 
     def move(self, some: Tensor, x_adv: Tensor, slope: Tensor, loss: Tensor, step: int) -> Tensor:
-        """The next iterates (n, C, H, W) of the images with indices ``some`` (n,), within the budget, from the slope of the
-        loss (in pixels), the loss (n,) and the step, counted from 0."""
+        """The next iterates (n, C, H, W), within the budget.
+
+        some : (n,) indices of the images that move. x_adv : (n, C, H, W), where they are.
+        slope : (n, C, H, W) of the loss, in pixels. loss : (n,). step : counted from 0.
+        """
         ...
 
 
@@ -45,7 +48,10 @@ class Optimiser(Protocol):
     """A frozen dataclass whose fields are its parameters."""
 
     def begin(self, x: Tensor, budget: Budget, scale: Tensor, steps: int) -> Moves:
-        """The moves of an attack of so many steps around images x (N, C, H, W)."""
+        """The moves of an attack of so many steps around images x (N, C, H, W).
+
+        scale : (1, C, 1, 1), what one unit of pixel value is in normalised units.
+        """
         ...
 
 
@@ -53,9 +59,11 @@ class Optimiser(Protocol):
 class PGD:
     """Projected gradient descent.
 
-    first, last : step in parts of the budget's radius, on a cosine from the first step to the last. A first step of
+    first, last : step in parts of the budget's radius, > 0, on a cosine from the first step to the last. A first step of
         twice the radius, as APGD's, reaches any point of the ball, and was measured to be stronger than small ones.
-    momentum : share of the direction that is kept.
+    momentum : share of the direction that is kept, in [0, 1).
+
+    Raises BadValue for values out of range.
     """
 
     first: float = 2.0
@@ -70,6 +78,7 @@ class PGD:
             raise BadValue(f"PGD needs a momentum in [0, 1), got {self.momentum}")
 
     def begin(self, x: Tensor, budget: Budget, scale: Tensor, steps: int) -> Moves:
+        """See :meth:`Optimiser.begin`."""
         return _PGDMoves(self, x, budget, scale, steps, torch.zeros_like(x))
 
 
@@ -97,7 +106,10 @@ class _PGDMoves:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam on the normalised image, each image with moments of its own; lr : step size in normalised units."""
+    """Adam on the normalised image, each image with moments of its own.
+
+    lr : step size in normalised units, > 0; BadValue for another.
+    """
 
     lr: float = 1e-3
 
@@ -106,6 +118,7 @@ class Adam:
             raise BadValue(f"the attack needs lr > 0, got {self.lr}")
 
     def begin(self, x: Tensor, budget: Budget, scale: Tensor, steps: int) -> Moves:
+        """See :meth:`Optimiser.begin`."""
         return _AdamMoves(self.lr, x, budget, scale, torch.zeros_like(x), torch.zeros_like(x))
 
 
@@ -129,7 +142,13 @@ class _AdamMoves:
 
 
 def unit(t: Tensor) -> Tensor:
-    """Images (N, C, H, W) divided by their Euclidean length; zero stays zero, and huge or tiny ones do not overflow."""
+    """Images (N, C, H, W) divided by their Euclidean length; zero stays zero, and huge or tiny ones do not overflow.
+
+    Example
+    -------
+    >>> unit(torch.tensor([3e30, 4e30]).view(1, 1, 1, 2)).flatten()
+    tensor([0.6000, 0.8000])
+    """
     top = t.abs().amax((1, 2, 3), keepdim=True)
     t = t / top.masked_fill(top == 0, 1)
     norm = t.flatten(1).norm(dim=1)[:, None, None, None]

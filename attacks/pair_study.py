@@ -14,9 +14,12 @@ PIXELS_AT_ONCE = 48 * 64 * 64  # on a CPU; an accelerator takes 16 times as many
 
 
 class PairStudy:
-    """Opens what the settings name; bad settings show here, before a run exists.
+    """Opens the data, the network and the pairs that the settings name, before a run exists.
 
     methods : names, wrapped or not; those of SRD are attacked once for each of ``settings.starts``.
+
+    Raises BadValue for methods that cannot be read and for more pairs than the data gives; else the errors are those of
+    :func:`srd_lab.runs.inputs.data_for` and :func:`srd_lab.runs.inputs.network_for`.
     """
 
     def __init__(self, settings: PairSettings, methods: Sequence[str]) -> None:
@@ -36,7 +39,13 @@ class PairStudy:
 
 
 def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """What is attacked, name -> (method, SRD's start); SRD, wrapped or not, once for each start."""
+    """What is attacked, name -> (method, SRD's start); SRD, wrapped or not, once for each start.
+
+    Example
+    -------
+    >>> variants(["srd", "gradcam"], ["ones", "contrastive"])
+    {'srd_ones': ('srd', 'ones'), 'srd_contrastive': ('srd', 'contrastive'), 'gradcam': ('gradcam', 'ones')}
+    """
     found = {}
     for method in dict.fromkeys(methods):
         has_starts = plain_name(method) == "srd" and len(starts) > 1
@@ -46,5 +55,11 @@ def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[s
 
 
 def pairs_at_once(side: int, device: str) -> int:
-    """Pairs at once: 48 of 64 x 64 or 3 of 224 x 224 on a CPU, 16 times as many on an accelerator."""
+    """Pairs in a batch, of images with this side in pixels, on a device of this type.
+
+    Example
+    -------
+    >>> pairs_at_once(64, "cpu"), pairs_at_once(224, "cpu"), pairs_at_once(224, "cuda")
+    (48, 3, 62)
+    """
     return max(1, PIXELS_AT_ONCE * (1 if device == "cpu" else 16) // side**2)

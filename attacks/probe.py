@@ -25,8 +25,9 @@ NEAR = 0.03  # of the mean score: surrogates that are no better than this
 class Probe:
     """Which surrogate predicts the real change best: the one whose short attack lowers the scores on the network most.
 
-    scores : surrogate -> mean of PCC, SSIM and top-10 % that it reached; best : None where no attack is possible, and
-        ``why`` says why. likeness : PCC of the map on the best surrogate and on the network itself (1 without a surrogate).
+    best : None where no attack is possible. why : the reason for that; else empty.
+    scores : surrogate -> mean of PCC, SSIM and top-10 % that it reached, in [-1, 1].
+    likeness : PCC of the map on the best surrogate and on the network itself (1 without a surrogate).
     random : whether the map of the same image differs from call to call.
     """
 
@@ -62,7 +63,13 @@ def probe(
     seed: int = 0,
     batcher: Batcher | None = None,
 ) -> Probe:
-    """Try every surrogate on images x with a short attack of so many steps, by ``batcher`` some images at a time."""
+    """Try every surrogate with a short attack.
+
+    x : images (N, C, H, W) in [0, 1]. budget : of the attacks. target : (N,) the class that is explained, None = predicted.
+    steps : of each attack. seed : decides its random starts. batcher : how many images at once; None = all.
+
+    Refused and NoGradient from an attack count as a surrogate that will not do; other errors are passed on.
+    """
     first, logits = explainer.explain_with_logits(model, x, target)
     classes = check_target(target, logits)
     again, _ = explainer.explain_with_logits(model, x, classes)

@@ -30,10 +30,11 @@ DRAWS = 20  # gradients averaged for a method that draws at random
 class Experiment:
     """One method under an ensemble.
 
-    ensemble : what attacks it; None = Eq. 10 alone.
+    explainer : the method.
+    ensemble : what attacks it, and counts.
     eq10 : the published attack, run beside it and not counted; None = not run.
     probe : the surrogate to differentiate, and what is known of the method's gradients.
-    seeds : how often the whole is repeated with other random starts; the scores are means over the repeats.
+    seeds : how often the whole is repeated with other random starts, >= 1; the scores are means over the repeats.
     """
 
     explainer: Explainer
@@ -50,7 +51,13 @@ class Experiment:
     def run(
         self, model: nn.Module, items: Sequence[Item], device: torch.device, advance: Callable[[int], None]
     ) -> Arrays:
-        """Arrays whose first axis is the image; see :mod:`attacks.flags` for their names."""
+        """Arrays whose first axis is the image; see :mod:`attacks.flags` for their names.
+
+        model : on ``device``. items : of two samples each, the image and the one whose map is a goal.
+        advance : called with the steps done, :meth:`steps` for every image in all.
+
+        Errors are those of :meth:`Ensemble.run` and :meth:`Manipulation.run`.
+        """
         originals, goals = zip(*(item.samples for item in items), strict=True)
         x, goal_images = (
             to_8_bits(torch.stack([s.image for s in some])).to(device) for some in (originals, goals)
@@ -158,6 +165,7 @@ def transfer(
     """The arrays ``own`` of some images with the member ``transfer`` added, and ``source/METHOD/SCORE``: what the images of
     one other method reach by themselves.
 
+    x : the originals (N, C, H, W), of 8 bits. target : (N,) the class that is explained.
     others : method -> its images, each (N, C, H, W).
     """
     judge = transferred(how.ensemble.budget, model, how.explainer, x, target, others)
@@ -177,10 +185,10 @@ def transfer(
 
 
 def levels(x: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) of 8 bits as uint8."""
+    """Images (N, C, H, W) in [0, 1] of 8 bits as uint8."""
     return (x * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def images_of(levels_: np.ndarray, device: torch.device) -> Tensor:
-    """The reverse of :func:`levels`."""
+    """The reverse of :func:`levels`: float32 pixels in [0, 1] on ``device``."""
     return torch.from_numpy(levels_).to(device).float() / 255

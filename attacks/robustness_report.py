@@ -32,7 +32,10 @@ eq10: the published attack (Eq. 10) on the same images, beside and not counted; 
 
 
 class Report:
-    """Tables and figures of one run of the study."""
+    """Tables and figures of one run of the study.
+
+    title : of all of them. classes : names of the data's classes, by index.
+    """
 
     def __init__(self, settings: RobustnessSettings, title: str, classes: Sequence[str]) -> None:
         self.settings, self.title, self.classes = settings, title, classes
@@ -41,7 +44,7 @@ class Report:
 
     # one method ----------------------------------------------------------------------------------------
     def score(self, subject: Subject) -> dict[str, float]:
-        """The figures of one method, as they are logged."""
+        """The figures of one method as they are logged, name -> value."""
         table = subject.table
         found: dict[str, float] = {}
         for name in SCORES:
@@ -74,7 +77,7 @@ class Report:
         return found | {"seconds": float(table["seconds"])}
 
     def one(self, subject: Subject) -> None:
-        """Store what is of one method."""
+        """Store figures, table and pictures of one method in its child run."""
         child, table = subject.child, subject.table
         child.log_metrics(self.score(subject))
         child.save_text("images.csv", csv_text(_rows(table)))
@@ -100,7 +103,7 @@ class Report:
 
     # all methods ---------------------------------------------------------------------------------------
     def all(self, run: Run, subjects: Sequence[Subject], skipped: str) -> None:
-        """Print and store what compares the methods."""
+        """Print and store what compares the methods; skipped : a line on files that could not be read, or empty."""
         worst = {s.name: s.table["worst/pcc"] for s in subjects}
         differences = [
             *against({s.name: s.table["worst/pcc"] for s in subjects}, "pcc", self.seed),
@@ -137,7 +140,7 @@ class Report:
         run.save_figure("certificate.png", render.certificate_plot(attacked, certified, values, title=title))
 
     def text(self, subjects: Sequence[Subject], differences: Sequence[Difference], skipped: str) -> str:
-        """The report."""
+        """The report; arguments as in :meth:`all`, and the comparisons of the methods."""
         parts = [f"{self.title}; worst case over the {self.settings.mode} ensemble, mean [95 % interval]"]
         parts.append(text_table(*self._table(_ranked(subjects))))
         ran = [m for m in LETTERS if any(f"member/{m}/pcc" in s.table for s in subjects)]

@@ -48,7 +48,16 @@ CURVE = ("combined", "polish")  # its members
 
 @dataclass
 class Subject:
-    """One method under evaluation, and what came out so far."""
+    """One method under evaluation, and what came out so far.
+
+    name : of the variant, see :func:`attacks.pair_study.variants`. explainer : as the attack sees it.
+    child : the run that its results are stored in. experiment : that attacks it.
+    table : its scores, arrays over the images, see :mod:`attacks.flags`.
+    curve : budget, in its own units -> lowest PCC (n,) of the first images; empty if it was not asked for.
+    gates : None if they were not asked for. flags : name -> what was measured.
+    checks : scores by members that do not count, on the first images; empty without any.
+    sides : attack and certificate of the smoothed map; None if they were not asked for.
+    """
 
     name: str
     explainer: Explainer
@@ -62,7 +71,10 @@ class Subject:
     sides: Sides | None = None
 
     def stored(self, numbers: np.ndarray, name: str, folder: str = "batches") -> np.ndarray:
-        """An array of the pairs with these numbers, in their order, as this method's batches hold it."""
+        """An array of the pairs with these numbers (n,), in their order, as this method's batches hold it.
+
+        name : of the array. folder : of the stored batches.
+        """
         found: dict[int, np.ndarray] = {}
         for path in self.child.list(folder):
             first, last = (int(part) for part in path.rpartition("/")[2].removesuffix(".npz").split("-"))
@@ -72,12 +84,12 @@ class Subject:
         return np.stack([found[int(number)] for number in numbers])
 
     def final(self, numbers: np.ndarray, name: str) -> np.ndarray:
-        """The same, after the other methods' images were tried."""
+        """The same as :meth:`stored`, after the other methods' images were tried."""
         return self.stored(numbers, name, "transferred" if self.child.list("transferred") else "batches")
 
 
 class RobustnessStudy(PairStudy):
-    """One run, from settings to tables, figures and entries."""
+    """One run, from settings to tables, figures and entries; errors are those of :class:`PairStudy`."""
 
     settings: RobustnessSettings
 
@@ -90,12 +102,17 @@ class RobustnessStudy(PairStudy):
 
     @cached_property
     def ensemble(self) -> Ensemble:
-        """What counts, less ``transfer``, which needs the other methods first."""
+        """The members that count, less ``transfer``, which needs the other methods first. Raises BadValue for an unknown
+        member."""
         s, members = self.settings, tuple(name for name in self.members if name != "transfer")
         return Ensemble(members, s.mode, Budget.named(s.norm, s.budget), s.seed)
 
     def run(self, run: Run) -> None:
-        """Attack every method and report."""
+        """Attack every method and report.
+
+        Raises BadData for an image that could be read when the pairs were drawn, but not now, and the errors of
+        :meth:`Experiment.run` and :func:`srd_lab.runs.batches.in_batches`.
+        """
         subjects = [self._attacked(run, name, *variant) for name, variant in self.variants.items()]
         if "transfer" in self.members and len(subjects) > 1:
             for subject in subjects:

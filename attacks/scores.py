@@ -37,7 +37,8 @@ POOLED = 28
 
 
 def as_read(raw: Tensor, size: tuple[int, int]) -> Tensor:
-    """|map| divided by its maximum, (N, h, w) -> (N, *size); differentiable."""
+    """|map| divided by its maximum, in [0, 1], of raw maps (N, h, w), stretched to ``size`` (rows, columns);
+    differentiable."""
     shown = maps.max_to_one(raw)
     return shown if shown.shape[1:] == size else maps.upsample(shown, size)
 
@@ -51,8 +52,10 @@ def similarity(raw: Tensor, original: Tensor, size: tuple[int, int]) -> dict[str
 
 
 def scores_of(shown: Tensor, reference: Tensor, before: Tensor | None = None) -> dict[str, Tensor]:
-    """The four scores (N,) of two batches of maps (N, H, W) as they are read; ``before``: the reference's top pixels, if
-    known."""
+    """The four scores (N,) of maps against a reference, both (N, H, W) and as they are read.
+
+    before : the reference's top pixels (N, H, W) bool, if known. NaN where a map is not finite.
+    """
     before, after = top_pixels(reference) if before is None else before, top_pixels(shown)
     found = {
         "pcc": PCC().score(shown, reference),
@@ -65,7 +68,11 @@ def scores_of(shown: Tensor, reference: Tensor, before: Tensor | None = None) ->
 
 
 def more_scores(raw: Tensor, original: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-    """PCC (N,) of the signed maps, and PCC and top-10 % of maps pooled to at most 28 x 28."""
+    """PCC (N,) of the signed maps, and PCC and top-10 % of maps pooled to at most 28 x 28; arguments as in
+    :func:`similarity`.
+
+    Names are those of ``MORE_SCORES``. NaN where a map is not finite.
+    """
     signed = [m if m.shape[1:] == size else maps.upsample(m, size) for m in (raw, original)]
     side = (min(POOLED, size[0]), min(POOLED, size[1]))
     small, reference = (F.adaptive_avg_pool2d(as_read(m, size), side) for m in (raw, original))
@@ -80,7 +87,14 @@ def more_scores(raw: Tensor, original: Tensor, size: tuple[int, int]) -> dict[st
 
 
 def top_pixels(shown: Tensor, share: float = SHARE) -> Tensor:
-    """The ``share`` largest pixels of maps (N, H, W), as a mask; at least one. Among equals the first ones."""
+    """The ``share`` largest pixels of maps (N, H, W), as a mask of their shape; at least one. Among equals the first ones.
+
+    Example
+    -------
+    >>> top_pixels(torch.tensor([[[3.0, 1.0], [2.0, 3.0]]]), 0.25)
+    tensor([[[ True, False],
+             [False, False]]])
+    """
     flat = shown.detach().flatten(1)
     count = max(1, round(share * flat.shape[1]))
     least = flat.topk(count, dim=1).values[:, -1:]
@@ -90,7 +104,7 @@ def top_pixels(shown: Tensor, share: float = SHARE) -> Tensor:
 
 
 def ssim_for(size: tuple[int, ...]) -> SSIM:
-    """SSIM with its window of 7, or the largest odd one that fits."""
+    """SSIM with its window of 7, or the largest odd one that fits maps of this size."""
     return SSIM(min(SSIM.window, *(side - 1 + side % 2 for side in size)))
 
 

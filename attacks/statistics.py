@@ -18,9 +18,10 @@ RESAMPLES = 10_000
 class Difference:
     """A method against the reference, by one score, on the same images.
 
-    difference, low, high : mean of score - reference's score and its 95 % interval; p : two-sided, of the paired bootstrap
-    (images drawn with repetition); p_corrected : after Holm's correction for all methods; verdict : "more robust", "less
-    robust" or "open".
+    difference, low, high : mean of score - reference's score and its 95 % interval, over n images.
+    p : two-sided, of the paired bootstrap (images drawn with repetition); p_corrected : after Holm's correction for all
+        methods.
+    verdict : "more robust", "less robust" or "open"; not open where the corrected p is below 0.05.
     """
 
     method: str
@@ -36,7 +37,11 @@ class Difference:
 
 
 def explanation_rate(worst: np.ndarray, score: str) -> np.ndarray:
-    """Whether each image's explanation holds (N,): its worst score is at least the threshold. Its mean is the RER."""
+    """Whether each image's explanation holds, (N,) bool: its worst score (N,) is at least the threshold. Its mean is the
+    RER.
+
+    score : a name in :data:`attacks.thresholds.TAU`.
+    """
     return np.asarray(worst) >= TAU[score]
 
 
@@ -47,6 +52,11 @@ def paired_bootstrap(
 
     The p is twice the smaller share of resampled means on one side of 0, counted with one added on both sides of the
     fraction (Davison & Hinkley 1997), so that it is never 0. NaN for fewer than two images.
+
+    Example
+    -------
+    >>> paired_bootstrap(np.zeros(5), seed=0)
+    (0.0, 0.0, 1.0)
     """
     values = np.asarray(difference, dtype=np.float64)
     if len(values) < 2:
@@ -61,7 +71,11 @@ def paired_bootstrap(
 
 
 def against(worst: Mapping[str, np.ndarray], score: str, seed: int, reference: str = "") -> list[Difference]:
-    """Every method against the reference ("srd" where it is among them, else the first)."""
+    """Every method against the reference.
+
+    worst : method -> score (N,) of the same images. score : its name. seed : of the bootstrap.
+    reference : a method; "" = "srd" where it is among them, else the first.
+    """
     base = reference or ("srd" if "srd" in worst else next(iter(worst)))
     others = [name for name in worst if name != base]
     differences = {name: worst[name] - worst[base] for name in others}
@@ -91,7 +105,10 @@ def against(worst: Mapping[str, np.ndarray], score: str, seed: int, reference: s
 
 
 def area(curve: Mapping[float, np.ndarray]) -> float:
-    """Mean worst score over the budgets, by the trapezoid rule over the logarithm of the budget; NaN for one budget."""
+    """Mean worst score over the budgets, by the trapezoid rule over the logarithm of the budget; NaN for one budget.
+
+    curve : budget, > 0 -> worst score (N,); what a smaller budget reaches counts for a larger one too.
+    """
     sizes = sorted(curve)
     if len(sizes) < 2:
         return float("nan")
@@ -100,7 +117,10 @@ def area(curve: Mapping[float, np.ndarray]) -> float:
 
 
 def breaking_budget(curve: Mapping[float, np.ndarray], score: str = "pcc") -> float:
-    """Median over images of the smallest budget at which the score falls below its threshold; infinite where most hold."""
+    """Median over images of the smallest budget at which the score falls below its threshold; infinite where most hold.
+
+    curve : as in :func:`area`. score : a name in :data:`attacks.thresholds.TAU`.
+    """
     sizes, lowest = np.array(sorted(curve)), np.stack(list(cumulative(curve).values()))  # (budgets, N)
     broken = lowest < TAU[score]
     first = np.where(broken.any(0), sizes[broken.argmax(0)], np.inf)
@@ -108,7 +128,13 @@ def breaking_budget(curve: Mapping[float, np.ndarray], score: str = "pcc") -> fl
 
 
 def cumulative(curve: Mapping[float, np.ndarray]) -> dict[float, np.ndarray]:
-    """The curve as it must be: what a smaller budget reaches, a larger one reaches too."""
+    """The curve, budget -> worst score (N,), ascending, where what a smaller budget reaches counts for a larger one too.
+
+    Example
+    -------
+    >>> {size: worst.tolist() for size, worst in cumulative({2.0: np.array([0.9]), 1.0: np.array([0.5])}).items()}
+    {1.0: [0.5], 2.0: [0.5]}
+    """
     sizes = sorted(curve)
     lowest = np.minimum.accumulate(np.stack([curve[size] for size in sizes]), axis=0)
     return dict(zip(sizes, lowest, strict=True))

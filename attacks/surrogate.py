@@ -25,7 +25,9 @@ from srd_lab.errors import BadValue
 class Surrogate:
     """Softplus surrogate with ``beta`` at the first step, growing geometrically to ``beta_end`` after the last.
 
-    beta : > 0, or None for the original network itself; beta_end : None = it stays ``beta``.
+    beta : > 0, or None for the original network itself; beta_end : > 0; None = it stays ``beta``.
+
+    Raises BadValue for values out of range, and for a last beta without a first.
     """
 
     beta: float | None = None
@@ -40,13 +42,14 @@ class Surrogate:
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """One of :data:`SURROGATES`."""
+        """One of :data:`SURROGATES`. Raises BadValue for another name."""
         if name not in SURROGATES:
             raise BadValue(f"the surrogate {name!r} is not known; expected one of {', '.join(SURROGATES)}")
         return cls(*SURROGATES[name])
 
     @property
     def is_original(self) -> bool:
+        """Whether the original network itself is differentiated."""
         return self.beta is None
 
     def beta_at(self, step: int, steps: int) -> float:
@@ -57,7 +60,7 @@ class Surrogate:
         return float(self.beta * (end / self.beta) ** (step / steps))
 
     def at(self, model: nn.Module, step: int, steps: int) -> nn.Module:
-        """The network to differentiate at this step of so many."""
+        """The network to differentiate at this step, counted from 0, of so many."""
         return model if self.beta is None else SmoothModel(model, self.beta_at(step, steps))
 
     def __str__(self) -> str:

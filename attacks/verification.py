@@ -42,7 +42,12 @@ GATES_AGREE = 2e-2
 def verify(file: Path, weights: Path | None = None, device: str | None = None) -> list[str]:
     """What does not agree, each in one line; empty where everything does.
 
+    file : the ``entry.json``, with its images beside it.
     weights : of the entry's network; None = those that ``load_model`` takes by itself.
+    device : None or "auto" takes an accelerator where there is one.
+
+    Raises BadEntry where the entry or its images cannot be read or lack something, BadWeights for weights that are not
+    those of the entry, and the errors of :func:`srd_lab.models.load_model`.
     """
     full_precision()
     entry = read_entry(file)

@@ -32,11 +32,12 @@ class Method:
     """What is known of an explanation method.
 
     title : as Table 2 of the SRD paper, or its own paper, writes it.
-    resolution : of its maps: input, high (1/8 of the image) or low (the encoder output).
+    paper : authors and year; "control" where it is none.
+    resolution : of its maps: "input", "high" (1/8 of the image) or "low" (the encoder output).
     passes : its cost in forward passes of one image; a backward pass counts as two. K: channels of the layer.
     tested : what it is held against in the tests; "definition" is the formula, written out slowly.
     attackable : whether the map has a derivative in the image that an attack can use.
-    explainer : with its default options.
+    explainer : an instance with the options that the name stands for.
     """
 
     title: str
@@ -52,10 +53,12 @@ class Method:
 class Metric:
     """What is known of a metric.
 
+    title : as tables write it.
+    paper : authors and year.
     better : "higher" or "lower".
-    scores : what of an explanation it looks at.
+    scores : what of an explanation it looks at: "localisation", "faithfulness", "robustness", "complexity" or "sanity".
     tested : what it is held against in the tests.
-    metric : with its default options.
+    metric : an instance with the options that the name stands for.
     """
 
     title: str
@@ -69,6 +72,7 @@ class Metric:
 class Declared(Mapping[str, Entry]):
     """What the modules of a package declare, by name; they are imported when first asked.
 
+    package : dotted name of the package; every module directly in it is imported.
     first : names in the order in which they are listed; others follow in that of their declaration.
     """
 
@@ -78,7 +82,7 @@ class Declared(Mapping[str, Entry]):
         self._loaded = False
 
     def add(self, name: str, entry: Entry) -> None:
-        """Declare an entry. Raises SrdLabError if the name is taken."""
+        """Declare an entry. Raises BadValue if the name is taken."""
         if name in self._found:
             raise BadValue(f"{name!r} is declared twice in {self._package}; choose another name")
         self._found[name] = entry
@@ -153,7 +157,10 @@ def method(
     attackable: bool = True,
     **options: Any,
 ) -> Callable[[Class], Class]:
-    """Declare the decorated class as the method ``name``, with these ``options``; the rest as in :class:`Method`."""
+    """Declare the decorated class as the method ``name``, with these ``options``; the rest as in :class:`Method`.
+
+    Raises BadValue if the name is taken, and whatever the class refuses ``options`` with.
+    """
 
     def declare(cls: Class) -> Class:
         METHODS.add(name, Method(title, paper, resolution, passes, tested, attackable, cls(**options)))
@@ -165,7 +172,10 @@ def method(
 def metric(
     name: str, *, title: str, paper: str, better: str, scores: str, tested: str, **options: Any
 ) -> Callable[[Class], Class]:
-    """Declare the decorated class as the metric ``name``, with these ``options``; the rest as in :class:`Metric`."""
+    """Declare the decorated class as the metric ``name``, with these ``options``; the rest as in :class:`Metric`.
+
+    Raises BadValue if the name is taken, and whatever the class refuses ``options`` with.
+    """
 
     def declare(cls: Class) -> Class:
         METRICS.add(name, Metric(title, paper, better, scores, tested, cls(**options)))
@@ -175,17 +185,23 @@ def metric(
 
 
 def attackable() -> tuple[str, ...]:
-    """The methods whose maps have a derivative in the image."""
+    """The names of the methods whose maps have a derivative in the image, in the order of the list."""
     return tuple(name for name, known in METHODS.items() if known.attackable)
 
 
 def title_of(method: str) -> str:
-    """A method as tables write it; a wrapped one as it was asked for."""
+    """A method as tables write it; the text of a wrapper, such as ``smoothed(srd,0.1,64)``, is handed back as it is."""
     return METHODS[method].title if method in METHODS else method
 
 
 def outer_parts(text: str) -> list[str]:
-    """The parts of a list, split at the commas outside of all parentheses."""
+    """The parts of a list, split at the commas outside of all parentheses, without spaces around them.
+
+    Example
+    -------
+    >>> outer_parts("smoothed(srd,0.1), gradient")
+    ['smoothed(srd,0.1)', 'gradient']
+    """
     parts, depth = [""], 0
     for letter in text:
         depth += (letter == "(") - (letter == ")")

@@ -20,6 +20,11 @@ def class_logits(output: Any) -> Any:
 
     output : logits (N, K), (N, 1) or (N,); a tuple or list that begins with them; a mapping or an object that has them
         under ``logits``, or a mapping with one tensor. Anything else is handed back as it is.
+
+    Example
+    -------
+    >>> class_logits({"logits": torch.tensor([[2.0]])})    # one logit: two classes
+    tensor([[-2.,  2.]])
     """
     found = _tensor_in(output)
     if not isinstance(found, Tensor) or found.dim() not in (1, 2) or found[:1].numel() != 1:
@@ -29,14 +34,17 @@ def class_logits(output: Any) -> Any:
 
 
 def is_among(logits: Tensor, output: Any) -> bool:
-    """Whether ``logits`` are what the model put out, and not two made of one."""
+    """Whether ``logits`` are the very tensor that the model put out, and not two made of one.
+
+    logits : as :func:`class_logits` found them. output : of the model, as there.
+    """
     return _tensor_in(output) is logits
 
 
 def probabilities(output: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """The probabilities (N, K) of the classes: softmax of the logits, sigmoid of one logit.
+    """The probabilities (N, K) of the classes, in [0, 1]: softmax of the logits, sigmoid of one logit.
 
-    output : see :func:`class_logits`. dtype : to compute in; None is that of the logits.
+    output : logits in one of the forms of :func:`class_logits`. dtype : to compute in; None is that of the logits.
     """
     logits = class_logits(output)
     one = _tensor_in(output).numel() == len(logits)
@@ -46,11 +54,16 @@ def probabilities(output: Any, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def check_target(target: Any, logits: Any) -> Tensor:
-    """Class indices (N,) on the logits' device.
+    """Class indices (N,) int64 on the logits' device.
 
     target : class indices, one per image or one for all; None is the predicted class. logits : (N, K).
 
-    Raises SrdLabError for what is no logits (N, K) and for what is no class of theirs.
+    Raises Refused for what is no logits (N, K), and BadInput for what is no class of theirs.
+
+    Example
+    -------
+    >>> check_target(1, torch.zeros(2, 3))
+    tensor([1, 1])
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise Refused(
@@ -79,13 +92,13 @@ def check_target(target: Any, logits: Any) -> Tensor:
 
 
 def check_logits(logits: Any) -> Tensor:
-    """``logits``, refused where they are no (N, K); see :func:`check_target`."""
+    """``logits``, as they are. Raises Refused where they are no (N, K)."""
     check_target(None, logits)
     return logits
 
 
 def class_logit(logits: Tensor, target: Tensor | int | None) -> Tensor:
-    """The logit (N,) of every image's class, see :func:`check_target`."""
+    """The logit (N,) of every image's class; arguments and errors are those of :func:`check_target`."""
     classes = check_target(target, logits)
     return logits.gather(1, classes[:, None])[:, 0]
 

@@ -12,7 +12,11 @@ CHANNELS = ("sum", "abs_sum", "max_abs")
 
 
 def reduce_channels(attribution: Tensor, how: str) -> Tensor:
-    """(N, C, H, W) -> (N, H, W): ``sum`` keeps the sign, ``abs_sum`` is the l1 norm, ``max_abs`` Simonyan's choice."""
+    """One number per pixel, (N, H, W), of an attribution (N, C, H, W).
+
+    how : "sum" keeps the sign, "abs_sum" is the l1 norm over channels, "max_abs" the largest absolute value (Simonyan et
+        al. 2014). Raises BadValue for another.
+    """
     if how == "sum":
         return attribution.sum(1)
     if how == "abs_sum":
@@ -23,21 +27,21 @@ def reduce_channels(attribution: Tensor, how: str) -> Tensor:
 
 
 def sum_to_one(maps: Tensor) -> Tensor:
-    """|map| divided by its sum per image, (N, H, W); a zero map stays zero (Dombrowski et al. 2019)."""
+    """|map| of raw maps (N, H, W), divided by its sum per image; a zero map stays zero (Dombrowski et al. 2019)."""
     maps = maps.abs()
     total = maps.sum((1, 2), keepdim=True)
     return maps / total.masked_fill(total == 0, 1)
 
 
 def max_to_one(maps: Tensor) -> Tensor:
-    """|map| divided by its maximum per image, in [0, 1], (N, H, W); a zero map stays zero."""
+    """|map| of raw maps (N, H, W), divided by its maximum per image, in [0, 1]; a zero map stays zero."""
     maps = maps.abs()
     top = maps.amax((1, 2), keepdim=True)
     return maps / top.masked_fill(top == 0, 1)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, h, w) -> (N, *size), bilinear, as the paper shows its low and high maps."""
+    """Maps (N, h, w) at ``size`` (rows, columns), bilinear, as the paper shows its low and high maps."""
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 

@@ -15,15 +15,16 @@ class Normalising(Protocol):
     """A model that is fed with pixels in [0, 1] and normalises them: :class:`srd_lab.models.Classifier`, say."""
 
     def normalisation_and_network(self) -> tuple[nn.Module, nn.Module]:
-        """The two parts, of which the model is the second after the first."""
+        """Normalisation and network: the model is the second applied to the result of the first."""
         ...
 
 
 def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The normalisation in front of a network, and the network.
 
-    A model that does not say (:class:`Normalising`) is taken to be a bare network. Raises SrdLabError if hooks, which
-    what is run in two parts would pass by, are on the whole.
+    A model that does not say (:class:`Normalising`) is taken to be a bare network, behind an identity.
+
+    Raises Refused if forward hooks are on the model as a whole: running its two parts one by one would skip them.
     """
     if not isinstance(model, Normalising):
         return nn.Identity(), model
@@ -37,7 +38,12 @@ def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:
-    """What one unit of pixel value is in normalised units, (1, C, 1, 1)."""
+    """What one unit of pixel value is in normalised units, (1, C, 1, 1): 1 / std, or 1 for a bare network.
+
+    x : images (N, C, H, W), of which only shape, dtype and device count.
+
+    Raises Refused as :func:`split_normalisation` does.
+    """
     normalise, _ = split_normalisation(model)
     zero = torch.zeros_like(x[:1])
     with torch.no_grad():

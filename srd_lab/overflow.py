@@ -15,10 +15,14 @@ from srd_lab.errors import Refused
 def refuse_overflow(
     model: nn.Module, x: Tensor, logits: Tensor | None, raw: Tensor | None = None, *, squares: bool = False
 ) -> None:
-    """Refuse logits and raw maps (N, h, w) of images x that are not finite, and maps that are zero because numbers inside
-    the model overflow. An honest zero passes; the model is run again only where something is wrong with a map.
+    """Refuse logits and raw maps that are not finite, and maps that are zero because numbers inside the model overflow.
 
+    x : images (N, C, H, W). logits : (N, K), or None = not looked at. raw : maps (N, h, w), or None = not looked at.
     squares : whether the map is made with squares of activations, which overflow long before these do.
+
+    A map that is zero for another reason passes. The model is run again only where something is wrong.
+
+    Raises Refused, with the place where the overflow began if it is found.
     """
     sane = logits is None or _finite(logits)
     if sane and (raw is None or not _suspicious(raw).any()):
@@ -44,7 +48,13 @@ def refuse_overflow(
 
 
 def largest_square_root(dtype: torch.dtype) -> float:
-    """The largest number whose square is one of this type."""
+    """The largest number whose square is finite in this floating-point type.
+
+    Example
+    -------
+    >>> f"{largest_square_root(torch.float32):.2g}"
+    '1.8e+19'
+    """
     return math.sqrt(torch.finfo(dtype).max)
 
 

@@ -21,7 +21,18 @@ METRICS: dict[str, Metric] = {name: known.metric for name, known in DECLARED_MET
 
 
 def make_explainer(method: str, **options: Any) -> Explainer:
-    """The explainer of that name, or of a wrapper such as ``smoothed(srd,0.1,64)``; options are a plain method's fields."""
+    """The explainer of that name, with these options.
+
+    method : a name of ``EXPLAINERS``, or a wrapper around one, such as ``smoothed(srd,0.1,64)``.
+    options : fields of the method's class, for plain names only; a wrapper takes its own in the brackets.
+
+    Raises BadValue for a name, option or value that is not known.
+
+    Example
+    -------
+    >>> make_explainer("srd", level="high").level
+    'high'
+    """
     if "(" in method:
         if options:
             raise BadValue(f"{method} takes its options in the brackets; leave out {', '.join(options)}")
@@ -39,13 +50,22 @@ def make_explainer(method: str, **options: Any) -> Explainer:
 def explain(
     model: nn.Module, x: Tensor, target: Tensor | int | None = None, method: str = "srd", **options: Any
 ) -> Tensor:
-    """Raw map (N, H, W) of images x (N, C, H, W) in [0, 1] for classes ``target`` (N,); None = the predicted class.
+    """Raw maps (N, h, w) of images x (N, C, H, W) in [0, 1]; (N, H, W) for methods that explain the input.
+
+    target : classes (N,), one for all, or None = the predicted ones.
+    method, options : see :func:`make_explainer`.
 
     Maps are signed where the method is and reduced over channels as the method's docstring says; absolute value,
-    normalisation and resizing are in :mod:`srd_lab.maps`. ``options`` are the fields of ``EXPLAINERS[method]``.
-    A bare network, which does not normalise, is given what it was trained on instead of pixels.
+    normalisation and resizing are in :mod:`srd_lab.maps`. A bare network, which does not normalise, is given what it was
+    trained on instead of pixels.
 
-    Raises SrdLabError where the model cannot be followed, and for images far from [0, 1] where it normalises them itself.
+    Raises BadValue for an unknown method or option; BadInput for inputs of a wrong type or shape, and for pixels far from
+    [0, 1] where the model normalises them itself; Refused where the model cannot be followed.
+
+    Example
+    -------
+    >>> explain(model, x, method="gradcam").shape
+    torch.Size([2, 2, 2])
     """
     explainer = make_explainer(method, **options)
     check_input(x, model)

@@ -28,9 +28,12 @@ Result = TypeVar("Result")
 
 
 def pick_device(name: str | None = None, *, float64: bool = False) -> torch.device:
-    """``None`` or "auto" picks CUDA, then MPS, then the CPU; any other name must be usable.
+    """The device to compute on.
 
-    float64 : it has to compute in float64, which MPS does not.
+    name : "cuda", "cuda:1", "cpu", ...; None or "auto" picks CUDA, then MPS, then the CPU.
+    float64 : whether it has to compute in float64, which MPS does not.
+
+    Raises Unavailable for a named device that cannot be used here.
     """
     if name in (None, "auto"):
         if torch.cuda.is_available():
@@ -48,13 +51,18 @@ def pick_device(name: str | None = None, *, float64: bool = False) -> torch.devi
 def generator(seed: int, *keys: int | str) -> torch.Generator:
     """A CPU generator that depends on the seed and the keys alone, not on what was drawn before.
 
-    CPU on purpose: the numbers are the same whatever device the work runs on.
+    It is on the CPU so that the numbers are the same whatever device the work runs on.
+
+    Example
+    -------
+    >>> torch.equal(torch.rand(2, generator=generator(0, "noise", 7)), torch.rand(2, generator=generator(0, "noise", 7)))
+    True
     """
     return torch.Generator().manual_seed(derived_seed(seed, *keys))
 
 
 def derived_seed(seed: int, *keys: int | str) -> int:
-    """A seed below 2^63 that depends on the seed and the keys alone."""
+    """A seed in [0, 2^63) that depends on the seed and the keys alone."""
     text = "/".join(str(part) for part in (seed, *keys))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -73,14 +81,15 @@ def keep_freed_memory() -> None:
 
 
 def full_precision() -> None:
-    """Convolutions on CUDA in float32 as it stands: PyTorch would round their factors to 10 bits (TF32)."""
+    """Switch TF32 off for the whole process: on CUDA it rounds the factors of float32 products to 10 bits."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def fast_layout(network: nn.Module, images: Tensor) -> torch.memory_format:
     """The memory format in which forward passes of images (N, C, H, W) take least time: channels last on the CPU, where
-    convolutions are a third faster with it, unless the network calls view() on a map, which it forbids."""
+    convolutions are a third faster with it, unless the network calls view() on a map, which fails there. Contiguous on other
+    devices, and where gradients are on."""
     if images.device.type != "cpu" or torch.is_grad_enabled():
         return torch.contiguous_format
     try:
@@ -91,16 +100,24 @@ def fast_layout(network: nn.Module, images: Tensor) -> torch.memory_format:
 
 
 class Batcher:
-    """Runs work on at most ``size`` items at once; where memory runs out, on half as many, for good.
+    """Runs work on at most ``size`` items at once; where memory runs out, on half as many, from then on.
 
     For work whose result does not depend on what else is in its batch.
+
+    Example
+    -------
+    >>> Batcher(2).run(sum, [1, 2, 3])
+    [3, 3]
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def run(self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
-        """The results of ``work`` on consecutive parts of ``items``."""
+        """The results of ``work`` on consecutive parts of ``items``, in order.
+
+        Raises Unavailable if memory does not suffice for a single item; other errors of ``work`` are passed on.
+        """
         results: list[Result] = []
         first = 0
         while first < len(items):
@@ -133,7 +150,7 @@ class Batcher:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on whatever device: most allocators say so in words only."""
+    """Whether an error says that memory ran out, on whatever device: most allocators say so in words only."""
     said = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in said for words in _NO_MEMORY

@@ -1,4 +1,4 @@
-"""The few shapes that every module shares: one error class, one protocol, one sample."""
+"""The few types that every module shares: a sample, a data set, an explainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Sample:
 
 
 class Dataset(Protocol):
-    """Random access to samples; ``labels`` and names are known without decoding an image."""
+    """Random access to samples; labels and names are known without decoding an image.
+
+    classes : names of the classes, by index. labels : (len,) int64 class indices.
+    """
 
     classes: list[str]
     labels: Tensor  # (len,) int64
@@ -38,7 +41,7 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def name(self, index: int) -> str:
-        """The name of that sample."""
+        """The name of sample ``index``, as in ``Sample.name``."""
         ...
 
 
@@ -50,12 +53,15 @@ class Explainer(Protocol):
     """
 
     def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
-        """Map of ``x`` (N, C, H, W) for classes ``target`` (N,), raw, as (N, H, W).
+        """Raw maps (N, h, w) of images x (N, C, H, W); h, w as the method's resolution has it, H, W at the input.
 
-        ``target=None`` is the predicted class. Differentiable if and only if ``x`` asks for a gradient.
-        The model, its flags, hooks and ``param.grad``, and ``x``, are left as they were.
+        target : classes (N,), one for all, or None = the predicted ones.
 
-        Raises SrdLabError where numbers overflow, so that there is no map of some image.
+        Differentiable if and only if ``x`` asks for a gradient. The model, its flags, hooks and ``param.grad``, and ``x``,
+        are left as they were.
+
+        Raises BadInput for images or targets that do not fit, and Refused where the model cannot be followed or its numbers
+        overflow, so that there is no map of some image.
         """
         from srd_lab.overflow import refuse_overflow
 
@@ -70,6 +76,8 @@ class Explainer(Protocol):
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The map, and the model's output (N, K) from the same forward pass; finite or not, for work on many images that
-        leaves single ones out."""
+        """The maps, and the model's output (N, K) from the same forward pass; arguments as in :meth:`explain`.
+
+        Maps and logits may be infinite or NaN: work on many images leaves single ones out.
+        """
         ...

@@ -48,9 +48,10 @@ def load_data(
     """The data set that ``spec`` names, one of ``SOURCES``; what it accepts stands at the top of its module.
 
     split : of ``scenes`` (train, val or test) and CIFAR (train or test); a folder has but one.
-    seed : of ``scenes``.
+    seed : of ``scenes``, >= 0.
     size : side of the images in pixels; 224 unless given, always 64 for ``scenes`` and 32 for CIFAR.
-    limit : so many images at most: the first of ``scenes``, whose classes go round; evenly spread ones of all else.
+    limit : so many images at most, >= 1: the first of ``scenes``, whose classes go round; evenly spread ones of all else.
+        None = all.
     non_rgb : what becomes of files that are not 8-bit RGB: "skip" raises SkippedFile on access, "convert" makes
         RGB of them.
     boxes : for ``imagenet``, the folder of XML annotations or the table of bounding boxes that give the masks,
@@ -58,8 +59,14 @@ def load_data(
 
     Files in class folders that Pillow cannot open are left out, and a warning counts and names them.
 
-    Raises SrdLabError for an unknown source, split or size, and for files that cannot be used; on access
-    SkippedFile for one that cannot.
+    Raises BadValue for an unknown source, split, size or option, and BadData for files that cannot be used; on access
+    SkippedFile, a kind of BadData, for a single file that cannot.
+
+    Example
+    -------
+    >>> data = load_data("scenes", limit=20)
+    >>> len(data), data[3].label, data.name(3), tuple(data[3].image.shape)
+    (20, 3, 'scenes/test/3', (3, 64, 64))
     """
     source, _, place = spec.partition(":")
     if boxes is not None and source != "imagenet":
@@ -107,9 +114,15 @@ def _scenes(split: str, seed: int, size: int | None, limit: int | None) -> Datas
 
 
 def batch(dataset: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W) float32 in [0, 1] and labels (N,) int64 of these samples; at least one.
+    """Images (N, 3, H, W) float32 in [0, 1] and labels (N,) int64 of the samples with these indices.
 
-    Raises SrdLabError when there are no indices.
+    Raises BadInput when there are no indices, and SkippedFile for a file that cannot be used.
+
+    Example
+    -------
+    >>> images, labels = batch(load_data("scenes"), [0, 12])
+    >>> images.shape, labels
+    (torch.Size([2, 3, 64, 64]), tensor([0, 2]))
     """
     samples = [dataset[int(index)] for index in indices]
     if not samples:

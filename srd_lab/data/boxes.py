@@ -33,8 +33,11 @@ XML_PLACES = ("Annotations/CLS-LOC/val", "ILSVRC/Annotations/CLS-LOC/val", "Anno
 def boxes_of(root: Path, given: str | Path | None, wnids: tuple[str, ...]) -> BoxSource | None:
     """The boxes for the images in ``root``: a file or folder ``given``, else what lies there; None without any.
 
+    wnids : the WordNet number of every class index.
+
     Looked for are ``boxes.csv``, then the folders ``XML_PLACES``, in ``root`` and then beside it.
-    Raises SrdLabError where what is given is not there, or a table cannot be used.
+
+    Raises BadData where what is given is not there, or a table cannot be used.
     """
     if given is not None:
         place = Path(given).expanduser()
@@ -48,7 +51,14 @@ def boxes_of(root: Path, given: str | Path | None, wnids: tuple[str, ...]) -> Bo
 
 
 def rasterise(boxes: Iterable[Box], size: Size) -> Image.Image | None:
-    """The union of boxes, given by their edges, as a mask (mode L) of this size; None where there is no box."""
+    """The union of boxes, given by their edges, as a mask (mode L, 255 inside) of this size (width, height); None for
+    no boxes.
+
+    Example
+    -------
+    >>> np.array(rasterise([(1, 0, 3, 1)], (4, 2))).tolist()
+    [[0, 255, 255, 0], [0, 0, 0, 0]]
+    """
     from PIL import Image
 
     boxes = list(boxes)
@@ -71,7 +81,10 @@ def _edges(box: Box, drawn_on: Size, size: Size) -> Box:
 class XmlBoxes:
     """``folder/NAME.xml`` or ``folder/nXXXXXXXX/NAME.xml`` for NAME.JPEG, as ImageNet distributes them.
 
-    An object counts where it bears the wnid of the image's label. No file means no box.
+    Called with a picture and its stored size (width, height), it gives the edges of its boxes in stored pixels. An object
+    counts where it bears the wnid of the image's label. No file means no box; one that cannot be read raises SkippedFile.
+
+    folder : of the annotations. wnids : the WordNet number of every class index.
     """
 
     def __init__(self, folder: Path, wnids: tuple[str, ...]) -> None:
@@ -102,6 +115,10 @@ class TableBoxes:
     Of these columns, the first that are there: ``x0,y0,x1,y1`` in stored pixels; ``x0_orig,...`` on the original,
     whose ``orig_width`` and ``orig_height`` stand in ``labels.csv`` beside the table; ``x0_227,...`` on a version
     of that side (227 or any other), for images that are stored so.
+
+    Called with a picture and its stored size (width, height), it gives the edges of its boxes in stored pixels.
+
+    Raises BadData for a table that cannot be read or names no image in a line, and when called for a line without corners.
     """
 
     def __init__(self, file: Path) -> None:
@@ -142,7 +159,7 @@ class TableBoxes:
 
 
 def read_table(file: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file under the names in its first line; SrdLabError where it cannot be read."""
+    """The lines of a CSV file under the names in its first line. Raises BadData where it cannot be read."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             return list(csv.DictReader(lines))

@@ -45,6 +45,8 @@ Pixels = NDArray[np.uint8]
 class Kind:
     """How an archive is laid out.
 
+    count : number of classes.
+    folders : where the files may lie below the given path.
     batches : split -> its files, which end in .bin in the binary version.
     meta, text : the file of class names in the Python and in the binary version.
     labels, names : the keys of labels and class names in the Python version.
@@ -162,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(raw: bytes, where: str) -> dict[str, Any]:
-    """The dictionary in a pickle of Python 2 or 3; SrdLabError for what is none, or names what it should not."""
+    """The dictionary in a pickle of Python 2 or 3; BadData for what is none, or names what it should not."""
     try:
         found = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
@@ -314,11 +316,13 @@ def _arrays(
 class Cifar:
     """``cifar10:PATH`` or ``cifar100:PATH`` as (3, 32, 32) in steps of 1/255, without masks.
 
-    ``split`` is train or test; ``name`` is ``cifar10/test/17``, by the place in the files, which are kept in memory.
-    With ``limit``, so many of the images, evenly spread over all.
+    path : the folder of an archive or its parent, a .tar.gz, or an .npz. All of it is kept in memory.
+    kind : "cifar10" or "cifar100". split : "train" or "test".
+    limit : so many of the images, evenly spread over all; None = all.
+    non_rgb : "skip" or "convert", for JPEGs in an .npz that are not RGB.
 
-    Raises SrdLabError for an unknown split and for files that are not what the module says, and SkippedFile on
-    access for a JPEG in an .npz that cannot be decoded (or is not RGB, unless ``non_rgb`` is "convert").
+    Raises BadValue for an unknown split, limit or ``non_rgb``, BadData for files that are not what the module says, and
+    SkippedFile on access for a JPEG in an .npz that cannot be decoded (or is not RGB, unless ``non_rgb`` is "convert").
     """
 
     def __init__(
@@ -381,5 +385,5 @@ class Cifar:
         return Sample(image, int(self.labels[index]), None, name)
 
     def name(self, index: int) -> str:
-        """Its place in the archive: ``cifar10/test/17``."""
+        """The image's place in the files: ``cifar10/test/17``."""
         return f"{self.kind}/{self.split}/{self._places[operator.index(index)]}"

@@ -35,8 +35,13 @@ def draw_pairs(
 ) -> tuple[list[Pair], dict[str, str]]:
     """``count`` random pairs of correctly classified images of different classes; no image is used twice.
 
-    Fixed by the seed, the data and the model alone. Also the files met that could not be read, name -> reason.
-    Raises SrdLabError if the data cannot give so many.
+    model : takes images (N, 3, H, W) on ``device``.
+    seed : with the data and the model, decides the pairs.
+    workers : processes that decode ahead; None or 0 = none.
+
+    Returns the pairs, and the files met that could not be read, name -> reason.
+
+    Raises BadValue if the data cannot give so many, and Unavailable where memory does not suffice for one image.
     """
     order = torch.randperm(len(dataset), generator=generator(seed, "pairs")).tolist()
     waiting: list[int] = []
@@ -79,8 +84,17 @@ def _correct(loaded: Loaded, model: nn.Module, device: torch.device, batcher: Ba
 
 
 def draw_images(dataset: Dataset, count: int | str, seed: int) -> list[int]:
-    """A random subset of ``count`` indices (``"all"``, or if there are not more: all), sorted; a smaller one is part
-    of a larger."""
+    """A random subset of ``count`` indices, sorted; all of them if ``count`` is "all" or there are not more.
+
+    count : >= 1, or "all". With the same seed, a smaller subset is part of a larger one.
+
+    Example
+    -------
+    >>> from srd_lab.data import load_data
+    >>> data = load_data("scenes")
+    >>> len(draw_images(data, 3, seed=0)), len(draw_images(data, "all", seed=0))
+    (3, 2000)
+    """
     count = len(dataset) if isinstance(count, str) else count
     order = torch.randperm(len(dataset), generator=generator(seed, "images"))
     return sorted(order[:count].tolist())

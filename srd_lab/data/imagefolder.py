@@ -16,6 +16,8 @@ class ImageFolder(PictureFolder):
     images are no classes, and a warning names the latter, since they take no index. Folders that are named by wnid
     are numbered here like any others, 0, 1, 2, ...: for the indices of ImageNet, which its networks need, use
     ``imagenet:DIR``.
+
+    Arguments and errors are those of :class:`srd_lab.data.pictures.PictureFolder`.
     """
 
     def _find(self) -> list[Picture]:

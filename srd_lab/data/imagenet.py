@@ -58,7 +58,7 @@ def class_names() -> list[str]:
 
 
 def wnid_folders(home: Path) -> list[Path]:
-    """The class folders in ``home``, sorted, maybe none; SrdLabError for one that is none of the 1,000."""
+    """The class folders directly in ``home``, sorted, maybe none. Raises BadData for one that is none of the 1,000."""
     folders = sorted(path for path in home.iterdir() if re.fullmatch(r"n\d{8}", path.name) and path.is_dir())
     strange = [folder.name for folder in folders if folder.name not in index_of()]
     if strange:
@@ -70,7 +70,13 @@ def wnid_folders(home: Path) -> list[Path]:
 
 
 def pictures_by_wnid(home: Path, folders: Iterable[Path], left_out: dict[str, str]) -> list[Picture]:
-    """The images in class folders, by folder, then file name, with the class indices of ImageNet; see ``images_in``."""
+    """The images in class folders, by folder, then file name, with the class indices of ImageNet.
+
+    home : what paths of files that are left out are relative to. folders : named by wnid.
+    left_out : is given the files that are no images, see :func:`srd_lab.data.pictures.images_in`.
+
+    Raises BadData where there is no image at all.
+    """
     found = [
         Picture(file, index_of()[folder.name], f"{folder.name}/{file.name}")
         for folder in folders
@@ -162,7 +168,7 @@ def _synsets(meta: Path) -> dict[str, str]:
 
 
 def _collect(file: Path, pairs: Pairs) -> dict[str, int]:
-    """The class index of every image that ``file`` names; SrdLabError for what is no class, or two at once."""
+    """The class index of every image that ``file`` names; BadData for what is no class, or two at once."""
     labels: dict[str, int] = {}
     for name, found in pairs:
         label = int(found) if found.isdecimal() else index_of().get(found, -1)
@@ -208,8 +214,12 @@ class ImageNetFolder(PictureFolder):
     In class folders the label comes from the name of the folder, so that any part of the 1,000 classes will do;
     files and folders beside them are passed over, but for a ``labels.csv`` that contradicts them, which
     is refused. Images are in the order of folder, then file name; ``name`` is ``nXXXXXXXX/file.JPEG``, in a flat
-    folder ``file.JPEG``. ``boxes`` is a folder of XML annotations or a table, if it is not where
-    ``boxes.boxes_of`` finds it; the mask is the union of an image's boxes, None where it has none.
+    folder ``file.JPEG``.
+
+    boxes : a folder of XML annotations or a table, if it is not where ``boxes.boxes_of`` finds it; the mask is the union of
+        an image's boxes, None where it has none.
+
+    The other arguments and errors are those of :class:`srd_lab.data.pictures.PictureFolder`.
     """
 
     def __init__(

@@ -33,6 +33,8 @@ class ImageNetS(PictureFolder):
     Ignored pixels are outside of the mask. In a part of a variant the categories cannot be counted: there the
     authors' list of its wnids (``ImageNetS_categories_im50.txt``, say) must lie in DIR. An image without a
     readable mask of its own size is skipped.
+
+    Arguments and errors are those of :class:`srd_lab.data.pictures.PictureFolder`.
     """
 
     def _find(self) -> list[Picture]:

@@ -51,7 +51,15 @@ def load_batches(
     workers : processes that decode ahead; 0 decodes here, when asked for. None chooses: many image files are worth
         up to four workers beside an accelerator, and a quarter of the cores else; scenes and CIFAR are not.
 
-    Raises SrdLabError for a negative number of workers, and those of the data set (but SkippedFile) as they are.
+    Raises BadValue for a negative number of workers, and the errors of the data set as they are; but SkippedFile leaves
+    the sample out of its batch.
+
+    Example
+    -------
+    ::
+
+        for loaded in load_batches(dataset, [[0, 1], [2, 3]]):
+            x = torch.stack([sample.image for sample in loaded.samples])
     """
     if workers is not None and workers < 0:
         raise BadValue(f"there cannot be {workers} workers; give 0 or more")

@@ -65,10 +65,13 @@ class SkippedFile(BadData):
 
 
 def decode(source: Path | IO[bytes], name: str, non_rgb: str = "skip") -> tuple[Image.Image, int]:
-    """The image in RGB as it is stored, and its EXIF orientation, which ``upright`` takes.
+    """The image in RGB as it is stored, and its EXIF orientation, which :func:`upright` takes.
 
-    Raises SkippedFile for what cannot be decoded, and with ``non_rgb="skip"`` for all but 8-bit RGB: grey,
-    palette, CMYK, transparency, 16 bits. "convert" makes RGB of these, as torchvision does.
+    source : a file, or an open one. name : what the sample is called in errors.
+    non_rgb : "skip" refuses all but 8-bit RGB: grey, palette, CMYK, transparency, 16 bits; "convert" makes RGB of these, as
+        torchvision does.
+
+    Raises SkippedFile for what cannot be decoded or is refused.
     """
     try:
         with _opened(source) as image:
@@ -136,7 +139,7 @@ def complaint(error: Exception) -> str:
 
 
 def decode_mask(file: Path, name: str) -> Image.Image:
-    """The image ``file`` in its own mode; SkippedFile says that the sample ``name`` lacks a mask."""
+    """The image ``file`` in its own mode. Raises SkippedFile, for the sample ``name``, if it cannot be read."""
     try:
         with _opened(file) as mask:
             mask.load()
@@ -148,7 +151,7 @@ def decode_mask(file: Path, name: str) -> Image.Image:
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """``image`` turned or mirrored as its EXIF orientation asks."""
+    """``image`` turned or mirrored as its EXIF ``orientation`` asks: 2 to 8, anything else leaves it as it is."""
     from PIL import Image
 
     turn = TURNS.get(orientation)
@@ -158,10 +161,11 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 def fit(image: Image.Image, size: int, *, mask: bool = False) -> Image.Image:
     """``image`` as a ``size`` x ``size`` square, the usual way for ImageNet.
 
+    size : side in pixels. mask : whether each pixel takes the value of the one pixel that its centre falls into.
+
     The shorter side is resized to ``size * 256 / 224`` (bilinear with antialiasing), then the centre is cut
     out. An image that is square already, with a side between ``size`` and that, is only cropped: it has been
-    through a resize before (a set stored at 227 x 227, say), and a second one would blur it. With ``mask``,
-    each pixel takes the value of the one pixel that its centre falls into.
+    through a resize before (a set stored at 227 x 227, say), and a second one would blur it.
     """
     from PIL import Image
 
@@ -226,7 +230,10 @@ def _is_image(file: Path) -> bool:
 
 
 def skipped_report(skipped: dict[str, str], shown: int = 5) -> str:
-    """One line: ``2 files skipped: a.JPEG (not RGB but L), b.JPEG (cannot be decoded: ...)``."""
+    """One line: ``2 files skipped: a.JPEG (not RGB but L), b.JPEG (cannot be decoded: ...)``.
+
+    skipped : name -> reason. shown : how many are named, the first ones.
+    """
     named = [f"{name} ({reason})" for name, reason in list(skipped.items())[:shown]]
     more = ["..."] if len(skipped) > shown else []
     what = f"{len(skipped)} file{'' if len(skipped) == 1 else 's'} skipped"
@@ -234,7 +241,13 @@ def skipped_report(skipped: dict[str, str], shown: int = 5) -> str:
 
 
 def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
-    """``limit`` of the items, evenly spread over all; all where there are no more."""
+    """``limit`` of the items, evenly spread over all; all where there are no more, or for None.
+
+    Example
+    -------
+    >>> spread("abcdef", 3)
+    ['a', 'c', 'e']
+    """
     if limit is None or limit >= len(items):
         return items
     return [items[k * len(items) // limit] for k in range(limit)]
@@ -248,14 +261,16 @@ def kinds() -> str:
 class PictureFolder(ABC):
     """Image files as (3, size, size) in steps of 1/255; a subclass per source says which, and has their masks.
 
-    ``pictures`` are the files, ``labels`` their class indices; with ``limit``, so many of them, evenly spread
-    over all. ``fit`` says how they are resized. EXIF orientation is applied to the image and to its mask,
-    which is given for the pixels as stored. A mask may be all False where the crop leaves nothing of the object.
+    folder : of the source. size : side in pixels, >= 1; :func:`fit` says how files are resized.
+    limit : so many of the files, >= 1, evenly spread over all; None = all.
+    non_rgb : "skip" raises SkippedFile on access to files that are not 8-bit RGB, "convert" makes RGB of them.
 
-    ``left_out`` are the files among them that are no images, name -> reason, which a warning says too.
+    EXIF orientation is applied to the image and to its mask, which is given for the pixels as stored. A mask may be all
+    False where the crop leaves nothing of the object. Attributes: ``pictures``, the files; ``labels`` (len,) int64, their
+    class indices; ``left_out``, files among them that are no images, name -> reason, which a warning says too.
 
-    Raises SrdLabError for what is no such folder, and SkippedFile on access for a file that cannot be decoded,
-    or is not 8-bit RGB unless ``non_rgb`` is "convert".
+    Raises BadValue for a size, limit or ``non_rgb`` out of range, BadData for what is no such folder, and SkippedFile on
+    access for a file that cannot be decoded or is refused.
     """
 
     classes: list[str]
@@ -289,7 +304,7 @@ class PictureFolder(ABC):
         return f"{type(self).__name__}({str(self.folder)!r}, size={self.size}, length={len(self)})"
 
     def name(self, index: int) -> str:
-        """The file's name, without reading it."""
+        """The file's name as the source gives it, without reading the file."""
         return self.pictures[operator.index(index)].name
 
     def __getitem__(self, index: int) -> Sample:

@@ -311,13 +311,16 @@ def _expose(rng: np.random.Generator, canvas: Array) -> Array:
 class Scenes:
     """Pictures of one object each, (3, 64, 64) in steps of 1/255, with the mask of the object.
 
-    ``split`` is train, val or test; ``length`` is 20,000, 2,000 and 2,000 unless given. Labels go round:
-    ``index % 10``. The object lies wholly inside the picture and on top; its mask holds the pixels that it
+    split : "train", "val" or "test". seed : decides all pictures, >= 0.
+    length : how many; None = 20,000, 2,000 and 2,000.
+
+    Labels go round: ``index % 10``. The object lies wholly inside the picture and on top; its mask holds the pixels that it
     covers by half or more. Any order of access gives the same pictures, and a longer data set starts with
     the shorter one. Between machines a pixel may differ by one step, where their numerical libraries round
     differently.
 
-    Raises SrdLabError on an unknown split, a negative seed or a length below 1.
+    Raises BadValue on an unknown split, a negative seed or a length below 1, and BadData on access where scikit-image comes
+    without its photographs.
     """
 
     def __init__(self, split: str = "test", *, seed: int = 0, length: int | None = None) -> None:
@@ -346,11 +349,14 @@ class Scenes:
         return Sample(image, index % len(CLASSES), torch.from_numpy(mask), self.name(index))
 
     def name(self, index: int) -> str:
-        """What a picture is called; it is not drawn for that."""
+        """What picture ``index`` is called, ``scenes/test/17``; it is not drawn for that."""
         return f"scenes/{self.split}/{range(len(self))[operator.index(index)]}"
 
     def render(self, index: int) -> tuple[Pixels, NDArray[np.bool_]]:
-        """Picture ``index`` as 8-bit pixels (64, 64, 3), and the mask of its object (64, 64)."""
+        """Picture ``index`` as 8-bit pixels (64, 64, 3), and the mask of its object (64, 64) bool.
+
+        Raises BadData where scikit-image comes without its photographs.
+        """
         rng = np.random.default_rng((self.seed, STREAMS[self.split], index))
         canvas = _background(rng, self.split)
         _distract(rng, self.split, canvas)

@@ -30,6 +30,8 @@ class Voc(PictureFolder):
     The label is the class that covers the most pixels (0..19, alphabetical), and the mask holds these; the void
     rim of objects is outside. All masks are read at the start, for the labels. An image whose mask cannot be
     read or shows no object has label -1 there, and is skipped on access.
+
+    Arguments and errors are those of :class:`srd_lab.data.pictures.PictureFolder`.
     """
 
     def __init__(

@@ -21,8 +21,10 @@ from srd_lab.types import Explainer, Sample
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which methods and metrics, under their names, and which class is explained: ``label`` or ``predicted``.
+    """Which methods are scored by which metrics.
 
+    methods, metrics : by the names that the results bear.
+    target : the class that is explained: "label" or "predicted".
     of_model : what metrics remember of the network from batch to batch.
     """
 
@@ -32,11 +34,17 @@ class Experiment:
     of_model: dict[Hashable, Any] = field(default_factory=dict, compare=False)
 
     def run(self, model: nn.Module, items: Sequence[Item], device: torch.device, advance: Advance) -> Arrays:
-        """Scores (N,) of every image under ``method/metric``, seconds (N,) under ``method/seconds`` and
-        ``forward/seconds``, maps (N, H, W) under ``method/map``, and what there is to know of the images.
+        """Explain and score one batch.
 
-        An image's scores depend on the image and its index alone, not on the batch. ``advance`` is called with the images
-        done per method.
+        model : on ``device``. items : with one sample each, of one size.
+        advance : called with the number of images after each method.
+
+        Returns arrays whose first axis is the image: scores (N,) under ``method/metric``, NaN = not scored; seconds (N,)
+        under ``method/seconds`` and ``forward/seconds``; maps (N, H, W) in [-1, 1] under ``method/map``; and ``index``,
+        ``name``, ``images`` (N, 3, H, W), ``label``, ``predicted``, ``masked`` (whether there is a mask that is not
+        empty).
+
+        An image's scores depend on the image and its index alone, not on the batch.
         """
         samples = [item.sample for item in items]
         x = torch.stack([sample.image for sample in samples]).to(device)
@@ -68,7 +76,10 @@ class Experiment:
 
 
 def refusals(model: nn.Module, x: Tensor, methods: Sequence[str]) -> dict[str, str]:
-    """Which methods do not go with this network, and why; tried on one image x (1, C, H, W)."""
+    """Which methods refuse this network, and why: name -> sentence; tried on one image x (1, C, H, W), for class 0.
+
+    Only Refused is caught; other errors of a method are passed on.
+    """
     why = {}
     for method in methods:
         try:

@@ -36,7 +36,11 @@ LONGEST_LABEL = 60
 
 
 class Explaining:
-    """One call of ``srd-lab explain``: the network, the pictures and the folder for what is made of them."""
+    """One call of ``srd-lab explain``: the network, the pictures and the folder for what is made of them.
+
+    Raises BadValue where the contact sheet is there already, or for a name that is not known; else the errors are those
+    of :func:`srd_lab.models.load_model`.
+    """
 
     def __init__(self, settings: ExplainSettings) -> None:
         self.out = settings.out or first_free(OUT, lambda folder: [folder])
@@ -57,7 +61,11 @@ class Explaining:
         self.targets = list(dict.fromkeys(map(self.classes.index, settings.targets)))
 
     def run(self, files: Sequence[Path]) -> None:
-        """Explain every picture; what is written, and the likeliest classes, are said."""
+        """Explain every picture; write overlays, raw maps and a contact sheet, and print the likeliest classes.
+
+        Raises BadValue where a file is there already, SkippedFile for a picture that cannot be decoded, and Refused
+        where no method explains a picture.
+        """
         folders = [self.out / stem for stem in _stems(files)]
         refuse_taken(file for folder in folders for file in self._files(folder))
         images = [self._read(file) for file in files]
@@ -134,14 +142,23 @@ class Explaining:
 
 
 class Classes:
-    """The classes of a network: by index, by name, and on ImageNet by WordNet number."""
+    """The classes of a network: by index, by name, and on ImageNet by WordNet number.
+
+    names : by index. wnids : WordNet numbers by index; () = none.
+
+    Example
+    -------
+    >>> classes = Classes.of("scenes", 10)
+    >>> classes.index("heart"), classes.index("7"), classes.name(7)
+    (7, 7, 'heart')
+    """
 
     def __init__(self, names: Sequence[str], wnids: Sequence[str] = ()) -> None:
         self.names, self.wnids = names, wnids
 
     @classmethod
     def of(cls, data: str, count: int) -> Classes:
-        """Those of a kind of data, as far as they are known without its files; else by number."""
+        """Those of a kind of data, as far as they are known without its files; else ``count`` of them by number."""
         source = data.partition(":")[0]
         if source in ("imagenet", "imagenet-s"):
             from srd_lab.data.imagenet import class_names, wnids
@@ -181,7 +198,10 @@ class Classes:
         return Counter(_plain(name).casefold() for name in self.names)
 
     def index(self, wanted: str) -> int:
-        """The class that is meant; SrdLabError where none or several are."""
+        """The class that is meant by an index, a WordNet number, a name or a part of a name.
+
+        Raises BadValue where no class or several are.
+        """
         text = wanted.strip().lower()
         if text.isdecimal():
             if int(text) < len(self.names):

@@ -30,7 +30,10 @@ class ScoringSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(ScoringSettings):
-    """Scores of methods on one network, ``model``."""
+    """Scores of methods on one network.
+
+    model : the network's name.
+    """
 
     model: str = "vgg16"
 

@@ -42,7 +42,12 @@ test on the same images, p < 0.05 after Holm's correction for {tests} tests)"""
 
 
 class Evaluation:
-    """One run of ``srd-lab evaluate``, from settings to tables and figures."""
+    """One run of ``srd-lab evaluate``, from settings to tables and figures.
+
+    Raises BadValue for a method that is not known and for a reference that is not among the methods, and Refused where
+    no method goes with the network; else the errors are those of :func:`srd_lab.runs.inputs.data_for` and
+    :func:`srd_lab.runs.inputs.network_for`.
+    """
 
     def __init__(self, settings: EvaluationSettings, models: Sequence[str] = ()) -> None:
         """models : all that the settings' weights are for, where the model is one of several."""
@@ -85,7 +90,8 @@ class Evaluation:
         self.report(run, self.evaluate(run))
 
     def evaluate(self, run: Run) -> Arrays:
-        """Scores of all images; the first ``PICTURES`` with their maps, as those of all would pile up."""
+        """Scores of all images, as :meth:`Experiment.run` names them; maps of the first ``PICTURES`` alone, as those of all
+        would pile up. Errors are those of :func:`srd_lab.runs.batches.in_batches`."""
         pictures = 0
 
         def work(some: Sequence[Item], advance: Advance) -> Arrays:
@@ -108,11 +114,11 @@ class Evaluation:
 
     # what is stored ------------------------------------------------------------------------------------
     def scores(self, table: Arrays) -> dict[str, dict[str, np.ndarray]]:
-        """method -> metric -> (N,)."""
+        """method -> metric -> scores (N,), NaN = not scored, of what :meth:`evaluate` gave."""
         return {m: {k: table[f"{m}/{k}"] for k in self.metrics} for m in self.experiment.methods}
 
     def report(self, run: Run, table: Arrays) -> None:
-        """Print and store what compares the methods."""
+        """Print and store what compares the methods: a child run for each, tables, figures and the summary."""
         scores, seed = self.scores(table), self.settings.seed
         against = comparisons(scores, self.settings.reference, seed)
         for method in scores:
@@ -143,7 +149,7 @@ class Evaluation:
         ]
 
     def figures(self, run: Run, table: Arrays) -> None:
-        """Ranks, and the sheet of pictures."""
+        """Store the chart of ranks, and the sheet of pictures."""
         scores = self.scores(table)
         if place := ranks(scores):
             run.save_figure("ranks.png", render.rank_chart(_titled(place), self.title))
@@ -161,7 +167,7 @@ class Evaluation:
     def text(
         self, table: Arrays, scores: dict[str, dict[str, np.ndarray]], against: Sequence[Comparison]
     ) -> str:
-        """The report."""
+        """The report: scores, comparisons, cost and notes."""
         seed = self.settings.seed
         right = float((table["label"] == table["predicted"]).mean())
         parts = [f"{self.title}; accuracy {right:.3f}. Mean [95 % interval]"]

@@ -26,7 +26,7 @@ class Comparison:
     difference, low, high : mean of score - reference's score and its 95 % interval, over n images that both score.
     p : of Wilcoxon's signed-rank test, two-sided; p_corrected : after Holm's correction for all tests of the table. NaN
         where there are too few images.
-    verdict : ``better``, ``worse`` or ``open``, by the corrected p and the metric's direction.
+    verdict : ``better``, ``worse`` or ``open``, by the corrected p (below 0.05 is not open) and the metric's direction.
     """
 
     method: str
@@ -41,7 +41,10 @@ class Comparison:
 
 
 def comparisons(scores: Scores, reference: str, seed: int) -> list[Comparison]:
-    """Every other method against ``reference``, by every metric."""
+    """Every other method against ``reference``, by every metric; none where the reference has no scores.
+
+    seed : of the bootstrap intervals.
+    """
     if reference not in scores:
         return []
     rows = [
@@ -69,7 +72,14 @@ def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def signed_rank(difference: np.ndarray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test; 1 where nothing differs, NaN for fewer than ``FEWEST`` images."""
+    """Two-sided p of Wilcoxon's signed-rank test of paired differences (N,); 1 where nothing differs, NaN for fewer than
+    ``FEWEST``. Exact for up to ``EXACT`` of them without ties, else by the normal approximation, with Pratt's zeros.
+
+    Example
+    -------
+    >>> signed_rank(np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
+    0.03125
+    """
     if len(difference) < FEWEST:
         return np.nan
     if not difference.any():
@@ -89,7 +99,7 @@ def _verdict(metric: str, difference: np.ndarray, p: float) -> str:
 
 
 def means(scores: Scores) -> dict[str, dict[str, float]]:
-    """metric -> method -> mean score, of the methods that have one."""
+    """metric -> method -> mean score over the images that have one, of the methods that score any."""
     found: dict[str, dict[str, float]] = {}
     for method, own in scores.items():
         for metric, values in own.items():
@@ -113,7 +123,10 @@ def score_table(
     scores: Scores, metrics: Sequence[str], against: Sequence[Comparison], seed: int
 ) -> tuple[list[str], list[list[str]]]:
     """Header and a line per method: mean [95 % interval], the best marked 1 and the second best 2, + or - where a method
-    is better or worse than the reference."""
+    is better or worse than the reference.
+
+    metrics : the columns. against : of :func:`comparisons`. seed : of the bootstrap intervals.
+    """
     place, signs = ranks(scores), {"better": "+", "worse": "-", "open": ""}
     marks = {(c.method, c.metric): signs[c.verdict] for c in against}
     header = ["method"]

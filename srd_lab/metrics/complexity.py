@@ -36,10 +36,19 @@ class Sparseness:
     """
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 of the prepared maps; see :meth:`score`."""
         return self.score(explained.maps)
 
     def score(self, maps: Tensor) -> Tensor:
-        """Sparseness of maps (N, H, W) as (N,)."""
+        """Sparseness (N,) float64 of maps (N, H, W), signed or not, in [0, 1 - 1/d]; NaN where a map cannot be scored.
+
+        Raises BadInput for another shape.
+
+        Example
+        -------
+        >>> Sparseness().score(torch.eye(4)[None])    # 4 equal pixels of 16
+        tensor([0.7500], dtype=torch.float64)
+        """
         v = _ascending(_pixels(maps).flatten(1).abs())
         # tiny maps would underflow; NaN, which is sorted last, and 0 / 0 spread to the whole map
         v = v / v[:, -1:]
@@ -71,10 +80,20 @@ class Roughness:
     """
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 of the prepared maps; see :meth:`score`."""
         return self.score(explained.maps)
 
     def score(self, maps: Tensor) -> Tensor:
-        """Roughness of maps (N, H, W) as (N,)."""
+        """Roughness (N,) float64 of maps (N, H, W), >= 0; NaN where a map cannot be scored.
+
+        Raises BadInput for another shape.
+
+        Example
+        -------
+        >>> board = torch.arange(8).view(1, 8, 1) + torch.arange(8)
+        >>> Roughness().score(board % 2)    # a checkerboard
+        tensor([1.9688], dtype=torch.float64)
+        """
         m = _pixels(maps)
         height, width = m.shape[1:]
         # their mean may differ from their pixels in the last digit

@@ -32,6 +32,7 @@ class Metric(Protocol):
 class Images:
     """A batch to explain; remembers what does not depend on the method, so that it is computed once for all.
 
+    model : the network, on the device of ``x``.
     x : (N, C, H, W) pixels in [0, 1]; target : (N,) explained classes; masks : (N, H, W) bool, or None.
     keys : what seeds the random numbers of every image, whatever batch it is in: its place in the data set, say.
     of_model : remembers what depends on the network alone; give one dict to all batches.
@@ -53,6 +54,7 @@ class Images:
 
     @property
     def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
         return self.x.shape[2], self.x.shape[3]
 
     @property
@@ -62,16 +64,16 @@ class Images:
 
     @property
     def given(self) -> Tensor:
-        """The images as the network proper is fed with them: normalised."""
+        """The images as the network proper is fed with them: normalised, (N, C, H, W)."""
         return self.once("given", lambda: self.normalised(self.x))
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Pixels as the network proper is fed with them."""
+        """Pixels x (M, C, H, W) as the network proper is fed with them, of the same shape."""
         with torch.no_grad():
             return split_normalisation(self.model)[0](x.clone())
 
     def generator(self, i: int, seed: int, *names: int | str) -> torch.Generator:
-        """Random numbers of image ``i``."""
+        """A CPU generator for image ``i``, which depends on its key, ``seed`` and ``names`` alone."""
         return generator(seed, *names, self.keys[i])
 
     def logits(
@@ -81,8 +83,11 @@ class Images:
         count: int,
         read: Callable[[Any], Tensor] = class_logits,
     ) -> Tensor:
-        """Logits (count, K) of ``count`` normalised variants of image ``i``, made and run some at a time. The network may
-        change them in place: ``variants`` gives copies. ``read`` makes them of the network's output."""
+        """Logits (count, K) float64 of ``count`` variants of image ``i``, made and run some at a time.
+
+        variants : range of k -> normalised variants (k, C, H, W); copies, as the network may change them in place.
+        read : makes (k, K) of the network's output; the logits by default.
+        """
         network = split_normalisation(self.model)[1]
         at_once = max(1, _PIXELS_AT_ONCE // (self.size[0] * self.size[1]))
         parts = (range(first, min(count, first + at_once)) for first in range(0, count, at_once))
@@ -99,7 +104,10 @@ class Images:
         return self.of_model[key]
 
     def drops(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
-        """How far the logit of the explained class falls from image ``i`` to each variant, (count,)."""
+        """How far the logit of the explained class falls from image ``i`` to each variant, (count,) float64.
+
+        variants, count : see :meth:`logits`.
+        """
 
         def itself_first(some: range) -> Tensor:
             changed = variants(range(max(0, some.start - 1), some.stop - 1))
@@ -109,7 +117,7 @@ class Images:
         return scores[0] - scores[1:]
 
     def probabilities(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
-        """Probability (count,) of the explained class."""
+        """Probability (count,) float64 of the explained class in each variant of image ``i``; see :meth:`logits`."""
         found = self.logits(i, variants, count, partial(probabilities, dtype=torch.float64))
         return found[:, int(self.target[i])]
 
@@ -118,7 +126,8 @@ class Images:
 class Explained:
     """Images with the maps of one method, as they are scored: see :func:`srd_lab.maps.prepared`.
 
-    maps : (N, H, W) in [-1, 1] at the size of the images.
+    images : what was explained. explainer : by which method.
+    maps : (N, H, W) in [-1, 1] at the size of the images; NaN all over where a raw map was not finite.
     """
 
     images: Images
@@ -128,7 +137,7 @@ class Explained:
 
     @classmethod
     def by(cls, explainer: Explainer, images: Images) -> Explained:
-        """The images explained."""
+        """The images explained by ``explainer``; its errors are passed on."""
         raw, _ = explainer.explain_with_logits(images.model, images.x, images.target)
         return cls(images, explainer, maps.prepared(raw, images.size))
 
@@ -139,7 +148,10 @@ class Explained:
         return self._known[key]
 
     def again(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Prepared maps of changed images, or of a changed network, for the same classes."""
+        """Prepared maps (N, H, W) of changed images x (N, C, H, W), or of a changed network, for the same classes.
+
+        model : None = the network of the images.
+        """
         raw, _ = self.explainer.explain_with_logits(model or self.images.model, x, self.images.target)
         return maps.prepared(raw, self.images.size)
 
@@ -149,13 +161,13 @@ class Explained:
 
 
 def check_counts(metric: object, *names: str) -> None:
-    """Refuse a metric of which one of these fields is below 1."""
+    """Raise BadValue for a metric of which one of the fields ``names`` is below 1; None passes."""
     for name in names:
         if (value := getattr(metric, name)) is not None and value < 1:
             raise BadValue(f"{type(metric).__name__} needs {name} >= 1, got {value}")
 
 
 def unscorable(maps: Tensor) -> Tensor:
-    """Whether a map (N, H, W) is zero or not finite, (N,)."""
+    """Whether each map (N, H, W) is zero or not finite, (N,) bool."""
     low, high = maps.amin((1, 2)), maps.amax((1, 2))  # NaN wherever there is one
     return ~torch.isfinite(low) | ~torch.isfinite(high) | ((low == 0) & (high == 0))

@@ -34,12 +34,13 @@ class Fidelity:
     """Correlation, over random sets of pixels, of the attribution of a set and the drop of the logit when it is set to 0
     (Bhatt et al. 2020, faithfulness correlation; SRD, appendix E). In [-1, 1], higher is better.
 
-    pixels : in a set; draws : sets, the same ones for every method; seed.
+    pixels : in a set, >= 1 and fewer than the image has. draws : sets, >= 1, the same ones for every method.
+    seed : decides the sets, together with each image's key.
     baseline : what 0 is. "black" and "white" are pixels of 0 and 1, "mean" is 0 in normalised units, the mean colour of
         the training set, and "minimum" the smallest normalised value of the image, in all channels: what quantus takes by
         default and calls black. docs/results.md compares them with the values of the SRD paper, which does not say.
 
-    Not scored where all sets have one attribution (a constant map) or one drop.
+    Not scored where all sets have one attribution (a constant map) or one drop. Raises BadValue for values out of range.
     """
 
     pixels: int = 200
@@ -54,13 +55,17 @@ class Fidelity:
             raise BadValue(f"fidelity has no baseline {self.baseline!r}; expected one of {known}")
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 in [-1, 1]. Raises BadValue where the images have no more than ``pixels`` pixels."""
         images = explained.images
         sets, drops = images.once(self, lambda: self.drops(images))
         sums = float64(explained.maps).flatten(1).gather(1, sets.flatten(1)).view(sets.shape).sum(2)
         return correlation(sums, drops).masked_fill(_constant(explained.maps), torch.nan)
 
     def drops(self, images: Images) -> tuple[Tensor, Tensor]:
-        """Sets of pixels (N, draws, pixels), flat indices, and how far the logit falls without each, (N, draws)."""
+        """Sets of pixels (N, draws, pixels), flat indices, and how far the logit falls without each, (N, draws) float64.
+
+        Raises BadValue where the images have no more than ``pixels`` pixels.
+        """
         places = images.size[0] * images.size[1]
         if self.pixels >= places:
             raise BadValue(
@@ -108,9 +113,10 @@ class Infidelity:
 
         min_b mean_I (b <I, map> - (y_c(x) - y_c(x - I)))^2,
 
-    in squared logits, lower is better. The best scale b is theirs too: maps have no unit.
+    in squared logits, >= 0, lower is better. The best scale b is theirs too: maps have no unit.
 
-    noise : standard deviation of I in normalised units, one number per pixel for all colours; draws; seed.
+    noise : standard deviation of I in normalised units, one number per pixel for all colours. draws : of I, >= 1.
+    seed : decides the noise, together with each image's key.
     """
 
     noise: float = 0.2
@@ -121,6 +127,7 @@ class Infidelity:
         check_counts(self, "draws")
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64, >= 0."""
         images = explained.images
         drops = images.once(self, lambda: self.drops(images))
         products = torch.stack(
@@ -131,7 +138,7 @@ class Infidelity:
         return error.masked_fill(unscorable(explained.maps), torch.nan)
 
     def drops(self, images: Images) -> Tensor:
-        """How far the logit falls under each noise, (N, draws)."""
+        """How far the logit falls under each noise, (N, draws) float64."""
         found = []
         for i in range(len(images.x)):
             image, noise = images.given[i], self._noise(images, i)
@@ -163,6 +170,7 @@ class _Curve(ABC):
         check_counts(self, "steps")
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64, each the :meth:`area` of its image's curve."""
         images = explained.images
         scores = [self._area(images, i, map_) for i, map_ in explained.each()]
         return torch.stack(scores).masked_fill(unscorable(explained.maps), torch.nan)
@@ -178,7 +186,10 @@ class _Curve(ABC):
         return self.area(images.probabilities(i, exchanged, self.steps + 1))
 
     def share(self, value: Tensor, ties: torch.Generator) -> Tensor:
-        """Which part of the curve, in (0, 1], is over when each of these is exchanged: the largest value first."""
+        """Which part of the curve, in (0, 1], is over when each pixel of ``value`` (H, W) is exchanged: the largest first.
+
+        ties : draws the order of equal values. Returns (H, W) float64.
+        """
         flat = (value.flatten() * 1e5).round()  # rounding of another batch must not decide the order
         drawn = torch.randperm(len(flat), generator=ties).to(flat.device)
         order = drawn[flat[drawn].argsort(descending=True, stable=True)]
@@ -205,7 +216,10 @@ class _Curve(ABC):
 @dataclass(frozen=True)
 class Deletion(_Curve):
     """Area under the probability while pixels become the mean colour, the largest attribution first (Petsiuk et al. 2018,
-    RISE). In [0, 1], lower is better."""
+    RISE). In [0, 1], lower is better.
+
+    steps : points of the curve after the first, >= 1. seed : decides the order of ties, together with each image's key.
+    """
 
     def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:
         return images.given[i], torch.zeros_like(images.given[i])
@@ -224,6 +238,7 @@ class Insertion(_Curve):
     """Area under the probability while pixels of the image are put into a blurred copy, the largest attribution first
     (Petsiuk et al. 2018, RISE). In [0, 1], higher is better.
 
+    steps, seed : see :class:`Deletion`.
     blur : standard deviation in pixels of an image of 224 x 224, in proportion for others.
     """
 
@@ -247,7 +262,8 @@ class MoRF(_Curve):
     """Area over the perturbation curve, most relevant regions first (Samek et al. 2017): the mean drop of the
     probability while regions become uniform noise. In [-1, 1], higher is better.
 
-    grid : regions along a side, each exchanged as a whole, in the order of their mean attribution.
+    steps : points of the curve after the first, >= 1. seed : decides ties and noise, together with each image's key.
+    grid : regions along a side, >= 1, each exchanged as a whole, in the order of their mean attribution.
     """
 
     grid: int = 14
@@ -293,13 +309,20 @@ class MoRF(_Curve):
 )
 @dataclass(frozen=True)
 class LeRF(MoRF):
-    """The same with the least relevant regions first: lower is better."""
+    """The same as :class:`MoRF` with the least relevant regions first. In [-1, 1], lower is better."""
 
     sign = -1
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson correlation (N,) of rows (N, K) in float64; NaN where one is constant or not finite."""
+    """Pearson correlation (N,) of rows a and b, both (N, K) float64, in [-1, 1]; NaN where one is constant or not finite.
+
+    Example
+    -------
+    >>> a = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    >>> correlation(a, -a).round(decimals=6)
+    tensor([-1.], dtype=torch.float64)
+    """
     a, b = (t - t.mean(1, keepdim=True) for t in (a, b))
     constant = (a == a[:, :1]).all(1) | (b == b[:, :1]).all(1)
     a, b = (t / t.abs().amax(1, keepdim=True) for t in (a, b))

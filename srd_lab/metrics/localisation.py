@@ -38,17 +38,18 @@ class PointingGame:
     margin: float = 15.0
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 in [0, 1]; NaN for all where the images have no masks."""
         images, masks = explained.images, explained.images.masks
         if masks is None:
             return _not_scored(explained.maps)
         return self._on(explained.maps, masks, images.once(self, lambda: self.grow(masks)))
 
     def score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        """Hits (N,) of maps (N, H, W) on masks (N, H, W)."""
+        """Hits (N,) float64 in [0, 1] of maps (N, H, W) on masks (N, H, W) bool, which are grown first."""
         return self._on(maps, masks, self.grow(masks))
 
     def grow(self, masks: Tensor) -> Tensor:
-        """Every pixel within ``margin`` (Euclidean) of a mask (N, H, W)."""
+        """Masks (N, H, W) bool with every pixel within ``margin`` (Euclidean) of the given ones."""
         reach = self.margin * min(masks.shape[1:]) / 224
         if reach < 1:
             return masks
@@ -78,11 +79,19 @@ class AttributionLocalization:
     """
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 in [0, 1]; NaN for all where the images have no masks."""
         masks = explained.images.masks
         return _not_scored(explained.maps) if masks is None else self.score(explained.maps, masks)
 
     def score(self, maps: Tensor, masks: Tensor) -> Tensor:
-        """Share (N,) of the positive part of maps (N, H, W) on masks (N, H, W)."""
+        """Share (N,) float64 in [0, 1] of the positive part of maps (N, H, W) on masks (N, H, W) bool.
+
+        Example
+        -------
+        >>> half = torch.tensor([[True, False]]).expand(1, 2, 2)
+        >>> AttributionLocalization().score(torch.ones(1, 2, 2), half)
+        tensor([0.5000], dtype=torch.float64)
+        """
         positive = float64(maps).clamp_min(0)
         share = (positive * masks).sum((1, 2)) / positive.sum((1, 2))
         return share.masked_fill(_unscorable(maps, masks), torch.nan)

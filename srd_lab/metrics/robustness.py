@@ -33,7 +33,8 @@ class Stability:
     """Largest change of the map over the change of the image (Alvarez Melis & Jaakkola 2018; SRD, Eq. 27):
     ``max_k |map(x) - map(x + n_k)|_2 / |n_k|_2``, >= 0, lower is better.
 
-    noise : standard deviation of the Gaussian n; draws : how many; seed.
+    noise : standard deviation of the Gaussian n, in normalised units. draws : of n, >= 1.
+    seed : decides the noise, together with each image's key.
     """
 
     noise: float = 0.1
@@ -44,6 +45,7 @@ class Stability:
         check_counts(self, "draws")
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64, >= 0."""
         found = under_noise(explained, self.noise, self.draws, self.seed)
         change = torch.stack([_norm(map_ - explained.maps) / size for map_, size in found])
         return _scored(change.amax(0), explained)
@@ -74,19 +76,26 @@ class _Kept:
 )
 @dataclass(frozen=True)
 class NoiseSSIM(_Kept):
-    """Structural similarity of |map| before and after the noise of :class:`Stability`, the mean over its draws. In [-1, 1],
-    higher is better."""
+    """Structural similarity of |map| before and after noise, the mean over its draws. In [-1, 1], higher is better.
+
+    noise, draws, seed : see :class:`Stability`, whose noise is the same.
+    """
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 in [-1, 1]."""
         return self._mean(explained, SSIM().score)
 
 
 @metric("pcc", title="PCC under noise", paper="Pearson", better="higher", scores="robustness", tested="scipy")
 @dataclass(frozen=True)
 class NoisePCC(_Kept):
-    """The same, by Pearson correlation."""
+    """Pearson correlation of |map| before and after noise, the mean over its draws. In [-1, 1], higher is better.
+
+    noise, draws, seed : see :class:`Stability`, whose noise is the same.
+    """
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 in [-1, 1]."""
         return self._mean(explained, PCC().score)
 
 
@@ -103,7 +112,8 @@ class MaxSensitivity:
     """Largest relative change of the map within a small box around the image (Yeh et al. 2019):
     ``max_k |map(x) - map(x + n_k)|_2 / |map(x)|_2``, n uniform in [-radius, radius], >= 0, lower is better.
 
-    radius, draws, seed.
+    radius : half the side of the box, in normalised units. draws : of n, >= 1.
+    seed : decides the noise, together with each image's key.
     """
 
     radius: float = 0.02
@@ -114,6 +124,7 @@ class MaxSensitivity:
         check_counts(self, "draws")
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64, >= 0."""
         images, largest = explained.images, torch.zeros(len(explained.maps), dtype=torch.float64)
         largest = largest.to(float64(explained.maps))
         for k in range(self.draws):
@@ -142,7 +153,7 @@ class Randomization:
     from the top downwards, in ``stages`` equal parts, and SSIM of |map| to the original is averaged over the stages. In
     [-1, 1], lower is better: a map that stays does not explain the weights.
 
-    stages : 1 = all layers at once; None = layer by layer. seed.
+    stages : >= 1; 1 = all layers at once; None = layer by layer. seed : decides the new weights.
     """
 
     stages: int | None = 4
@@ -152,10 +163,11 @@ class Randomization:
         check_counts(self, "stages")
 
     def of(self, explained: Explained) -> Tensor:
+        """Scores (N,) float64 in [-1, 1]. Raises Refused for a model of which no layer can be initialised anew."""
         return _scored(self.curve(explained).mean(1), explained)
 
     def curve(self, explained: Explained) -> Tensor:
-        """SSIM (N, stages) after each stage."""
+        """SSIM (N, stages) float64 in [-1, 1] after each stage; errors as in :meth:`of`."""
         known, before = explained.images.of_model, explained.maps.abs()
         if self not in known:
             known[self] = randomised(explained.images.model, self.stages, self.seed)
@@ -164,7 +176,12 @@ class Randomization:
 
 
 def randomised(model: nn.Module, stages: int | None, seed: int) -> list[nn.Module]:
-    """Copies of a model with its last 1/stages, 2/stages ... of layers initialised anew."""
+    """Copies of a model with its last 1/stages, 2/stages, ... of layers initialised anew; frozen, in eval mode.
+
+    stages : None = one copy for each layer; never more than there are layers. seed : decides the new weights of every layer.
+
+    Raises Refused for a model of which no layer can be initialised anew.
+    """
     layers = [name for name, module in model.named_modules() if _new_weights(module) is not None]
     if not layers:
         raise Refused(
@@ -202,7 +219,10 @@ def _new_weights(module: nn.Module) -> Callable[[], None] | None:
 
 
 def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Maps (N, H, W) of images with Gaussian noise, and the length (N,) of that noise."""
+    """Per draw, the prepared maps (N, H, W) of images with Gaussian noise, and the length (N,) float64 of that noise.
+
+    noise : standard deviation in normalised units, as the length is. draws : how many. seed : decides the noise.
+    """
 
     def compute() -> list[tuple[Tensor, Tensor]]:
         images, found = explained.images, []

@@ -30,7 +30,10 @@ class SSIM:
     data_range: float = 1.0
 
     def score(self, a: Tensor, b: Tensor) -> Tensor:
-        """Similarity of maps a and b, both (N, H, W), as (N,)."""
+        """Similarity (N,) float64 in [-1, 1] of maps a and b, both (N, H, W).
+
+        Raises BadInput for other shapes, and BadValue for a window that is even, below 1 or larger than the maps.
+        """
         _check(a, b)
         if self.window < 1 or self.window % 2 == 0 or self.window > min(a.shape[1:]):
             raise BadValue(
@@ -56,7 +59,14 @@ class PCC:
     """
 
     def score(self, a: Tensor, b: Tensor) -> Tensor:
-        """Correlation of maps a and b, both (N, H, W), as (N,)."""
+        """Correlation (N,) float64 in [-1, 1] of maps a and b, both (N, H, W). Raises BadInput for other shapes.
+
+        Example
+        -------
+        >>> map_ = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+        >>> PCC().score(map_, -map_).round(decimals=6)
+        tensor([-1.], dtype=torch.float64)
+        """
         _check(a, b)
         a, b = float64(a).flatten(1), float64(b).flatten(1)
         equal = (a == b).all(1)
@@ -67,7 +77,7 @@ class PCC:
 
 
 def float64(t: Tensor) -> Tensor:
-    """t in float64, which MPS does not have."""
+    """``t`` in float64; on the CPU if it is on MPS, which does not have that type."""
     return (t.cpu() if t.device.type == "mps" else t).double()
 
 

@@ -28,7 +28,7 @@ class Summary:
 
 
 def interval_text(mean: float, low: float, high: float) -> str:
-    """``0.787 [0.763, 0.811]``, or ``0.787 [–]`` where there is no interval."""
+    """``0.787 [0.763, 0.811]``, or ``0.787 [–]`` where there is no interval (``low`` is NaN)."""
     return f"{mean:.3f} [–]" if np.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -45,8 +45,15 @@ def few_note(n: int, what: str) -> str:
 def summarise(scores: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Summary:
     """Summary of scores (N,); what is not finite is left out and ``n`` says how many were used.
 
+    seed : of the bootstrap. resamples : how many times n scores are drawn from the n, with repetition.
+
     The percentile bootstrap is too sure of itself where n is small: in simulations with n = 10 the interval held the
     true mean in 85 to 92 % of cases, by the scores' distribution, instead of 95.
+
+    Example
+    -------
+    >>> str(summarise(np.array([0.5, 0.5, np.nan])))
+    '0.500 [0.500, 0.500]'
     """
     values = np.asarray(scores, dtype=np.float64)
     values = values[np.isfinite(values)]
@@ -64,7 +71,13 @@ def summarise(scores: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Sum
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction of p values (N,); NaN stays and is not counted."""
+    """Holm's step-down correction (Holm 1979) of p values (N,), in their order, at most 1; NaN stays and is not counted.
+
+    Example
+    -------
+    >>> holm(np.array([0.03, 0.01])).tolist()
+    [0.03, 0.02]
+    """
     tested = np.flatnonzero(np.isfinite(p))
     order = tested[np.argsort(p[tested], kind="stable")]
     corrected = np.full(len(p), np.nan)

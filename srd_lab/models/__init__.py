@@ -69,8 +69,13 @@ def load_model(
     Pixels are normalised as torchvision's own weights of that network want it, and with ImageNet's mean and standard
     deviation on CIFAR.
 
-    Raises SrdLabError for a name, data or device that is not there, and for weights that cannot be had or do
-    not fit.
+    Raises BadValue for a name or data that is not there, BadWeights for weights that are not there or do not fit, and
+    Unavailable for a device or a download that cannot be had.
+
+    Example
+    -------
+    >>> load_model("resnet18", device="cpu")(x).shape
+    torch.Size([2, 10])
     """
     _, family = _family(name, data)
     place = pick_device(device)
@@ -85,7 +90,11 @@ def load_model(
 
 
 def weights_file(name: str, data: str = "scenes", weights: str | Path | None = None) -> Path:
-    """The file that ``load_model`` with these arguments reads; SrdLabError where there is none."""
+    """The file that ``load_model`` with these arguments reads; torchvision's is downloaded if it is not in the cache.
+
+    Raises BadValue for a name or data that is not there, BadWeights where there is no file of weights to take, and
+    Unavailable where a download fails. Whether a given file exists is not checked.
+    """
     kind, family = _family(name, data)
     file = weights or family.file(name)
     if file is None:
@@ -94,7 +103,13 @@ def weights_file(name: str, data: str = "scenes", weights: str | Path | None = N
 
 
 def networks(data: str = "scenes") -> tuple[str, ...]:
-    """The names that ``load_model`` knows for this data."""
+    """The names that ``load_model`` knows for this data. Raises BadValue for data that is not known.
+
+    Example
+    -------
+    >>> networks("scenes")
+    ('vgg16', 'resnet18', 'resnet50')
+    """
     return FAMILIES[_kind(data)].names()
 
 
@@ -102,7 +117,12 @@ def input_size(name: str, data: str = "imagenet") -> int:
     """Side in pixels of the images that the network is made for: 64 on scenes, 32 on CIFAR, else what torchvision's
     weights are tested at: 224 for most, 299 for inception_v3, up to 600 for efficientnet_b7.
 
-    Nothing is downloaded. Raises SrdLabError for a name or data that is not there.
+    Nothing is downloaded. Raises BadValue for a name or data that is not there.
+
+    Example
+    -------
+    >>> input_size("vgg16"), input_size("vgg16", "scenes")
+    (224, 64)
     """
     return _family(name, data)[1].size(name)
 
@@ -120,7 +140,7 @@ def _kind(data: str) -> str:
 
 
 def _family(name: str, data: str) -> tuple[str, Family]:
-    """The kind of data and its networks; SrdLabError where ``name`` is none of them."""
+    """The kind of data and its networks; BadValue where ``name`` is none of them."""
     kind = _kind(data)
     known = networks(kind)
     if name not in known:

@@ -40,28 +40,37 @@ CIFAR_STATISTICS: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Cifar:
-    """32 x 32 pixels: the networks below, and torchvision's as they are for ImageNet."""
+    """The family for 32 x 32 pixels: the networks of this module, and torchvision's as they are for ImageNet.
+
+    classes : rows of the last layer, 10 or 100.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`; there are no weights to take by default.
+    """
 
     classes: int
 
     def names(self) -> tuple[str, ...]:
+        """``CIFAR_NETWORKS``, then torchvision's."""
         return *CIFAR_NETWORKS, *torchvision_names()
 
     def size(self, name: str) -> int:
+        """32 pixels for all."""
         return 32
 
     def statistics(self, name: str) -> Statistics:
+        """ImageNet's, as ``CIFAR_STATISTICS``."""
         return CIFAR_STATISTICS
 
     def file(self, name: str) -> None:
         return None
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """The untrained network, with as many classes as the data; ``state`` does not matter."""
         return cifar_network(name, self.classes)
 
 
 def cifar_network(name: str, classes: int) -> nn.Module:
-    """The untrained network of that name for 32 x 32 pixels."""
+    """The untrained network ``name`` for 32 x 32 pixels, of ``CIFAR_NETWORKS`` or torchvision, with so many classes."""
     if name not in CIFAR_NETWORKS:
         return torchvision_network(name, classes)
     base = next(base for base in (*SMALL_STEM, *reversed(RESIDUAL)) if f"{name}_".startswith(f"{base}_"))
@@ -76,7 +85,7 @@ def cifar_network(name: str, classes: int) -> nn.Module:
 
 
 def with_activation(network: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    """``network``, every ReLU module in it exchanged."""
+    """``network`` itself, after every ReLU module in it was exchanged for one that ``make`` gives."""
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
@@ -85,7 +94,7 @@ def with_activation(network: nn.Module, make: Callable[[], nn.Module]) -> nn.Mod
 
 
 class CifarResNet(nn.Module):
-    """Residual network of ``depth`` = 6 n + 2 layers, pixels (N, 3, 32, 32) to logits (N, classes)."""
+    """Residual network of ``depth`` = 6 n + 2 layers, normalised images (N, 3, 32, 32) to logits (N, classes)."""
 
     def __init__(self, depth: int, classes: int) -> None:
         super().__init__()
@@ -100,6 +109,7 @@ class CifarResNet(nn.Module):
         self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of normalised images x (N, 3, 32, 32)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(torch.flatten(self.avgpool(x), 1))
@@ -107,6 +117,8 @@ class CifarResNet(nn.Module):
 
 class Block(nn.Module):
     """relu(f(x) + shortcut(x)), f of two 3x3 convolutions.
+
+    before, width : channels of x and of the output. stride : of the first convolution, 1 or 2.
 
     The shortcut has no parameters (option A of the paper): where the resolution halves it takes every second pixel, and
     new channels are zeros, half of them before the old ones and half behind.
@@ -122,6 +134,7 @@ class Block(nn.Module):
         self.stride, self.new = stride, (width - before) // 2
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, before, H, W) to (N, width, H / stride, W / stride), >= 0."""
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new, self.new))

@@ -19,25 +19,38 @@ Statistics = tuple[Colour, Colour]  # mean and standard deviation per channel
 class Family(Protocol):
     """The networks for one kind of data, by name."""
 
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """The names of its networks."""
+        ...
 
     def size(self, name: str) -> int:
         """Side in pixels of the images that the network is made for."""
         ...
 
-    def statistics(self, name: str) -> Statistics: ...
+    def statistics(self, name: str) -> Statistics:
+        """Mean and standard deviation per channel that pixels in [0, 1] are normalised with."""
+        ...
 
     def file(self, name: str) -> Path | None:
-        """The weights to take when the user gives none; None where the user has to."""
+        """The weights to take when the user gives none; None where the user has to.
+
+        Raises BadWeights where there are none of this network, and Unavailable where they cannot be downloaded.
+        """
         ...
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
-        """The untrained network that ``state`` is for."""
+        """The untrained network ``name`` that ``state``, as :func:`srd_lab.models.files.read_state` gives it, is for.
+
+        Raises BadWeights where ``state`` belongs to no such network.
+        """
         ...
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std per channel, for pixels x (N, 3, H, W) in [0, 1]."""
+    """(x - mean) / std per channel, for pixels x (N, 3, H, W) in [0, 1].
+
+    mean, std : three numbers each, in units of pixels in [0, 1].
+    """
 
     mean: Tensor
     std: Tensor
@@ -48,11 +61,15 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised images, of the shape of x (N, 3, H, W)."""
         return (x - self.mean) / self.std
 
 
 class Classifier(nn.Module):
-    """Pixels (N, 3, H, W) in [0, 1] to logits (N, classes): ``normalise``, then ``network``."""
+    """Pixels (N, 3, H, W) in [0, 1] to logits (N, classes): ``normalise``, then ``network``.
+
+    network : normalised images to logits. mean, std : see :class:`Normalise`.
+    """
 
     def __init__(self, network: nn.Module, mean: Colour, std: Colour) -> None:
         super().__init__()
@@ -60,6 +77,7 @@ class Classifier(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of pixels x (N, 3, H, W) in [0, 1]."""
         return self.network(self.normalise(x))
 
     def normalisation_and_network(self) -> tuple[nn.Module, nn.Module]:
@@ -80,7 +98,7 @@ def last_parameter(network: nn.Module) -> tuple[str, Tensor]:
 
 
 def check_classes(model: Classifier, data: Dataset) -> None:
-    """Refuse data with more or fewer classes than the model, whose labels would mean something else there."""
+    """Raise BadWeights for data with more or fewer classes than the model, whose labels would mean something else there."""
     if len(data.classes) != model.classes:
         raise BadWeights(
             f"the model tells {model.classes} classes apart, but the data has {len(data.classes)}; "

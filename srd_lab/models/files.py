@@ -48,12 +48,12 @@ READERS: dict[str, tuple[Callable[[Path], Any], bytes]] = {
 
 
 def read_state(file: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .pth, .pt, .safetensors or .npz file, in float32, its keys as torchvision has them today.
+    """The state dict in a .pth, .pt, .th, .tar, .safetensors or .npz file, in float32, its keys as torchvision has them.
 
     It may lie under ``state_dict`` or ``model``, where training scripts put it. Nothing is unpickled but tensors and
     plain data, so that a file cannot run code.
 
-    Raises SrdLabError where the file is missing, damaged, of another kind, or does not hold a state dict of tensors.
+    Raises BadWeights where the file is missing, damaged, of another kind, or does not hold a state dict of tensors.
     """
     file = Path(file).expanduser()
     if file.suffix not in READERS:
@@ -142,7 +142,10 @@ def _complaints(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
 
 
 def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads ``state``, as ``read_state`` gives it, strictly; SrdLabError names ``source`` and what does not fit."""
+    """Load ``state``, as :func:`read_state` gives it, into ``network``.
+
+    source : what the error calls it. Raises BadWeights, with what does not fit, unless all keys and shapes do.
+    """
     own, state = network.state_dict(), OrderedDict(state)
     complaints = _complaints(own, state)
     if complaints:

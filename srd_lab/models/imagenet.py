@@ -24,33 +24,54 @@ from srd_lab.models.classifier import Statistics, last_parameter
 
 
 class ImageNet:
-    """1,000 classes: torchvision's networks as they are, with its IMAGENET1K_V1 weights and the recipe of these."""
+    """1,000 classes: torchvision's networks as they are, with its IMAGENET1K_V1 weights and the recipe of these.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`.
+    """
 
     def names(self) -> tuple[str, ...]:
+        """Every classifier that torchvision lists."""
         return torchvision_names()
 
     def size(self, name: str) -> int:
+        """Side in pixels that torchvision's weights are tested at."""
         return int(_recipe(name).crop_size[0])
 
     def statistics(self, name: str) -> Statistics:
+        """Mean and standard deviation that torchvision's weights want."""
         recipe = _recipe(name)  # ImageNet's for all but efficientnet_v2_l
         return tuple(recipe.mean), tuple(recipe.std)
 
     def file(self, name: str) -> Path | None:
+        """torchvision's weights in its cache, downloaded if need be.
+
+        Raises BadWeights where torchvision has none of this network, and Unavailable where the download fails.
+        """
         return _cached_file(name)
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """torchvision's untrained network of 1,000 classes; a VGG with the head that ``state`` has.
+
+        Raises BadWeights for a VGG's ``state`` with a head of no known shape.
+        """
         head = vgg_head(name, state)
         return vgg_network(name, replace(head, classes=1000)) if head else torchvision_network(name)
 
 
 class FineTuned(ImageNet):
-    """The same networks with as many classes as the last layer in the user's weights file has."""
+    """The same networks with as many classes as the last layer in the user's weights file has.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`; there are no weights to take by default.
+    """
 
     def file(self, name: str) -> None:
         return None
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """torchvision's untrained network with as many classes as the last layer in ``state``; a VGG with the head there.
+
+        Raises BadWeights for a VGG's ``state`` with a head of no known shape.
+        """
         if head := vgg_head(name, state):
             return vgg_network(name, head)
         network = torchvision_network(name)
@@ -61,12 +82,13 @@ class FineTuned(ImageNet):
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Every classifier that torchvision lists."""
+    """The names of every classifier that torchvision lists."""
     return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
 def torchvision_network(name: str, classes: int = 1000) -> nn.Module:
-    """torchvision's network, untrained, without auxiliary heads, for inputs normalised as all the others'."""
+    """torchvision's network, untrained, without auxiliary heads, with so many classes, for inputs normalised as all the
+    others'."""
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # torchvision's weights of these two want (x - 0.5) / 0.5, which transform_input makes of ImageNet's.
@@ -104,7 +126,7 @@ class Head:
 def vgg_head(name: str, state: Mapping[str, Tensor]) -> Head | None:
     """The head in a VGG's ``state``; None for other networks, and where ``state`` is not of a VGG at all.
 
-    Raises SrdLabError where a VGG's convolutions come without a classifier, or with one of no known shape.
+    Raises BadWeights where a VGG's convolutions come without a classifier, or with one of no known shape.
     """
     if not name.startswith("vgg") or "features.0.weight" not in state:
         return None
@@ -150,7 +172,7 @@ def _recipe(name: str) -> Any:
 def _cached_file(name: str) -> Path:
     """torchvision's IMAGENET1K_V1 weights in its own cache, brought there from its server if need be.
 
-    Raises SrdLabError where there are no such weights, or they can be had neither from the cache nor from the server.
+    Raises BadWeights where there are no such weights, and Unavailable where neither the cache nor the server has them.
     """
     entries = torchvision.models.get_model_weights(name).__members__
     if "IMAGENET1K_V1" not in entries:

@@ -18,26 +18,37 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 class Scenes:
-    """Ten classes, 64 x 64 pixels."""
+    """The family for ``scenes``: ten classes, 64 x 64 pixels.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`.
+    """
 
     def names(self) -> tuple[str, ...]:
+        """``SCENES_NETWORKS``."""
         return SCENES_NETWORKS
 
     def size(self, name: str) -> int:
+        """64 pixels for all."""
         return 64
 
     def statistics(self, name: str) -> Statistics:
+        """``SCENES_STATISTICS`` for all."""
         return SCENES_STATISTICS
 
     def file(self, name: str) -> Path:
+        """The weights that come with the package."""
         return WEIGHTS / f"{name}_scenes.npz"
 
     def network(self, name: str, state: Mapping[str, Tensor]) -> nn.Module:
+        """The untrained network; ``state`` does not matter."""
         return scenes_network(name)
 
 
 def scenes_network(name: str, *, batch_norm: bool = False) -> nn.Module:
-    """The untrained small network ``name``, of SCENES_NETWORKS; ``batch_norm`` concerns vgg16 in training alone."""
+    """The untrained small network ``name``, of SCENES_NETWORKS, for ten classes.
+
+    batch_norm : whether vgg16 gets one behind each convolution, as it has in training alone.
+    """
     if name == "vgg16":
         return SmallVGG(batch_norm=batch_norm)
     if name == "resnet18":
@@ -49,7 +60,8 @@ def scenes_network(name: str, *, batch_norm: bool = False) -> nn.Module:
 class SmallVGG(nn.Module):
     """VGG16 at an eighth of its width, for 64 x 64 pixels: 13 convolutions of 3x3, five pools, three layers.
 
-    ``batch_norm`` puts one after each convolution: only for training, the weights are saved without.
+    classes : rows of the last layer.
+    batch_norm : whether one follows each convolution: only for training, the weights are saved without.
     """
 
     LAYERS = (8, 8, "M", 16, 16, "M", 32, 32, 32, "M", 64, 64, 64, "M", 64, 64, 64, "M")
@@ -65,12 +77,16 @@ class SmallVGG(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of normalised images x (N, 3, 64, 64)."""
         x = self.avgpool(self.features(x))
         return self.classifier(torch.flatten(x, 1))
 
 
 class SmallResNet(nn.Module):
-    """torchvision's ResNet (7x7 stem, pool, four groups of its blocks) at a quarter of its width."""
+    """torchvision's ResNet (7x7 stem, pool, four groups of its blocks) at a quarter of its width.
+
+    block : torchvision's. depths : blocks in each group. classes : rows of the last layer.
+    """
 
     def __init__(
         self, block: type[BasicBlock] | type[Bottleneck], depths: tuple[int, int, int, int], classes: int = 10
@@ -89,6 +105,7 @@ class SmallResNet(nn.Module):
         self.fc = nn.Linear(128 * expansion, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of normalised images x (N, 3, 64, 64)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -38,9 +38,11 @@ def certificate_plot(
     attacked, certified : method -> (sizes, scores), each (S,), S >= 1: sizes ascending and >= 0, root mean squares of the
         change in units of 0..255 (:func:`attacks.certificates.rms255`), scores in [0, 1]; a method may lack either.
     values : C * H * W of an image, for the second axis: the L2 norm in units of pixels in [0, 1].
-    score : what the vertical axis says.
+    score : what the vertical axis says. title : of the figure.
 
-    The horizontal axis is logarithmic; a size of 0 is drawn at its left end. Raises SrdLabError for curves that are none.
+    The horizontal axis is logarithmic; a size of 0 is drawn at its left end.
+
+    Raises BadValue for curves of another form, for ``values`` below 1, and where no curve has a size above 0.
     """
     for name, curve in (*attacked.items(), *certified.items()):
         _check_curve(name, *curve)

@@ -26,6 +26,7 @@ _SCORED = 4  # the column of a picture grid under which the scores stand: the ma
 class PictureRow:
     """One attacked image in a ``picture_grid``.
 
+    label : text beside the row.
     original, adversarial, target : (3, H, W) pixels in [0, 1]; target is the image whose map was aimed at,
         None where there was no such aim.
     map_original, map_adversarial, map_target : (H, W) raw maps, signed or not.
@@ -43,7 +44,13 @@ class PictureRow:
 
 
 def heat(saliency: Picture) -> np.ndarray:
-    """Colours (H, W, 3) uint8 of a map (H, W) in [0, 1]."""
+    """Colours (H, W, 3) uint8 of a map (H, W) in [0, 1]; values outside are cut off.
+
+    Example
+    -------
+    >>> heat(np.array([[0.0, 1.0]])).tolist()    # from black to light yellow
+    [[[0, 0, 4], [252, 255, 164]]]
+    """
     from matplotlib import colormaps
 
     colours = colormaps[_COLOUR_MAP](np.clip(np.asarray(saliency, dtype=np.float64), 0, 1))
@@ -51,20 +58,26 @@ def heat(saliency: Picture) -> np.ndarray:
 
 
 def overlay(image: Picture, saliency: Picture) -> np.ndarray:
-    """The map (H, W) in [0, 1] over its image (3, H, W) in [0, 1], greyed: (H, W, 3) uint8."""
+    """The map (H, W) in [0, 1] over its image (3, H, W) in [0, 1], greyed: 60 and 40 %, as (H, W, 3) uint8."""
     grey = np.clip(np.asarray(image, dtype=np.float64).mean(axis=0), 0, 1)[..., None]
     return np.round(0.4 * 255 * grey + 0.6 * heat(saliency)).astype(np.uint8)
 
 
 def save_picture(file: IO[bytes], picture: np.ndarray) -> None:
-    """Write colours (H, W, 3) uint8 as a PNG, pixel by pixel."""
+    """Write colours (H, W, 3) uint8 as a PNG into an open file."""
     from PIL import Image
 
     Image.fromarray(picture).save(file, format="png")
 
 
 def strength(saliency: Picture) -> np.ndarray:
-    """Absolute value of a raw map (H, W) divided by its maximum; zero where the map is zero or not finite."""
+    """Absolute value of a raw map (H, W) divided by its maximum, in [0, 1]; 0 where a pixel is zero or not finite.
+
+    Example
+    -------
+    >>> strength(np.array([[-2.0, 1.0, np.nan]])).tolist()
+    [[1.0, 0.5, 0.0]]
+    """
     size = np.abs(np.nan_to_num(np.asarray(saliency, dtype=np.float64), nan=0, posinf=0, neginf=0))
     return size / (size.max(initial=0) or 1)
 
@@ -72,7 +85,9 @@ def strength(saliency: Picture) -> np.ndarray:
 def picture_grid(rows: Sequence[PictureRow]) -> Figure:
     """A row per attacked image: both images, their magnified difference, the maps; the aim, if there was one.
 
-    The difference has one factor for the whole grid; every map is shown as ``strength``.
+    rows : at least one, with images and maps of one size.
+
+    The difference has one factor for the whole grid; every map is shown as :func:`strength`.
     """
     columns = _columns(rows)
     height, width = np.asarray(rows[0].original).shape[-2:]
@@ -138,7 +153,7 @@ def _magnification(largest: float) -> int:
 
 
 def pixels(image: Picture) -> np.ndarray:
-    """(3, H, W) in any range as (H, W, 3) in [0, 1]."""
+    """An image (3, H, W) as (H, W, 3) float64; values outside of [0, 1] are cut off."""
     return np.clip(np.moveaxis(np.asarray(image, dtype=np.float64), 0, -1), 0, 1)
 
 
@@ -159,7 +174,11 @@ def _map_scale(figure: Figure, x: float, y: float, width: float) -> None:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One image (3, H, W) in a ``map_sheet`` and its maps (H, W), raw and signed, by what made them."""
+    """One image in a ``map_sheet`` or ``method_sheet``, and its maps.
+
+    label : text beside the row. image : (3, H, W) pixels in [0, 1].
+    maps : (H, W), raw and signed, by what made them.
+    """
 
     label: str
     image: Picture
@@ -169,7 +188,9 @@ class SheetRow:
 def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figure:
     """A block of columns per network, a row per image: the image, then each of its maps, red > 0 > blue.
 
-    Full colour is the absolute value that half a percent of a map's pixels exceed.
+    blocks : network -> rows, whose maps have the same names within a block. title : of the figure.
+
+    Maps are shown as :func:`signed`.
     """
     count = max(len(rows) for rows in blocks.values())
     columns = [("image", *rows[0].maps) for rows in blocks.values()]
@@ -196,9 +217,11 @@ def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figu
 
 
 def method_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
-    """A row per image, a column per method: the image, then its maps in [-1, 1], red > 0 > blue.
+    """A row per image, a column per method: the image, then its maps, red > 0 > blue.
 
-    A row without a map that others have stays white there.
+    rows : a row without a map that others have stays white there. title : of the figure.
+
+    Maps are shown as :func:`signed`.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.maps))
     longest = max(map(len, names))  # of the slanted names, an inch is 17 letters across the top
@@ -231,7 +254,10 @@ def method_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
 
 
 def signed(raw: Picture) -> np.ndarray:
-    """A raw map in [-1, 1], which stand for the size that half a percent of its pixels exceed."""
+    """A raw map (H, W) in [-1, 1]: divided by the absolute value that half a percent of its pixels exceed, and clipped.
+
+    Pixels that are not finite are 0.
+    """
     values = np.nan_to_num(np.asarray(raw, dtype=np.float64), nan=0, posinf=0, neginf=0)
     size = np.abs(values)
     return np.clip(values / (np.quantile(size, 0.995) or size.max() or 1), -1, 1)

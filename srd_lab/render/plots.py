@@ -29,7 +29,8 @@ def box_plots(
 ) -> Figure:
     """A panel per metric, a box with its points per method; beside it, paler, the control.
 
-    scores, control : method -> metric ("ssim", "pcc") -> one value per pair (P,); NaN is left out.
+    scores, control : method -> metric ("ssim", "pcc") -> one value per pair (P,); NaN is left out. control=None draws none.
+    title : of the figure.
     """
     metrics = list(next(iter(scores.values())))
     with style():
@@ -97,7 +98,8 @@ def apop_bars(
     """Accuracy per input (a group) and setting (a bar).
 
     table : (input, setting) -> accuracy in [0, 1]; settings "original", "apop", "apop_relu".
-    original, chance : accuracies of the untouched network on the real images, and of guessing.
+    original, chance : accuracies in [0, 1] of the untouched network on the real images, and of guessing.
+    title : of the figure.
     """
     inputs = list(dict.fromkeys(key[0] for key in table))
     settings = list(dict.fromkeys(key[1] for key in table))
@@ -125,6 +127,7 @@ def binarisation_curve(
     """Accuracy in [0, 1] when one activation call gives 1 where it is positive, else 0; each call in turn.
 
     names, accuracy : (L,) in call order.
+    original, chance : accuracies in [0, 1] of the untouched network, and of guessing. title : of the figure.
     """
     with style():
         figure = blank((min(9.0, max(4.6, 1.5 + 0.28 * len(names))), 3.4))
@@ -144,9 +147,10 @@ def binarisation_curve(
 def binarisation_panels(
     panels: Mapping[str, tuple[Sequence[float], float]], chance: float, title: str = ""
 ) -> Figure:
-    """``binarisation_curve`` of several networks side by side.
+    """:func:`binarisation_curve` of several networks side by side.
 
     panels : network -> (accuracy per activation call, accuracy of the untouched network), in [0, 1].
+    chance : accuracy of guessing. title : of the figure.
     """
     with style():
         figure = blank((1.0 + 2.6 * len(panels), 3.2))
@@ -186,8 +190,9 @@ def perturbation(
 ) -> Figure:
     """Similarity over the size of the perturbation, a panel per score: median and interquartile band per method.
 
-    over : ``mse`` or ``linf``; reached, pairs : (S,) its values, and how many pairs stand behind each (shown below).
-    panels : score -> method -> (median, lower, upper), each (S,).
+    over : ``mse`` (normalised units) or ``linf`` (units of 0..255).
+    reached, pairs : (S,) values of ``over``, and how many pairs stand behind each (shown below).
+    panels : score -> method -> (median, lower, upper), each (S,). title : of the figure.
     """
     with style():
         figure = blank((1.2 + 3.4 * len(panels), 4.0))
@@ -218,9 +223,10 @@ def manipulation_figure(
     scores: Mapping[str, Mapping[str, np.ndarray]],
     title: str = "",
 ) -> Figure:
-    """Fig. 4 of the paper: above, one pair through every method; below, a panel of boxes per score.
+    """Fig. 4 of the paper: above, one pair through every method; below, boxes of SSIM and of PCC.
 
-    shown : method -> its attacked pairs, of which the first is drawn; scores : method -> score -> (P,).
+    shown : method -> its attacked pairs, of which the first is drawn.
+    scores : method -> score ("ssim", "pcc") -> (P,). title : of the figure.
     """
     methods = list(shown)
     with style():
@@ -260,7 +266,7 @@ def manipulation_figure(
 def rank_chart(ranks: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
     """A row per method, a column per metric, a cell for its rank; the best methods on top by their mean rank.
 
-    ranks : metric -> method -> rank, 1 = best; a method may lack one.
+    ranks : metric -> method -> rank, 1 = best; a method may lack one. title : of the figure.
     """
     methods = list(dict.fromkeys(method for own in ranks.values() for method in own))
     grid = np.array([[own.get(method, np.nan) for own in ranks.values()] for method in methods])

@@ -24,8 +24,8 @@ def member_heat(
 ) -> Figure:
     """A row per method, a column per attack, a cell for the mean PCC that it left; dark = broken.
 
-    reached : method -> attack -> mean PCC; a method may lack one. attacks : the columns; those whose name ends with a star
-        ran on few images.
+    reached : method -> attack -> mean PCC in [-1, 1]; a method may lack one.
+    attacks : the columns; those whose name ends with a star ran on few images. title : of the figure.
     """
     grid = np.array([[own.get(name, np.nan) for name in attacks] for own in reached.values()])
     with style():
@@ -50,6 +50,7 @@ def budget_curves(curves: Mapping[str, Mapping[float, np.ndarray]], norm: str, t
     """Worst PCC over the budget, a line per method: the mean over images, and a band of its standard error.
 
     curves : method -> budget -> worst PCC (N,); what a smaller budget reaches counts for a larger one too.
+    norm : "l2", "linf" or "legacy", what the budget bounds. title : of the figure.
     """
     with style():
         figure = blank((5.6, 4.2))

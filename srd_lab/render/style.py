@@ -23,12 +23,15 @@ _DPI = 150
 
 
 def title_of(figure: Figure, title: str) -> None:
-    """The title over the figure, wrapped to its width."""
+    """Put ``title`` over the figure, wrapped to its width."""
     figure.suptitle(textwrap.fill(title, int(14 * figure.get_figwidth())), fontsize=9)
 
 
 def blank(size: tuple[float, float], layout: Any = "constrained") -> Figure:
-    """An empty figure of that size in inches."""
+    """An empty figure.
+
+    size : width and height in inches. layout : matplotlib's layout engine; "none" for axes that are placed by hand.
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, dpi=_DPI, layout=layout)
@@ -36,7 +39,7 @@ def blank(size: tuple[float, float], layout: Any = "constrained") -> Figure:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within: the style of this project."""
+    """Within: matplotlib's settings are those of this project's figures."""
     from matplotlib import rc_context
 
     with rc_context(_STYLE):

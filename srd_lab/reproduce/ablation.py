@@ -39,7 +39,10 @@ as a heat map shows it (0 = smooth, 1 = white noise)."""
 
 
 class Figure7:
-    """One run of ``srd-lab reproduce fig7``: the three variants on the same images, for the predicted class."""
+    """One run of ``srd-lab reproduce fig7``: the three variants on the same images, for the predicted class.
+
+    Errors are those of :func:`srd_lab.runs.inputs.checked_networks`.
+    """
 
     def __init__(self, settings: AblationSettings) -> None:
         self.settings = settings
@@ -51,7 +54,7 @@ class Figure7:
         self.seconds = 0.0
 
     def run(self, run: Run) -> None:
-        """Measure every network and report."""
+        """Measure every network and report; errors are those of :func:`srd_lab.runs.batches.in_batches`."""
         results, sheets = {}, {}
         for name in self.models:
             with run.child(name, {"model": name, **_options()}) as child:

@@ -56,7 +56,7 @@ class _Table(ABC):
         self.weights_sha256 = weights_sums(settings, self.models)
 
     def run(self, run: Run) -> None:
-        """Evaluate every network and report."""
+        """Evaluate every network and report; errors are those of :meth:`Evaluation.evaluate`."""
         scores: dict[str, Scores] = {}
         accuracy, seconds = {}, 0.0
         for name, evaluation in self.evaluations.items():
@@ -80,12 +80,16 @@ class _Table(ABC):
         publish(run, report(self.title(), tables, [], self.deviations(), said), seconds)
 
     def title(self) -> str:
+        """What was done, in a line."""
         source = self.settings.source
         first = next(iter(self.evaluations.values()))
         return f"{self.name} of the paper on {source}, {len(first.indices)} images"
 
     def findings(self, name: str, scores: Scores) -> list[Finding]:
-        """The paper's value of every cell that it has, against the interval measured."""
+        """The paper's value of every cell that it has, against the interval measured.
+
+        name : of the network. scores : its own.
+        """
         found = []
         for method, own in scores.items():
             for metric, values in own.items():
@@ -96,7 +100,7 @@ class _Table(ABC):
         return found
 
     def cell(self, name: str, method: str, metric: str, values: np.ndarray) -> str:
-        """Mean, half an interval, the paper's value."""
+        """Mean, half an interval, the paper's value, of scores ``values`` (N,); a dash where none is finite."""
         s, value = summarise(values, self.settings.seed), self.printed(name, method, metric)
         if not s.n:
             return "–"
@@ -112,10 +116,15 @@ class _Table(ABC):
         """The paper's value; None where it has none."""
 
     @abstractmethod
-    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]: ...
+    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
+        """The experiment's own tables.
+
+        scores : network -> method -> metric -> (N,). accuracy : network -> share of images classified correctly.
+        """
+        ...
 
     def deviations(self) -> list[str]:
-        """How this is not what the paper did."""
+        """How this is not what the paper did, a line each."""
         said, source = paper()["settings"][self.key], self.settings.source
         first = next(iter(self.evaluations.values()))
         lines = []
@@ -146,16 +155,19 @@ class _Table(ABC):
 
 
 class Table2(_Table):
-    """All rows and columns of Table 2."""
+    """All rows and columns of Table 2.
+
+    Raises BadValue where the settings name no network; else the errors are those of :class:`Evaluation`.
+    """
 
     key, name, methods, metrics = "table2", "Table 2", TABLE_2, TABLE_2_METRICS
 
     def has(self, name: str) -> bool:
-        """By name."""
+        """Whether Table 2 has a network of this name."""
         return name in paper()["table2"]
 
     def printed(self, name: str, method: str, metric: str) -> float | None:
-        """The cell of a network that the paper has."""
+        """The paper's value of a cell; None where it has none."""
         return paper()["table2"].get(name, {}).get(method, {}).get(metric)
 
     def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
@@ -187,20 +199,23 @@ class Table2(_Table):
 
 
 class Table4(_Table):
-    """Fidelity of one network with six activations."""
+    """Fidelity of one network with six activations.
+
+    Raises BadValue where the settings name no network; else the errors are those of :class:`Evaluation`.
+    """
 
     key, name, methods, metrics = "table4", "Table 4", TABLE_4, ("fidelity",)
 
     def has(self, name: str) -> bool:
-        """ResNet50 for small images, with any of the activations."""
+        """Whether this is the paper's network, a ResNet50 for small images, with any of the activations."""
         return name.removesuffix(f"_{activation_of(name)}") == "resnet50_3x3"
 
     def printed(self, name: str, method: str, metric: str) -> float | None:
-        """The cell of the network's activation."""
+        """The paper's value for the network's activation; None where it has none."""
         return paper()["table4"][metric].get(method, {}).get(activation_of(name))
 
     def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
-        """Methods by networks."""
+        """Methods by networks, and the accuracies."""
         lines = [
             [
                 m,
@@ -219,7 +234,13 @@ class Table4(_Table):
 
 
 def activation_of(name: str) -> str:
-    """``elu`` of ``resnet20_elu``; a name without one has ReLU."""
+    """The activation in a network's name; one that says none has ReLU.
+
+    Example
+    -------
+    >>> activation_of("resnet20_elu"), activation_of("resnet50_3x3_leaky_relu"), activation_of("resnet20")
+    ('elu', 'leaky_relu', 'relu')
+    """
     found = [kind for kind in ACTIVATIONS if name.endswith(f"_{kind}")]
     return max(found, key=len, default="relu")  # leaky_relu ends in relu
 

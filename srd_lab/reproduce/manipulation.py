@@ -23,7 +23,11 @@ UNANSWERED = (
 
 
 class Figure4(ManipulationStudy):
-    """The paper's comparison, and what it leaves out: equal perturbation, controls, both starts of SRD."""
+    """The paper's comparison, and what it leaves out: equal perturbation, controls, both starts of SRD.
+
+    Settings in ``OF_THE_PAPER`` are replaced by the published ones. Errors are those of
+    :class:`attacks.manipulation_study.ManipulationStudy`.
+    """
 
     def __init__(self, settings: ManipulationSettings) -> None:
         fixed = {name: getattr(PUBLISHED, name) for name in OF_THE_PAPER}
@@ -38,7 +42,10 @@ class Figure4(ManipulationStudy):
         publish(run, title, [], findings, deviations, took, unanswered=UNANSWERED)
 
     def findings(self, tables: dict[str, Arrays]) -> list[Finding]:
-        """The claim that SRD (from ones) stands above every other method: at the stop, and at equal perturbation."""
+        """The claim that SRD (from ones) stands above every other method: at the stop, and at equal perturbation.
+
+        tables : method -> arrays over the pairs. None where SRD is not among the methods.
+        """
         if SRD not in tables:
             return []
         seed, others = self.settings.seed, [name for name in tables if not name.startswith("srd")]
@@ -55,7 +62,7 @@ class Figure4(ManipulationStudy):
         return found
 
     def deviations(self) -> list[str]:
-        """How this differs from section 4.3."""
+        """How this differs from section 4.3, a line each."""
         said, s = paper()["settings"]["fig4"], self.settings
         lines = data_deviations(s, "fig4", [s.model])
         if s.model != said["network"]:

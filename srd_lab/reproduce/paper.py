@@ -24,8 +24,10 @@ HEADER = ("", "paper", "measured [95 % interval]", "n", "paper's value")
 def paper() -> dict[str, Any]:
     """What the paper prints, but for ``assumed``.
 
-    ``source``; ``settings`` (``apop`` for Tables 1 and 3 and Fig. 6, ``fig4``, ``fig7``); ``assumed``, what it does not
-    say and we suppose; ``table1``, ``table3`` (network -> ... -> accuracy); ``claims`` (figure -> text).
+    ``source``; ``settings`` by experiment (``apop`` for Tables 1 and 3 and Fig. 6, ``fig4``, ``fig7``, ``table2``,
+    ``table4``); ``assumed``, what it does not say and we suppose; ``table1``, ``table3`` (network -> ... -> accuracy);
+    ``table2`` (network -> method -> metric -> value); ``table4`` (``fidelity``: method -> activation -> value; ``accuracy``:
+    activation -> value); ``claims`` (figure -> text).
     """
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
@@ -55,19 +57,34 @@ class Finding:
 
 
 def against_value(what: str, value: float, measured: float, low: float, high: float, n: int) -> Finding:
-    """Whether the paper's value lies in the measured interval."""
+    """Whether the paper's ``value`` lies in the measured interval [low, high]; "too few" where that is NaN.
+
+    Example
+    -------
+    >>> against_value("accuracy", 0.7, 0.71, 0.69, 0.73, 100).verdict
+    'inside'
+    """
     verdict = "too few" if np.isnan(low) else "inside" if low <= value <= high else "outside"
     return Finding(what, f"{value:g}", measured, low, high, n, verdict)
 
 
 def against_claim(what: str, limit: float, measured: float, low: float, high: float, n: int) -> Finding:
-    """Whether something is larger than ``limit``: open while the interval holds it."""
+    """Whether something is larger than ``limit``: open while the measured interval [low, high] holds it.
+
+    Example
+    -------
+    >>> against_claim("difference", 0.0, 0.1, -0.1, 0.3, 100).verdict
+    'open'
+    """
     verdict = "holds" if low > limit else "does not hold" if high < limit else "open"
     return Finding(what, f"> {limit:g}", measured, low, high, n, verdict)
 
 
 def paired_claim(what: str, larger: np.ndarray, smaller: np.ndarray, seed: int) -> Finding:
-    """The claim that ``larger`` - ``smaller``, both (N,) over the same images, is positive on average."""
+    """The claim that ``larger`` - ``smaller``, both (N,) over the same images, is positive on average.
+
+    seed : of the bootstrap. The verdict is "too few" below 10 images.
+    """
     s = summarise(larger - smaller, seed)
     finding = against_claim(what, 0, s.mean, s.low, s.high, s.n)
     return finding if s.n >= FEW else replace(finding, verdict="too few")
@@ -83,7 +100,11 @@ def report(
     deviations: Sequence[str],
     unanswered: str = UNANSWERED,
 ) -> str:
-    """The whole output of a reproduction as text; ``unanswered`` stands where there are no findings."""
+    """The whole output of a reproduction as text.
+
+    tables : as text; empty ones are left out. deviations : from the paper's setting, a line each.
+    unanswered : stands where there are no findings.
+    """
     parts = [title, *filter(None, tables)]
     if findings:
         parts.append("Beside the paper:")
@@ -106,7 +127,10 @@ def publish(
     seconds: float,
     unanswered: str = UNANSWERED,
 ) -> None:
-    """Print and store the report, with the findings as a table for a spreadsheet where there are any."""
+    """Print and store the report, with the findings as a table for a spreadsheet where there are any.
+
+    seconds : that the work took, in all sessions. The other arguments are those of :func:`report`.
+    """
     if findings:
         run.save_text("findings.csv", csv_text([vars(finding) for finding in findings]))
     publish_text(run, report(title, tables, findings, deviations, unanswered), seconds)
@@ -115,9 +139,12 @@ def publish(
 def data_deviations(
     settings: Settings, experiment: str, models: Sequence[str], count: int | None = None
 ) -> list[str]:
-    """How data, weights and networks differ from what the paper says of ``experiment``, a key of its settings.
+    """How data, weights and networks differ from what the paper says, a line each.
 
-    count : how many images were used, where the paper used all of a set.
+    experiment : a key of ``settings`` in :func:`paper`. models : names of the networks that were used.
+    count : how many images were used, where the paper used all of a set; None = not looked at.
+
+    Raises BadValue for weights that are given to no network, see :func:`srd_lab.runs.settings.weights_of`.
     """
     said, assumed = paper()["settings"][experiment], paper()["assumed"]
     source = settings.source

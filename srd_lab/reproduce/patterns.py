@@ -60,11 +60,14 @@ class _Reproduction(Survey, ABC):
         """What the paper says of network ``name``."""
 
     def figure(self, run: Run, results: dict[str, Hits]) -> None:
-        """The figure in the paper's layout, where it has one."""
+        """Store the figure in the paper's layout, where it has one."""
 
 
 class Table3(_Reproduction):
-    """Accuracy of every network with zeros, ones or noise replayed under the pattern of the image."""
+    """Accuracy of every network with zeros, ones or noise replayed under the pattern of the image.
+
+    Errors are those of :class:`apop.study.Survey`.
+    """
 
     NAME = "Table 3"
     FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros", "ones", "normal"), "binarize": False}
@@ -87,7 +90,10 @@ class Table3(_Reproduction):
 
 
 class Table1(_Reproduction):
-    """Accuracy of every network, and of its activation pattern alone (zeros)."""
+    """Accuracy of every network, and of its activation pattern alone (zeros).
+
+    Errors are those of :class:`apop.study.Survey`.
+    """
 
     NAME = "Table 1"
     FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros",), "binarize": False}
@@ -115,7 +121,10 @@ class Table1(_Reproduction):
 
 
 class Figure6(_Reproduction):
-    """Accuracy with each activation call binarised in turn."""
+    """Accuracy with each activation call binarised in turn.
+
+    Errors are those of :class:`apop.study.Survey`.
+    """
 
     NAME = "Fig. 6"
     FIXED: ClassVar[dict[str, Any]] = {"inputs": (), "binarize": True}

@@ -11,7 +11,10 @@ from srd_lab.runs.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class AblationSettings(Settings):
-    """Fig. 7: ``models``, and on how many ``images`` (or ``all``)."""
+    """Fig. 7.
+
+    models : names of networks. images : how many, drawn by the seed; ``all``.
+    """
 
     models: tuple[str, ...] = ("vgg16",)
     images: int | str = 200
@@ -19,7 +22,10 @@ class AblationSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TableSettings(ScoringSettings):
-    """Table 2 or 4: scores of methods on several networks, ``models``."""
+    """Table 2 or 4: scores of methods on several networks.
+
+    models : names of networks, at least one.
+    """
 
     models: tuple[str, ...] = ()
 

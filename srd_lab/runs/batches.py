@@ -36,7 +36,11 @@ ADDED = ("files", "skipped", "seconds")
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to work on: its number in the study; one sample, or several that belong together, and their indices."""
+    """One thing to work on.
+
+    number : its place in the study, from 0.
+    indices, samples : of one sample, or of several that belong together, in the data set.
+    """
 
     number: int
     indices: tuple[int, ...]
@@ -44,10 +48,12 @@ class Item:
 
     @property
     def index(self) -> int:
+        """The index of its first sample."""
         return self.indices[0]
 
     @property
     def sample(self) -> Sample:
+        """Its first sample."""
         return self.samples[0]
 
 
@@ -64,6 +70,7 @@ def in_batches(
 ) -> Iterator[Arrays]:
     """The arrays of every batch, in order: those that an interrupted session stored, and fresh ones, which are stored.
 
+    run : where batches are stored, as ``batches/FIRST-LAST.npz``.
     items : what is worked on: indices of ``dataset``, or tuples of indices that belong together.
     settings : of which ``resumed`` (whether there may be stored batches) and ``workers`` (that decode ahead) count.
     work : makes arrays of some items, whose first axis is the item, and tells ``advance`` the steps that it did;
@@ -74,7 +81,8 @@ def in_batches(
     To a batch's arrays are added ``files``, the names of all that it was to read; ``skipped`` (K, 2), names and reasons
     of those that could not be used; and ``seconds`` () of work. A batch without any image has these alone.
 
-    Raises SrdLabError where a stored batch is of other files, and after the last batch if not one image is left.
+    Raises OtherWork, a kind of BadRun, where a stored batch is of other files; BadData after the last batch if not one image
+    is left; Unavailable where memory does not suffice for one item.
     """
     groups = [item if isinstance(item, tuple) else (int(item),) for item in items]
     stored = _stored(run) if settings.resumed else {}
@@ -122,14 +130,22 @@ def _worked(
 
 
 def joined(parts: Sequence[Arrays]) -> Arrays:
-    """The arrays of consecutive batches as one; what is (N, S) and of different lengths S is filled up with NaN, and
-    single numbers (the seconds) are added up."""
+    """The arrays of consecutive batches as one: concatenated along the first axis.
+
+    Arrays (N, S) of different lengths S are filled up with NaN, and single numbers (the seconds) are added up.
+
+    Example
+    -------
+    >>> parts = [{"x": np.ones((1, 2)), "seconds": np.array(1.0)}, {"x": np.ones((1, 1)), "seconds": np.array(2.0)}]
+    >>> {name: array.tolist() for name, array in joined(parts).items()}
+    {'x': [[1.0, 1.0], [1.0, nan]], 'seconds': 3.0}
+    """
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: _joined([part[name] for part in parts if name in part]) for name in names}
 
 
 def skipped_in(arrays: Arrays) -> dict[str, str]:
-    """Name -> reason of the files that could not be used."""
+    """Name -> reason of the files of a batch, or of several joined, that could not be used."""
     return {str(name): str(reason) for name, reason in arrays["skipped"]}
 
 

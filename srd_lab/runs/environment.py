@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "mlflow",
 
 
 def environment() -> dict[str, str]:
-    """Versions, git commit, platform and thread count, as run parameters."""
+    """Versions, git commit, platform and thread count, as run parameters: name -> text. What is not known is left out."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 
 def device_name(device: object) -> str:
-    """The name of a torch device's hardware, such as "NVIDIA H200" for ``cuda:0``."""
+    """The name of a torch device's hardware, such as "NVIDIA H200" for ``cuda:0``; the processor's for all but CUDA."""
     if str(device).startswith("cuda"):
         import torch
 

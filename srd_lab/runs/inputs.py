@@ -10,7 +10,10 @@ from srd_lab.runs.settings import Settings, weights_of
 
 
 def data_for(settings: Settings, name: str) -> Any:
-    """The data as the settings have it, at the size that the network ``name`` is made for."""
+    """The data as the settings have it, at the size that the network ``name`` is made for.
+
+    Errors are those of :func:`srd_lab.data.load_data` and :func:`srd_lab.models.input_size`.
+    """
     from srd_lab.data import load_data
     from srd_lab.models import input_size
 
@@ -19,7 +22,11 @@ def data_for(settings: Settings, name: str) -> Any:
 
 
 def network_for(settings: Settings, name: str, models: Sequence[str], device: Any, dataset: Any) -> Any:
-    """The network ``name``, one of ``models``, with the weights that the settings have for it, fit for ``dataset``."""
+    """The network ``name``, one of ``models``, with the weights that the settings have for it, on ``device``.
+
+    Raises BadWeights where its classes are not those of ``dataset``; else the errors are those of
+    :func:`srd_lab.models.load_model` and :func:`srd_lab.runs.settings.weights_of`.
+    """
     from srd_lab.models import check_classes, load_model
 
     model = load_model(name, settings.data, weights_of(settings.weights, models)[name], str(device))
@@ -32,7 +39,11 @@ def checked_networks(
 ) -> Any:
     """The data at the first network's size, after every network was loaded, tried and let go again.
 
-    So what is wrong with the last one shows before the work on the first. ``fits`` may refuse one by an error.
+    So what is wrong with the last one shows before the work on the first.
+
+    fits : called with name and network, on the CPU; may refuse one by an error.
+
+    Errors are those of :func:`data_for` and :func:`network_for`.
     """
     dataset = data_for(settings, models[0])
     for name in models:
@@ -43,7 +54,10 @@ def checked_networks(
 
 
 def weights_sums(settings: Settings, models: Sequence[str]) -> tuple[str, ...]:
-    """``NAME:SHA256`` of every network's weights file, bundled and downloaded ones too."""
+    """``NAME:SHA256`` of every network's weights file, bundled and downloaded ones too.
+
+    Errors are those of :func:`srd_lab.models.weights_file`.
+    """
     from srd_lab.models import weights_file
 
     sums = []

@@ -14,7 +14,7 @@ import click
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, silent where that is not a terminal; yields ``advance(n)``."""
+    """A progress bar of ``total`` steps on stderr, silent where that is not a terminal; gives ``advance(n)``."""
     if not sys.stderr.isatty():
         yield lambda n: None
         return
@@ -23,7 +23,15 @@ def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of left-aligned first and right-aligned other columns."""
+    """A table of left-aligned first and right-aligned other columns, every row with as many cells as the header.
+
+    Example
+    -------
+    >>> print(text_table(["method", "pcc"], [["srd", "0.9"]]))
+    method  pcc
+    ------  ---
+    srd     0.9
+    """
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -37,7 +45,14 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as CSV."""
+    """Rows with the same keys as CSV, the keys of the first in the first line.
+
+    Example
+    -------
+    >>> print(csv_text([{"name": "a,b", "pcc": 0.5}]), end="")
+    name,pcc
+    "a,b",0.5
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -46,7 +61,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def publish(run: Any, text: str, seconds: float) -> None:
-    """Print a study's summary; store it, and the ``seconds`` that its batches took in all sessions."""
+    """Print a study's summary ``text``; store it, and the ``seconds`` that its batches took in all sessions."""
     run.save_text("summary.txt", text + "\n")
     run.log_metrics({"seconds": seconds})
     click.echo(text)

@@ -36,8 +36,8 @@ class Settings:
     data : ``scenes``, or ``SOURCE:PATH`` (see :func:`srd_lab.data.load_data`).
     weights : files as typed, ``FILE`` or ``NAME=FILE``; () = the networks' default weights.
     non_rgb : ``skip`` or ``convert`` images that are not RGB.
-    seed : decides everything that is drawn.
-    batch_size : items at once; None = by the size of the images.
+    seed : decides everything that is drawn, >= 0.
+    batch_size : items at once, >= 1; None = by the size of the images.
     device : ``auto``, or a name that PyTorch knows.
     workers : processes that decode images; None = by data and cores, 0 = none.
     resumed : whether there may be batches of an earlier session.
@@ -68,10 +68,11 @@ S = TypeVar("S", bound=Settings)
 def read_stored(kind: type[S], stored: Mapping[str, str], more: Mapping[str, Any] | None = None) -> S:
     """The settings of a stored run.
 
-    stored : name -> text, as :meth:`Settings.stored` made it; other names are ignored.
+    kind : the class of the settings.
+    stored : name -> text, as :meth:`Settings.stored` made it; other names are ignored, missing ones have their default.
     more : values of fields that are not stored.
 
-    Raises SrdLabError where a text is not of the field's type.
+    Raises BadRun where a text is not of the field's type.
     """
     types, values = get_type_hints(kind), dict(more or {})
     for f in dataclasses.fields(kind):
@@ -87,7 +88,13 @@ def read_stored(kind: type[S], stored: Mapping[str, str], more: Mapping[str, Any
 
 
 def as_text(value: Any) -> str:
-    """A value as a run stores it; None is the empty string, a tuple a line of CSV."""
+    """A value as a run stores it; None is the empty string, a tuple a line of CSV.
+
+    Example
+    -------
+    >>> as_text(("a", "b,c")), as_text(None), as_text(0.5)
+    ('a,"b,c"', '', '0.5')
+    """
     if not isinstance(value, tuple):
         return "" if value is None else str(value)
     line = io.StringIO()
@@ -112,7 +119,7 @@ def _from_text(kind: Any, text: str) -> Any:
 
 
 def options_of(explainer: Any) -> dict[str, str]:
-    """An explainer's hyper-parameters as a run stores them."""
+    """An explainer's hyper-parameters as a run stores them, name -> text."""
     return {name: as_text(value) for name, value in dataclasses.asdict(explainer).items()}
 
 
@@ -120,7 +127,10 @@ def options_of(explainer: Any) -> dict[str, str]:
 
 
 def named_file(text: str) -> tuple[str, Path]:
-    """The model's name ("" where none is said) and the file."""
+    """The model's name ("" where none is said) and the file, of ``FILE`` or ``NAME=FILE``.
+
+    A file whose name holds a "=" is taken as it is if it exists.
+    """
     if "=" not in text or Path(text).is_file():
         return "", Path(text)
     name, _, file = text.partition("=")
@@ -128,7 +138,13 @@ def named_file(text: str) -> tuple[str, Path]:
 
 
 def weights_of(given: Sequence[str], models: Sequence[str]) -> dict[str, Path | None]:
-    """The weights file of every model, None where none was given (its default weights)."""
+    """The weights file of every model, None where none was given (its default weights).
+
+    given : files as typed, ``FILE`` or ``NAME=FILE``. models : names, at least one.
+
+    Raises BadValue for a file without a name among several models, for a name that is not asked for, and for two files of
+    one model.
+    """
     files: dict[str, Path | None] = dict.fromkeys(models)
     for text in given:
         name, file = named_file(text)

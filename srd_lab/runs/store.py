@@ -38,7 +38,11 @@ _COMMAND = "srd_lab.command"
 
 @dataclass(frozen=True)
 class Store:
-    """An MLflow client, the experiment that new runs go to, and the command that makes them."""
+    """An MLflow store, opened. Its methods raise StoreTrouble where MLflow fails.
+
+    client : MLflow's. uri : of the store, absolute. experiment_id : of the experiment that new runs go to.
+    command : that makes them, such as ``attack``; only its own runs are resumed.
+    """
 
     client: MlflowClient
     uri: str
@@ -46,14 +50,17 @@ class Store:
     command: str
 
     def errors(self) -> contextlib.AbstractContextManager[None]:
+        """Within: MLflow's errors become StoreTrouble."""
         return _store_errors(self.uri)
 
     def create_run(self, name: str, parent: str = "") -> StoredRun:
+        """A new run called ``name``; parent : id of the run that it is a part of, "" = none."""
         tags = _source_tags(self.command) | ({"mlflow.parentRunId": parent} if parent else {})
         with self.errors():
             return self.client.create_run(self.experiment_id, run_name=name, tags=tags)
 
     def get_run(self, run_id: str) -> StoredRun:
+        """The run with this id. Raises BadRun if it is not there, was deleted, is part of another or of another command."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -72,6 +79,7 @@ class Store:
         return stored
 
     def find_child(self, parent: str, name: str) -> StoredRun | None:
+        """The oldest part called ``name`` of the run with the id ``parent``; None if there is none."""
         with self.errors():
             found = self.client.search_runs(
                 [self.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", order_by=["start_time ASC"]
@@ -79,6 +87,7 @@ class Store:
         return next((run for run in found if run.info.run_name == name), None)
 
     def set_status(self, run_id: str, status: str) -> None:
+        """Set a run's status: RUNNING, or FINISHED, FAILED or KILLED, which also store the time of its end."""
         with self.errors():
             if status == "RUNNING":
                 self.client.update_run(run_id, status)
@@ -86,10 +95,12 @@ class Store:
                 self.client.set_terminated(run_id, status)
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
+        """Set a tag of a run, replacing its value."""
         with self.errors():
             self.client.set_tag(run_id, key, value)
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Store parameters, name -> text; MLflow refuses another value for a name that is stored already."""
         from mlflow.entities import Param
 
         rows = [Param(key, value) for key, value in params.items()]
@@ -98,6 +109,7 @@ class Store:
                 self.client.log_batch(run_id, params=rows[start : start + _PARAMS_PER_CALL])
 
     def log_metrics(self, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+        """Store points (name, value, time in ms since 1970, step)."""
         from mlflow.entities import Metric
 
         rows: list[Metric] = [Metric(*point) for point in points]
@@ -106,6 +118,7 @@ class Store:
                 self.client.log_batch(run_id, metrics=rows[start : start + _METRICS_PER_CALL])
 
     def where(self, stored: StoredRun) -> str:
+        """One line: how to see the run."""
         if _database(self.uri) is None:
             path = f"experiments/{stored.info.experiment_id}/runs/{stored.info.run_id}"
             page = (
@@ -118,7 +131,10 @@ class Store:
 
 
 def store_uri(tracking_uri: str | None = None) -> str:
-    """The store to use: the argument, else MLFLOW_TRACKING_URI, else ``mlflow.db`` right here."""
+    """The store to use: the argument, else MLFLOW_TRACKING_URI, else ``mlflow.db`` right here; an SQLite path is absolute.
+
+    Raises StoreTrouble for an SQLite path with a "%" or "?" in it.
+    """
     return _absolute(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE)
 
 
@@ -140,6 +156,13 @@ def _absolute(uri: str) -> str:
 
 
 def local_folder(uri: str) -> Path | None:
+    """The folder that a URI or a path names; None where it names a server or a bucket.
+
+    Example
+    -------
+    >>> local_folder("file:///tmp/runs").as_posix(), local_folder("https://example.org")
+    ('/tmp/runs', None)
+    """
     scheme = urlsplit(uri).scheme
     if scheme == "file":
         return Path(url2pathname(urlsplit(uri).path))
@@ -147,7 +170,14 @@ def local_folder(uri: str) -> Path | None:
 
 
 def open_store(uri: str, experiment: str, command: str) -> Store:
-    """Connect; a fresh SQLite store is made by one process while the others wait."""
+    """Connect to a store; a fresh SQLite store is made by one process while the others wait, for two minutes at most.
+
+    uri : as :func:`store_uri` gives it. experiment : where new runs go; made if it is not there.
+    command : see :class:`Store`.
+
+    Raises Unavailable where mlflow is not installed, and StoreTrouble where the store cannot be used, or its experiment was
+    deleted.
+    """
     _quiet_mlflow()
     try:
         from mlflow import MlflowClient
@@ -218,7 +248,7 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[None]:
-    """Hold the store's lock; raises SrdLabError if ``file`` cannot be a store."""
+    """Hold the store's lock; raises StoreTrouble if ``file`` cannot be a store."""
     from filelock import FileLock, Timeout
 
     try:
@@ -312,7 +342,10 @@ def _source_tags(command: str) -> dict[str, str]:
 def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "127.0.0.1") -> None:
     """Serve MLflow's web page on the store until Ctrl-C.
 
-    Raises SrdLabError if there is no store, the port is taken, or the page stops by itself.
+    tracking_uri : see :func:`store_uri`. port, host : where it listens; by default on this machine alone.
+
+    Raises BadRun if there is no store yet, and StoreTrouble if it is a server already or no MLflow store, if the port is
+    taken, or if the page stops by itself.
     """
     uri = store_uri(tracking_uri)
     if uri.startswith("http"):

@@ -52,13 +52,19 @@ Names = list[str]  # a method of Run is called ``list``
 
 
 class Files(Protocol):
-    """Named contents; names are relative, with forward slashes."""
+    """Named contents; names are relative, with forward slashes. Methods raise StoreTrouble where that fails."""
 
-    def write(self, path: str, content: bytes) -> None: ...
+    def write(self, path: str, content: bytes) -> None:
+        """Store ``content`` under ``path``, replacing what was there."""
+        ...
 
-    def read(self, path: str) -> bytes: ...
+    def read(self, path: str) -> bytes:
+        """What is stored under ``path``; StoreTrouble if nothing is."""
+        ...
 
-    def names(self, folder: str) -> list[str]: ...
+    def names(self, folder: str) -> list[str]:
+        """Paths of the files directly in ``folder`` ("" = the top), sorted; empty if there is no such folder."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class FolderFiles:
     folder: Path
 
     def write(self, path: str, content: bytes) -> None:
+        """See :meth:`Files.write`."""
         place = self.folder / path
         part = place.with_name(f".{place.name}.{os.getpid()}.part")
         try:
@@ -80,24 +87,30 @@ class FolderFiles:
             part.unlink(missing_ok=True)
 
     def read(self, path: str) -> bytes:
+        """See :meth:`Files.read`."""
         try:
             return (self.folder / path).read_bytes()
         except OSError as error:
             raise StoreTrouble(f"cannot read {self.folder / path}: {error.strerror}") from None
 
     def names(self, folder: str) -> list[str]:
+        """See :meth:`Files.names`; hidden files are left out."""
         found = (self.folder / folder).glob("[!.]*")
         return sorted(item.relative_to(self.folder).as_posix() for item in found if item.is_file())
 
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """The artifacts of a run whose store is a server or a cloud bucket."""
+    """The artifacts of a run whose store is a server or a cloud bucket.
+
+    store : opened. run_id : the run.
+    """
 
     store: Store
     run_id: str
 
     def write(self, path: str, content: bytes) -> None:
+        """See :meth:`Files.write`."""
         target = PurePosixPath(path)
         with tempfile.TemporaryDirectory() as folder, self.store.errors():
             local = Path(folder, target.name)
@@ -106,10 +119,12 @@ class ServerFiles:
             self.store.client.log_artifact(self.run_id, str(local), parent)
 
     def read(self, path: str) -> bytes:
+        """See :meth:`Files.read`."""
         with tempfile.TemporaryDirectory() as folder, self.store.errors():
             return Path(self.store.client.download_artifacts(self.run_id, path, folder)).read_bytes()
 
     def names(self, folder: str) -> list[str]:
+        """See :meth:`Files.names`."""
         with self.store.errors():
             found = self.store.client.list_artifacts(self.run_id, folder or None)
         return sorted(item.path for item in found if not item.is_dir)
@@ -127,6 +142,9 @@ class Run(ABC):
     id : the store's id; "" without tracking.
     where : one line: how to see the run.
     params : what is stored; on resume the settings to go on with.
+
+    Methods raise StoreTrouble where the store or the folder cannot be used, and BadValue for a ``path`` that is no relative
+    one inside the run.
     """
 
     id: str
@@ -163,7 +181,7 @@ class Run(ABC):
     def child(self, name: str, params: Params | None = None) -> Run:
         """The part called ``name``: found if this run has one (so on resume), else made.
 
-        Raises SrdLabError if it was made with other values for ``params``.
+        Raises BadRun if it was made with other values for ``params``.
         """
         part = self._child(name, params or {})
         self._children.append(part)
@@ -171,7 +189,10 @@ class Run(ABC):
 
     @abstractmethod
     def log_metrics(self, values: Mapping[str, float]) -> None:
-        """Store final numbers; one that is not finite is left out and named in the tag ``not_finite``."""
+        """Store final numbers, name -> value; one that is not finite is left out and named in the tag ``not_finite``.
+
+        Names are stored as :func:`metric_name` writes them.
+        """
 
     @abstractmethod
     def log_traces(self, traces: Traces) -> None:
@@ -195,7 +216,10 @@ class Run(ABC):
         self._files.write(_checked(path), content)
 
     def save_arrays(self, path: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Store arrays as the compressed npz file ``path``, replacing what was there."""
+        """Store arrays, name -> array, as the compressed npz file ``path``, replacing what was there.
+
+        Raises BadValue for arrays of Python objects.
+        """
         if objects := [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]:
             raise BadValue(f"{path}: {objects[0]!r} holds Python objects; give numbers or strings")
         buffer = io.BytesIO()
@@ -204,17 +228,17 @@ class Run(ABC):
         self._files.write(_checked(path), buffer.getvalue())
 
     def save_figure(self, path: str, figure: Figure) -> None:
-        """Draw a matplotlib figure as file ``path`` in the format of its suffix (png, pdf, svg)."""
+        """Draw a matplotlib figure as file ``path``, in the format of its suffix (png, pdf, svg)."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format=PurePosixPath(path).suffix.lstrip(".") or "png")
         self._files.write(_checked(path), buffer.getvalue())
 
     def load_text(self, path: str) -> str:
-        """What ``save_text`` stored. Raises SrdLabError if there is no such file."""
+        """What :meth:`save_text` stored. Raises StoreTrouble if there is no such file."""
         return self._files.read(_checked(path)).decode()
 
     def load_arrays(self, path: str) -> dict[str, np.ndarray]:
-        """What ``save_arrays`` stored. Raises SrdLabError if there is no such file or it is damaged."""
+        """What :meth:`save_arrays` stored. Raises StoreTrouble if there is no such file, BadRun if it is damaged."""
         content = self._files.read(_checked(path))
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -228,12 +252,21 @@ class Run(ABC):
 
 
 def metric_name(name: str) -> str:
-    """A name that MLflow takes: of ``smoothed(srd,0.1,64)/pcc`` it is ``smoothed-srd-0.1-64/pcc``."""
+    """A name that MLflow takes.
+
+    Example
+    -------
+    >>> metric_name("smoothed(srd,0.1,64)/pcc")
+    'smoothed-srd-0.1-64/pcc'
+    """
     return re.sub(r"[^\w. :/-]+", "-", name.replace(")", ""), flags=re.ASCII)
 
 
 class MlflowRun(Run):
-    """A run in an MLflow store."""
+    """A run in an MLflow store.
+
+    store : opened. stored : MLflow's record of the run. where : see :class:`Run`.
+    """
 
     def __init__(self, store: Store, stored: StoredRun, where: str) -> None:
         self.id = stored.info.run_id
@@ -247,7 +280,7 @@ class MlflowRun(Run):
         self._not_finite = set(filter(None, stored.data.tags.get(_NOT_FINITE, "").split(", ")))
 
     def add_params(self, params: Params) -> None:
-        """Store what is not stored yet; raises SrdLabError where a value differs from the stored one."""
+        """Store what is not stored yet, as text. Raises BadRun where a value differs from the stored one."""
         texts = {key: _param_text(value) for key, value in params.items()}
         for key, text in texts.items():
             if self.params.get(key, text) != text:
@@ -293,7 +326,8 @@ class MlflowRun(Run):
 class FolderRun(Run):
     """A run without tracking: its files in a folder, with ``run.json`` (params, metrics) and ``traces.csv``.
 
-    Without a folder the files live in a temporary one that goes when the run ends.
+    command, name, params : stored in ``run.json``.
+    folder : None = a temporary one that goes when the run ends.
     """
 
     def __init__(self, command: str, name: str, params: Params, folder: Path | None) -> None:
@@ -358,11 +392,15 @@ def open_run(
 ) -> Run:
     """Start the run of ``command``, or go on with run ``resume``; use it as a context manager.
 
+    name : of a new run.
+    params : on resume those given must equal the stored ones; the others are read from ``run.params``.
     track : False writes to the folder ``out`` (or nowhere) and does not import mlflow.
     tracking_uri : wins over MLFLOW_TRACKING_URI, which wins over ``mlflow.db`` in the working directory.
-    params : on resume those given must equal the stored ones; the others are read from ``run.params``.
+    experiment : the MLflow experiment that the run is in.
+    resume : id of the run to go on with; None = a new run.
 
-    Raises SrdLabError if the store cannot be used, or ``resume`` is not a run of ``command`` in it.
+    Raises StoreTrouble if the store or the folder cannot be used, Unavailable without mlflow, BadRun if ``resume`` is not a
+    run of ``command`` in the store or has other params, and BadValue for ``resume`` without tracking.
     """
     if not track:
         if resume:
