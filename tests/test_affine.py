@@ -16,7 +16,7 @@ from torch.overrides import get_overridable_functions, resolve_name
 from srd_lab.engine.affine import GATES, SELECTIONS
 from srd_lab.engine.norms_and_attention import AFFINE_FORMS
 from srd_lab.engine.spellings import ACTIVATIONS, IN_PLACE_ACTIVATIONS, LAYERS, MAX_POOLS
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused, SrdLabError
 from srd_lab.registry import make_explainer
 
 Step = Callable[[Tensor], Any]
@@ -230,7 +230,7 @@ NAMED: dict[str, Step] = {
 @pytest.mark.parametrize("method", DECOMPOSING)
 @pytest.mark.parametrize("name", NAMED)
 def test_what_was_taken_for_affine_once_is_refused(name: str, method: str) -> None:
-    with pytest.raises(SrdLabError, match=r"there is no rule for it|draws at random"):
+    with pytest.raises(Refused, match=r"there is no rule for it|draws at random"):
         explain(Net(NAMED[name], both=method in ("srd", "lrp_epsilon")), method)
 
 

@@ -24,7 +24,7 @@ from apop.experiment import Experiment, Hits, in_top, metric_name, replay_input,
 from srd_lab.cli.apop import apop as command
 from srd_lab.data import batch, load_data
 from srd_lab.data.draw import draw_images
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadInput, BadValue, BadWeights, Refused, SrdLabError, StoreTrouble
 from srd_lab.models import load_model
 from srd_lab.normalise import split_normalisation
 from srd_lab.runs.batches import joined
@@ -292,7 +292,7 @@ def test_a_pattern_of_a_batch_holds_those_of_its_images() -> None:
         mine = some.select([0 if i == 2 else 1])
         assert all(torch.equal(a.values, b.values) for a, b in zip(mine.entries, entry.entries, strict=True))
     torch.testing.assert_close(replay(net, 0 * x[:2], some), replay(net, 0 * x, pattern)[[2, 0]])
-    with pytest.raises(SrdLabError, match=r"images 0\.\.2, got \[3\]"):
+    with pytest.raises(BadValue, match=r"images 0\.\.2, got \[3\]"):
         pattern.select([3])
 
 
@@ -358,13 +358,13 @@ def test_files_that_are_no_patterns(tmp_path: Path) -> None:
     }
     for name, wrong in bad.items():
         path = _write(tmp_path / name, wrong)
-        with pytest.raises(SrdLabError, match="not an activation pattern, or is damaged"):
+        with pytest.raises(BadData, match="not an activation pattern, or is damaged"):
             ActivationPattern.load(path)
-    with pytest.raises(SrdLabError, match="version 99"):
+    with pytest.raises(BadData, match="version 99"):
         ActivationPattern.load(tmp_path / "newer")
-    with pytest.raises(SrdLabError, match="there is no pattern file"):
+    with pytest.raises(BadData, match="there is no pattern file"):
         ActivationPattern.load(tmp_path / "nowhere")
-    with pytest.raises(SrdLabError, match="cannot write the pattern"):
+    with pytest.raises(StoreTrouble, match="cannot write the pattern"):
         pattern.save(tmp_path / "nowhere" / "x.npz")
 
 
@@ -375,7 +375,7 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "p.npz") as archive:
         info = archive.getinfo("0.npy")
     content[info.header_offset + 40 + info.compress_size // 2] ^= 0xFF
-    with pytest.raises(SrdLabError, match="damaged"):
+    with pytest.raises(BadData, match="damaged"):
         ActivationPattern.load(_write(tmp_path / "q.npz", bytes(content)))
 
 
@@ -395,11 +395,11 @@ def test_another_batch_or_image_size_is_refused() -> None:
 def test_another_model_is_refused() -> None:
     x = images()
     _, pattern = record(make("residual"), x)
-    with pytest.raises(SrdLabError, match=r"ReLU call 'relu' with input \(3, 5, 17, 17\) does not fit"):
+    with pytest.raises(BadInput, match=r"ReLU call 'relu' with input \(3, 5, 17, 17\) does not fit"):
         replay(make("functional"), x, pattern)
     longer = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
     shorter = longer[:2]
-    with pytest.raises(SrdLabError, match="ends after 1 calls, but the model goes on with ReLU call '3'"):
+    with pytest.raises(BadInput, match="ends after 1 calls, but the model goes on with ReLU call '3'"):
         replay(longer, x, record(shorter, x)[1])
     with pytest.raises(
         SrdLabError, match="made 1 of the 2 calls recorded; the first one missing is ReLU call '3'"
@@ -415,7 +415,7 @@ def test_another_pool_is_refused() -> None:
         SrdLabError, match=r"max pool '2' has an output \(3, 4, 5, 5\).*recorded \(3, 4, 8, 8\)"
     ):
         replay(pooled[1], x, record(pooled[0], x)[1])
-    with pytest.raises(SrdLabError, match=r"ReLU call '2' .* max pool call '2'"):
+    with pytest.raises(BadInput, match=r"ReLU call '2' .* max pool call '2'"):
         replay(nn.Sequential(*head, nn.ReLU()), x, record(pooled[0], x)[1])
 
 
@@ -436,14 +436,14 @@ def test_other_refusals() -> None:
         SrdLabError, match=r"no activation call 'relu#9'; choose 0\.\.2 or one of relu, relu#2, relu#3"
     ):
         binarize(net, x, "relu#9")
-    with pytest.raises(SrdLabError, match="no activation call 3"):
+    with pytest.raises(BadValue, match="no activation call 3"):
         binarize(net, x, 3)
-    with pytest.raises(SrdLabError, match="NaN"):
+    with pytest.raises(BadInput, match="NaN"):
         record(net, x * torch.nan)
-    with pytest.raises(SrdLabError, match="no activation call was seen"):
+    with pytest.raises(Refused, match="no activation call was seen"):
         record(nn.Conv2d(3, 4, 1), x)
     flat = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(2), nn.MaxPool1d(2))
-    with pytest.raises(SrdLabError, match=r"max_pool1d.* in 3 is a max pool whose winners"):
+    with pytest.raises(Refused, match=r"max_pool1d.* in 3 is a max pool whose winners"):
         record(flat, x)
 
 
@@ -568,7 +568,7 @@ def test_in_top_agrees_with_topk_and_settles_ties() -> None:
         assert torch.equal(in_top(logits, labels, top), expected)
     assert in_top(torch.zeros(3, 4), torch.tensor([0, 1, 3]), 1).tolist() == [True, False, False]
     assert in_top(torch.full((1, 4), torch.nan), torch.tensor([0]), 1).tolist() == [False]
-    with pytest.raises(SrdLabError, match=r"class 4, but the model knows 0\.\.3"):
+    with pytest.raises(BadWeights, match=r"class 4, but the model knows 0\.\.3"):
         in_top(torch.zeros(1, 4), torch.tensor([4]), 1)
 
 
@@ -590,7 +590,7 @@ def test_hits_survive_arrays_and_names_fit_mlflow() -> None:
     assert back.layers == hits.layers
     assert metric_name("layer1.0.relu#2") == "layer1.0.relu.2"
     assert metric_name("a+b/c") == "a_b_c"
-    with pytest.raises(SrdLabError, match="no input 'noise'"):
+    with pytest.raises(BadValue, match="no input 'noise'"):
         Experiment(("noise",))
 
 

@@ -27,7 +27,7 @@ from srd_lab.engine.channels import Channels
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import tensors_in
 from srd_lab.engine.srd_trace import SRDTrace
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue, Refused, SrdLabError
 from srd_lab.methods.averaged import IntegratedGradients
 from srd_lab.methods.gradient import Gradient, GuidedBackprop
 from srd_lab.methods.lrp import LRPZPlus
@@ -631,7 +631,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_rule_is_refused_by_name(name: str) -> None:
     function, message = REFUSED[name]
-    with pytest.raises(SrdLabError, match=message):
+    with pytest.raises(Refused, match=message):
         WHOLE.explain(Calls(function), noise(1, 3, 4, 4))
 
 
@@ -671,7 +671,7 @@ def test_maps_times_maps_are_told_from_maps_times_weights() -> None:
     x = noise(1, 3, 4, 4)
     for trainable in (False, True):
         close(WHOLE.conserved(Scaled(False).requires_grad_(trainable), x), torch.ones(1).double())
-        with pytest.raises(SrdLabError, match=rf"Tensor\.mul in Scaled {NEITHER}"):
+        with pytest.raises(Refused, match=rf"Tensor\.mul in Scaled {NEITHER}"):
             WHOLE.explain(Scaled(True).requires_grad_(trainable), x)
 
 
@@ -680,7 +680,7 @@ def test_a_refusal_leaves_the_rule_off() -> None:
     model, leaf = Calls(torch.abs), noise(1, 3, 4, 4).requires_grad_()
     trace = SRDTrace(model, rules.srd_vector, "", with_bias=True)
     out, _ = trace.trace(leaf)
-    with pytest.raises(SrdLabError, match=r"torch\.abs in Calls"), trace.live():
+    with pytest.raises(Refused, match=r"torch\.abs in Calls"), trace.live():
         torch.autograd.grad(out.sum(), leaf, retain_graph=True)
     (slope,) = torch.autograd.grad(out.sum(), leaf)
     (expected,) = torch.autograd.grad(model(leaf).sum(), leaf)
@@ -715,10 +715,10 @@ def test_lrp_refuses_what_srd_holds_and_keeps_gates() -> None:
         (lambda t: F.conv2d(t, noise(4, 4, 1, 1, seed=10)) + torch.sigmoid(t), "sigmoid"),
     ):
         model = Calls(lambda t, f=function: f(t).flatten(1).unflatten(1, (2, -1)).sum(2))
-        with pytest.raises(SrdLabError, match=rf"{name} in \w+ (is neither affine|is used for more)"):
+        with pytest.raises(Refused, match=rf"{name} in \w+ (is neither affine|is used for more)"):
             LRPZPlus(high=5).explain(model, x, 0)
         behind = Calls(lambda t, f=function: f(F.conv2d(t, noise(4, 4, 1, 1, seed=10))).flatten(1))
-        with pytest.raises(SrdLabError, match=rf"{name} in \w+ (is neither affine|is used for more)"):
+        with pytest.raises(Refused, match=rf"{name} in \w+ (is neither affine|is used for more)"):
             LRPZPlus(high=5).explain(behind, x, 0)
 
 
@@ -890,9 +890,9 @@ def test_leaks_take_starts_and_targets_as_the_map_does() -> None:
         close(share, SRD().leaks(padded, x, start=_start_of(padded, x))[cause])
     nothing = SRD().leaks(model, x, start=torch.zeros(2, 5))
     assert all((share == 0).all() for share in nothing.values())
-    with pytest.raises(SrdLabError, match=r"start must hold the relevance at the encoder output"):
+    with pytest.raises(BadInput, match=r"start must hold the relevance at the encoder output"):
         SRD().leaks(model, x, start=start[:, :3])
-    with pytest.raises(SrdLabError, match=r"one target per image"):
+    with pytest.raises(BadInput, match=r"one target per image"):
         SRD().leaks(model, x, torch.tensor([1, 2, 3]))
     scalar = SRD(unit="scalar").leaks(model, x)
     assert scalar["other"].abs().max() > 1e-3  # biases take no share, by design
@@ -937,7 +937,7 @@ def test_rows_of_tokens_are_no_maps() -> None:
         ):
             SRD(level=level).explain(model, x)
     assert SRD(level="relu").explain(model, x).shape == (2, 2, 2)
-    with pytest.raises(SrdLabError, match=r"shape \(2, 5\), got \(2, 2, 2\)"):
+    with pytest.raises(BadInput, match=r"shape \(2, 5\), got \(2, 2, 2\)"):
         SRD().relevance(model, x, start=torch.ones(2, 2, 2))
     fields = SRD().erf(model, x, "blocks.1.activation", [(0,), (4,)])
     assert fields.shape == (2, 2, 4, 4)
@@ -972,13 +972,13 @@ def test_activations_on_constants_hold_no_relevance() -> None:
     table, x = noise(1, 4, 4, 4, seed=21), noise(2, 3, 4, 4)
     model = Calls(lambda t: torch.tanh(t + F.gelu(table)))
     assert list(WHOLE.relevance(model, x)) == ["input", "relu", "tanh"]
-    with pytest.raises(SrdLabError, match=r"no activation call is named 'gelu'.*; the calls are: relu, tanh"):
+    with pytest.raises(BadValue, match=r"no activation call is named 'gelu'.*; the calls are: relu, tanh"):
         SRD(encoder="", start="ones", level="gelu").explain(model, x)
 
 
 def test_an_encoder_that_puts_the_batch_second_is_refused() -> None:
     model = Calls(lambda t: tokens_of(t).transpose(0, 1))
-    with pytest.raises(SrdLabError, match=r"shape \(16, 2, 4\) for 2 images; expected one row per image"):
+    with pytest.raises(Refused, match=r"shape \(16, 2, 4\) for 2 images; expected one row per image"):
         WHOLE.explain(model, noise(2, 3, 4, 4))
 
 

@@ -21,7 +21,7 @@ from attacks.objective import Reference
 from srd_lab import maps
 from srd_lab.catalogue import METHODS, attackable
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue, Refused
 from srd_lab.metrics.similarity import PCC, SSIM
 from srd_lab.models import Classifier
 from srd_lab.normalise import normalisation_scale
@@ -652,7 +652,7 @@ def test_a_look_without_a_score_does_not_spoil_the_next_one() -> None:
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(SrdLabError, match=message):
+    with pytest.raises(BadValue, match=message):
         make()
 
 
@@ -668,9 +668,9 @@ def test_images_that_make_no_sense_are_refused() -> None:
         (x, x * torch.nan, r"NaN"),
         (x.float(), x.float(), r"the input is torch.float32, but the model's weights are torch.float64"),
     ):
-        with pytest.raises(SrdLabError, match=message):
+        with pytest.raises(BadInput, match=message):
             attack.run(model, wrong, goal)
-    with pytest.raises(SrdLabError, match=r"target out of range"):
+    with pytest.raises(BadInput, match=r"target out of range"):
         attack.run(model, x, x, 5)
 
 
@@ -681,7 +681,7 @@ def test_a_model_in_training_mode_is_refused_before_it_runs() -> None:
     )
     model = network.double().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(SrdLabError, match=r"call model\.eval\(\)"):
+    with pytest.raises(Refused, match=r"call model\.eval\(\)"):
         forever("gradient", steps=1).run(model, pixels(2), pixels(2))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

@@ -17,7 +17,7 @@ from attacks.backdoor import SOFT, Backdoor, Planted, check
 from attacks.branch import Branched, checkers
 from attacks.budget import Budget
 from attacks.scores import similarity
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
 from srd_lab.types import Explainer
@@ -256,18 +256,18 @@ def test_the_seed_decides() -> None:
     ],
 )
 def test_wrong_settings_of_a_backdoor(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(SrdLabError, match=said):
+    with pytest.raises(BadValue, match=said):
         Backdoor(method("gradient"), **options)
 
 
 def test_what_cannot_be_planted() -> None:
     how = Backdoor(method("gradcam"), steps=1)
-    with pytest.raises(SrdLabError, match="a level of 1/255 or more, but the budget is L-inf 0"):
+    with pytest.raises(BadValue, match="a level of 1/255 or more, but the budget is L-inf 0"):
         replace(how, budget=Budget(0.5)).plant(trained(), IMAGES)
     noise = IMAGES + 0.02 * checkers((3, SIDE, SIDE), 0)
-    with pytest.raises(SrdLabError, match="does not exceed that of clean images"):
+    with pytest.raises(BadValue, match="does not exceed that of clean images"):
         how.plant(trained(), IMAGES, clean=noise)
-    with pytest.raises(SrdLabError, match="batch of images"):
+    with pytest.raises(BadInput, match="batch of images"):
         how.plant(trained(), IMAGES[0])
 
 
@@ -279,5 +279,5 @@ def test_a_payload_that_keeps_no_class_is_refused(monkeypatch: pytest.MonkeyPatc
         return replace(known, kept=torch.zeros_like(known.kept))
 
     monkeypatch.setattr("attacks.backdoor.check", none_kept)
-    with pytest.raises(SrdLabError, match="keeps the class of any of the 3 images"):
+    with pytest.raises(BadInput, match="keeps the class of any of the 3 images"):
         Backdoor(method("gradcam"), steps=2).plant(trained(), IMAGES)

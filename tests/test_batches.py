@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from srd_lab.data import SkippedFile
-from srd_lab.errors import OtherWork, SrdLabError
+from srd_lab.errors import BadData, OtherWork
 from srd_lab.runs import batches
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.settings import Settings
@@ -148,7 +148,7 @@ def test_files_that_cannot_be_read_are_left_out_by_name_with_their_pair(tmp_path
         assert table["files"].tolist() == [f"it/{index}" for pair in pairs for index in pair]
         assert skipped_in(table) == {"it/4": "no image", "it/20": "no image"}
         assert "double" not in parts(tmp_path, Work(), 3, dataset=data, items=pairs, resume=True)[-1]
-    with pytest.raises(SrdLabError, match=r"^not one image is left; 1 file skipped: it/4 \(no image\)$"):
+    with pytest.raises(BadData, match=r"^not one image is left; 1 file skipped: it/4 \(no image\)$"):
         parts(tmp_path / "none", Work(), 3, dataset=data, items=[4])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attacks.budget import LEGACY_MSE, Budget, mean_square, to_8_bits
 from attacks.scores import SCORES, as_read, more_scores, scores_of, similarity, ssim_for, top_pixels
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 
 SHAPE = (3, 2, 2)
 SCALE = 1 / torch.tensor(STD, dtype=torch.float64).view(1, 3, 1, 1)
@@ -233,7 +233,7 @@ def test_named_budgets() -> None:
     ],
 )
 def test_bounds_that_are_none_are_refused_in_one_line(options: dict[str, float | None], message: str) -> None:
-    with pytest.raises(SrdLabError, match=message) as caught:
+    with pytest.raises(BadValue, match=message) as caught:
         Budget(**options)
     assert "\n" not in str(caught.value)
 
@@ -241,16 +241,16 @@ def test_bounds_that_are_none_are_refused_in_one_line(options: dict[str, float |
 @pytest.mark.parametrize("norm", ["legacy", "l2", "linf"])
 @pytest.mark.parametrize("size", [0, -1.0, 255.5, float("nan"), float("inf")])
 def test_sizes_that_are_none_are_refused_in_one_line(norm: str, size: float) -> None:
-    with pytest.raises(SrdLabError, match=r"the budget must lie in \(0, 255\]") as caught:
+    with pytest.raises(BadValue, match=r"the budget must lie in \(0, 255\]") as caught:
         Budget.named(norm, size)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_norms_and_a_missing_scale_are_refused() -> None:
-    with pytest.raises(SrdLabError, match="'l1' is not known; expected one of legacy, l2, linf"):
+    with pytest.raises(BadValue, match="'l1' is not known; expected one of legacy, l2, linf"):
         Budget.named("l1")
     x = images(1)
-    with pytest.raises(SrdLabError, match="needs the scale of the normalisation"):
+    with pytest.raises(BadValue, match="needs the scale of the normalisation"):
         Budget.named("legacy").project(x, x)
 
 

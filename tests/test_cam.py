@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from srd_lab import maps
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import BadValue, Refused, SrdLabError, SrdLabWarning
 from srd_lab.methods.cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
 from srd_lab.methods.fullgrad import FullGrad
@@ -419,7 +419,7 @@ def test_low_is_the_last_pool_and_high_the_last_activation_at_an_eighth(name: st
         SrdLabWarning, match=r"has 1/8 of the input's size, \(2, 3\); the nearest has \(3, 8\)"
     ):
         assert CAMS[name](level="high").explain(Parts(), pixels(1, 3, 10, 20), 1).shape == (1, 3, 8)
-    with pytest.raises(SrdLabError, match=r"no activation call is named 'nine'"):
+    with pytest.raises(BadValue, match=r"no activation call is named 'nine'"):
         CAMS[name](level="nine").explain(model, x, 1)
 
 
@@ -500,7 +500,7 @@ def test_rows_of_tokens_are_no_maps(name: str) -> None:
         ):
             CAMS[name](level=level).explain(model, x, 1)
     assert CAMS[name](level="relu").explain(model, x, 1).shape == (2, 4, 4)
-    with pytest.raises(SrdLabError, match=r"no map of relevance is at 'act'; choose another level"):
+    with pytest.raises(Refused, match=r"no map of relevance is at 'act'; choose another level"):
         ExcitationBackprop(level="act").explain(model, x, 1)
 
 
@@ -639,7 +639,7 @@ def test_smooth_networks_are_explained_by_all_but_the_rules_for_positive_values(
     method = make_explainer(name, **short)
     if name in ("lrp_zplus", "lrp_gamma", "excitation_backprop", "contrastive_excitation"):
         said = rf"activations that are >= 0 .*'features.1' is {kind.__name__.lower()}; use another method"
-        with pytest.raises(SrdLabError, match=said):
+        with pytest.raises(Refused, match=said):
             method.explain(network, x, 1)
         return
     map_ = method.explain(network, x, 1)

@@ -27,7 +27,7 @@ from attacks.certificates import (
     top_count,
 )
 from srd_lab.data import batch, load_data
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, SrdLabError
 from srd_lab.methods.cam import GradCAM
 from srd_lab.models import load_model
 from srd_lab.render.certificate import certificate_plot
@@ -460,7 +460,7 @@ def test_radii_in_units_of_the_budget() -> None:
     ],
 )
 def test_fields_out_of_range_are_refused(kind: type[Any], options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(SrdLabError, match=complaint):
+    with pytest.raises(BadValue, match=complaint):
         kind(Made(mixed), **options)
 
 
@@ -506,14 +506,14 @@ def test_refusals(make: Callable[[], Any], complaint: str) -> None:
 def test_draws_that_are_too_few_are_refused_and_the_number_named_is_enough(certificate: Any) -> None:
     clear = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     clear[0, 0, 0] = 100.0  # a top that no noise hides
-    with pytest.raises(SrdLabError, match="can certify nothing of 16 pixels; take draws >=") as caught:
+    with pytest.raises(BadValue, match="can certify nothing of 16 pixels; take draws >=") as caught:
         certified(replace(certificate, draws=5), Two(), clear)
     enough = int(str(caught.value).rpartition(" ")[2])
     assert certified(replace(certificate, draws=enough), Two(), clear)[-2].flatten()[0] in (0, 1)
     assert any(
         t.double().flatten()[0] == 1 for t in certified(replace(certificate, draws=enough), Two(), clear)
     )
-    with pytest.raises(SrdLabError, match="can certify nothing"):
+    with pytest.raises(BadValue, match="can certify nothing"):
         certified(
             replace(certificate, draws=enough - 1 - isinstance(certificate, SparsifiedCertificate)),
             Two(),
@@ -582,10 +582,10 @@ def test_curves_that_cannot_be_drawn_are_refused(
 ) -> None:
     curve = {"srd": (np.array(sizes), np.array(scores))}
     for attacked, certified in ((curve, {}), ({}, curve)):
-        with pytest.raises(SrdLabError, match=complaint):
+        with pytest.raises(BadValue, match=complaint):
             certificate_plot(attacked, certified, 3072)
 
 
 def test_nothing_at_all_is_refused() -> None:
-    with pytest.raises(SrdLabError, match="nothing to draw"):
+    with pytest.raises(BadValue, match="nothing to draw"):
         certificate_plot({}, {}, 3072)

@@ -21,7 +21,7 @@ from attacks.settings import ManipulationSettings
 from srd_lab.cli.main import main
 from srd_lab.data import load_data
 from srd_lab.data.draw import draw_pairs
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.methods.gradient import Gradient
 from srd_lab.models import WEIGHTS, load_model
 from srd_lab.runs import environment
@@ -680,7 +680,7 @@ def test_where_there_is_no_pair_the_message_says_why(class_: int | None, words: 
     def single(x: torch.Tensor) -> torch.Tensor:
         return torch.eye(11)[10 if class_ is None else class_].expand(len(x), -1)
 
-    with pytest.raises(SrdLabError, match=words) as caught:
+    with pytest.raises(BadValue, match=words) as caught:
         draw_pairs(Grey(), single, 2, 0, torch.device("cpu"))  # type: ignore[arg-type]
     assert "--pairs" not in str(caught.value)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine import affine
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import BadValue, Refused, SrdLabError, SrdLabWarning
 from srd_lab.methods.cam import LayerCAM
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.lrp import ExcitationBackprop, LRPZPlus
@@ -53,7 +53,7 @@ def test_an_operation_that_slips_through_the_list_is_caught_by_the_sum(
     name: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Squared(torch.square)
-    with pytest.raises(SrdLabError, match=r"torch\.square in .* is neither affine nor an activation"):
+    with pytest.raises(Refused, match=r"torch\.square in .* is neither affine nor an activation"):
         CONSERVING[name]("error").explain(model, x, 1)
     monkeypatch.setattr(affine, "_AFFINE", affine._AFFINE | {torch.square})
     with pytest.raises(
@@ -74,7 +74,7 @@ def test_the_sum_holds_where_the_rule_fits(name: str, dtype: torch.dtype, x: Ten
 
 def test_an_unknown_reaction_to_leaks_is_refused() -> None:
     for name in ("srd", "lrp_zplus", "excitation_backprop"):
-        with pytest.raises(SrdLabError, match=r"on_leak='ignore' is not known; expected one of error, warn"):
+        with pytest.raises(BadValue, match=r"on_leak='ignore' is not known; expected one of error, warn"):
             CONSERVING[name]("ignore")
 
 

@@ -16,7 +16,7 @@ from srd_lab.data import SOURCES, batch, load_data, scenes
 from srd_lab.data.imagenet import ImageNetFolder, class_names, wnids
 from srd_lab.data.pictures import SkippedFile, decode, fit
 from srd_lab.data.scenes import BANDS, CLASSES, DISTRACTORS, LENGTHS, SHAPES, SIZE, Scenes
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadInput, SrdLabError
 
 # --- scenes -------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ def test_distance_to_a_polygon_is_the_distance() -> None:
 
 
 def test_a_photograph_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SrdLabError, match=r"nowhere\.png.*scikit-image"):
+    with pytest.raises(BadData, match=r"nowhere\.png.*scikit-image"):
         scenes._read_photograph("nowhere.png")
 
 
@@ -220,7 +220,7 @@ def test_limit_and_batch() -> None:
     assert torch.equal(images[1], data[3].image)
     assert labels.tolist() == [2, 3]
     assert labels.dtype == torch.int64
-    with pytest.raises(SrdLabError, match="at least one"):
+    with pytest.raises(BadInput, match="at least one"):
         batch(data, [])
 
 
@@ -337,21 +337,21 @@ def test_a_corrupt_file_is_named(folder: Path) -> None:
     (folder / "n01443537" / "b.png").write_bytes(whole[: len(whole) // 2])
     data = ImageNetFolder(folder, size=16)
     for index, name in enumerate(["a.PNG", "b.png"]):
-        with pytest.raises(SrdLabError, match=name):
+        with pytest.raises(SkippedFile, match=name):
             data[index]
     assert data[2].image.shape == (3, 16, 16)
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(SrdLabError, match="is not a folder"):
+    with pytest.raises(BadData, match="is not a folder"):
         ImageNetFolder(folder / "labels.csv")
-    with pytest.raises(SrdLabError, match="no class folders"):
+    with pytest.raises(BadData, match="no class folders"):
         ImageNetFolder(folder / "other")
     (folder / "other" / "n01440764").mkdir()
-    with pytest.raises(SrdLabError, match=r"hold no images.*\.jpeg"):
+    with pytest.raises(BadData, match=r"hold no images.*\.jpeg"):
         ImageNetFolder(folder / "other")
     (folder / "n00000001").mkdir()
-    with pytest.raises(SrdLabError, match=r"n00000001 is none of the 1,000 classes"):
+    with pytest.raises(BadData, match=r"n00000001 is none of the 1,000 classes"):
         ImageNetFolder(folder)
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from srd_lab.data import Loaded, load_batches, load_data, loading, skipped_report
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, SrdLabError
 from srd_lab.types import Sample
 
 WORKERS = 0, 1, 2
@@ -167,7 +167,7 @@ def test_workers_are_chosen(
 
 
 def test_what_load_batches_cannot_do_is_said() -> None:
-    with pytest.raises(SrdLabError, match="-1 workers; give 0 or more"):
+    with pytest.raises(BadValue, match="-1 workers; give 0 or more"):
         load_batches(load_data("scenes"), [[0]], -1)
 
 

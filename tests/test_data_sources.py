@@ -22,7 +22,7 @@ from PIL import Image
 from srd_lab.data import SkippedFile, load_data
 from srd_lab.data.cifar import CIFAR10_CLASSES
 from srd_lab.data.imagenet import index_of, wnids
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import BadData, SrdLabError, SrdLabWarning
 from srd_lab.types import Dataset, Sample
 
 SHARED = Path(__file__).parents[2] / "shared" / "assets"
@@ -234,7 +234,7 @@ def test_xml_boxes_scale_with_the_image(tmp_path: Path) -> None:
     save(painted(40, 30, (3, 4, 9, 20)), tmp_path / TENCH / "a.png")
     annotation(tmp_path / "given" / TENCH / "a.xml", (80, 60), (TENCH, (6, 8, 19, 41)))
     assert_mask_is_red(load_data(f"imagenet:{tmp_path}", boxes=tmp_path / "given")[0])
-    with pytest.raises(SrdLabError, match="there are no boxes at nowhere"):
+    with pytest.raises(BadData, match="there are no boxes at nowhere"):
         load_data(f"imagenet:{tmp_path}", boxes="nowhere")
 
 
@@ -286,7 +286,7 @@ def test_a_table_of_boxes_on_the_original(tmp_path: Path) -> None:
 def test_tables_of_boxes_that_cannot_be_used(tmp_path: Path, lines: list[str], message: str) -> None:
     save(painted(8, 8), tmp_path / TENCH / "a.png")
     write(tmp_path / "boxes.csv", *lines)
-    with pytest.raises(SrdLabError, match=message):
+    with pytest.raises(BadData, match=message):
         load_data(f"imagenet:{tmp_path}")[0]
 
 
@@ -351,25 +351,25 @@ def test_ids_of_the_devkit_are_no_class_indices(flat: Path) -> None:
     ):
         load_data(f"imagenet:{flat}")
     meta_mat(flat / "meta.mat", [7, 490, 34])
-    with pytest.raises(SrdLabError, match=r"ILSVRC2012_val_00000005 the class 'number 33'"):
+    with pytest.raises(BadData, match=r"ILSVRC2012_val_00000005 the class 'number 33'"):
         load_data(f"imagenet:{flat}")
     (flat / "meta.mat").write_text("no such thing")
-    with pytest.raises(SrdLabError, match=r"meta\.mat cannot be read"):
+    with pytest.raises(BadData, match=r"meta\.mat cannot be read"):
         load_data(f"imagenet:{flat}")
 
 
 def test_flat_folder_without_labels(flat: Path) -> None:
-    with pytest.raises(SrdLabError, match=r"holds images but no labels; put one of labels\.csv, LOC_val"):
+    with pytest.raises(BadData, match=r"holds images but no labels; put one of labels\.csv, LOC_val"):
         load_data(f"imagenet:{flat}")
     write(flat / "val.txt", f"{VAL[0]}.JPEG 3", f"{VAL[2]}.JPEG 4")
-    with pytest.raises(SrdLabError, match=rf"val\.txt has no label for {VAL[1]}\.JPEG \(1 such"):
+    with pytest.raises(BadData, match=rf"val\.txt has no label for {VAL[1]}\.JPEG \(1 such"):
         load_data(f"imagenet:{flat}")
 
 
 @pytest.mark.parametrize("wrong", ["1000", "-1", "n00000001", "dog", ""])
 def test_labels_that_are_no_class(flat: Path, wrong: str) -> None:
     write(flat / "val.txt", f"{VAL[0]}.JPEG {wrong}")
-    with pytest.raises(SrdLabError, match=rf"{VAL[0]}\.JPEG the class '{wrong}'.*0\.\.999"):
+    with pytest.raises(BadData, match=rf"{VAL[0]}\.JPEG the class '{wrong}'.*0\.\.999"):
         load_data(f"imagenet:{flat}")
 
 
@@ -414,7 +414,7 @@ def test_labels_that_contradict_the_folder(tmp_path: Path, line: str, message: s
     write(labels, "file,wnid,class_index", f"{TENCH}/a.png,{TENCH},0", f"{FISH}/elsewhere.png,{FISH},1")
     assert len(load_data(f"imagenet:{tmp_path}")) == 1
     write(labels, "file,wnid,class_index", line)
-    with pytest.raises(SrdLabError, match=message):
+    with pytest.raises(BadData, match=message):
         load_data(f"imagenet:{tmp_path}")
     write(labels, "title,author", "some,body")
     assert len(load_data(f"imagenet:{tmp_path}")) == 1, "that is none of ours"
@@ -475,13 +475,13 @@ def test_a_part_of_imagenet_s_needs_the_list_of_categories(imagenet_s: Path) -> 
     present = sorted(folder.name for folder in (imagenet_s / "validation").iterdir())
     for folder in present[400:]:
         (imagenet_s / "validation" / folder).rmdir()
-    with pytest.raises(SrdLabError, match=r"holds 400 class folders, and not the 50, 300\s+or 919"):
+    with pytest.raises(BadData, match=r"holds 400 class folders, and not the 50, 300\s+or 919"):
         load_data(f"imagenet-s:{imagenet_s}")
     categories = imagenet_s / "ImageNetS_categories_im919.txt"
     write(categories, *reversed(present))
     assert_mask_is_red(load_data(f"imagenet-s:{imagenet_s}")[1])
     write(categories, *present[1:])
-    with pytest.raises(SrdLabError, match=rf"does not list {present[0]}"):
+    with pytest.raises(BadData, match=rf"does not list {present[0]}"):
         load_data(f"imagenet-s:{imagenet_s}")
 
 
@@ -508,7 +508,7 @@ def test_imagenet_s_without_a_usable_mask(imagenet_s: Path) -> None:
     for folder in masks.iterdir():
         folder.rmdir()
     masks.rmdir()
-    with pytest.raises(SrdLabError, match=r"validation-segmentation is not a folder"):
+    with pytest.raises(BadData, match=r"validation-segmentation is not a folder"):
         load_data(spec)
 
 
@@ -524,7 +524,7 @@ def test_imagefolder_numbers_its_sorted_folders(tmp_path: Path) -> None:
     assert [data[k].name for k in range(3)] == ["apple/b.png", "apple/deep/er/c.png", "zebra/a.png"]
     assert data.labels.tolist() == [0, 0, 1]
     assert data[0].mask is None
-    with pytest.raises(SrdLabError, match=r"holds no folders with images.*\.jpeg.*\.tif"):
+    with pytest.raises(BadData, match=r"holds no folders with images.*\.jpeg.*\.tif"):
         load_data(f"imagefolder:{tmp_path / 'zebra'}")
 
 
@@ -700,7 +700,7 @@ def test_voc_without_a_usable_mask(voc: Path) -> None:
     }
     assert len(load_data(spec, limit=2)) == 2
     write(next(voc.rglob("val.txt")), "")
-    with pytest.raises(SrdLabError, match=r"val\.txt is empty"):
+    with pytest.raises(BadData, match=r"val\.txt is empty"):
         load_data(spec)
 
 
@@ -779,7 +779,7 @@ def test_cifar10_from_its_archive(cifar10: Path, tmp_path: Path) -> None:
     assert_holds(few, ROWS[[10, 15]], [TENS[10], TENS[15]])
     (cifar10 / "data_batch_4").unlink()
     assert_holds(load_data(f"cifar10:{cifar10}"), ROWS[10:], TENS[10:])
-    with pytest.raises(SrdLabError, match=r"does not hold all of data_batch_1, .*give the folder"):
+    with pytest.raises(BadData, match=r"does not hold all of data_batch_1, .*give the folder"):
         load_data(f"cifar10:{cifar10}", "train")
 
 
@@ -843,7 +843,7 @@ def test_a_pickle_that_runs_code_is_refused(
 )
 def test_damaged_batches(tmp_path: Path, batch: bytes) -> None:
     (tmp_path / "test_batch").write_bytes(batch)
-    with pytest.raises(SrdLabError) as caught:
+    with pytest.raises(BadData) as caught:
         load_data(f"cifar10:{tmp_path}")
     assert len(str(caught.value).splitlines()) == 1
     assert str(tmp_path) in str(caught.value)
@@ -877,7 +877,7 @@ def test_binary_version(tmp_path: Path, kind: str) -> None:
         assert load_data(f"{kind}:{path}").classes == names
     assert_holds(load_data(f"{kind}:{packed}"), ROWS, TENS)
     file.write_bytes(b"".join(records)[:-1])
-    with pytest.raises(SrdLabError, match="expected records of"):
+    with pytest.raises(BadData, match="expected records of"):
         load_data(f"{kind}:{tmp_path}")
 
 
@@ -906,7 +906,7 @@ def test_cifar_from_npz(tmp_path: Path, arrays: dict[str, Any]) -> None:
 
 def test_an_npz_of_one_split_may_say_so_by_its_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "train_set.npz", images=PLANAR, labels=TENS)
-    with pytest.raises(SrdLabError, match="by its name these are images for train, and not for test"):
+    with pytest.raises(BadData, match="by its name these are images for train, and not for test"):
         load_data(f"cifar10:{tmp_path / 'train_set.npz'}")
     assert len(load_data(f"cifar10:{tmp_path / 'train_set.npz'}", "train")) == 20
 
@@ -941,7 +941,7 @@ def test_jpegs_back_to_back(tmp_path: Path) -> None:
     assert image[0, 8, 8] > 0.9 > 0.1 > image[0, 24, 8]
     assert 1 not in skipped(load_data(f"cifar10:{tmp_path / 'a.npz'}", non_rgb="convert"))
     np.savez(tmp_path / "a.npz", **{**content, "offsets": content["offsets"][::-1]})
-    with pytest.raises(SrdLabError, match="offsets do not cut jpeg into files"):
+    with pytest.raises(BadData, match="offsets do not cut jpeg into files"):
         load_data(f"cifar10:{tmp_path / 'a.npz'}")
 
 
@@ -962,11 +962,11 @@ def test_jpegs_back_to_back(tmp_path: Path) -> None:
 )
 def test_npz_that_cannot_be_used(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(SrdLabError, match=message):
+    with pytest.raises(BadData, match=message):
         load_data(f"cifar10:{tmp_path / 'a.npz'}")
     for name in ("a.npz", "a.tar.gz"):
         (tmp_path / name).write_text("nothing of the kind")
-        with pytest.raises(SrdLabError, match=rf"{name} cannot be"):
+        with pytest.raises(BadData, match=rf"{name} cannot be"):
             load_data(f"cifar10:{tmp_path / name}")
 
 

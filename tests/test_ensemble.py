@@ -46,7 +46,7 @@ from attacks.probe import NEAR, probe
 from attacks.scores import SCORES, similarity, top_pixels
 from attacks.surrogate import SURROGATES, Surrogate
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import NoGradient, SrdLabError
+from srd_lab.errors import BadInput, BadValue, NoGradient
 from srd_lab.metrics.similarity import PCC, SSIM
 from srd_lab.normalise import normalisation_scale
 from srd_lab.registry import make_explainer
@@ -167,9 +167,9 @@ def test_the_hinge_of_a_network_with_one_class_is_zero() -> None:
 
 
 def test_a_target_without_goal_maps_is_refused() -> None:
-    with pytest.raises(SrdLabError, match="aims at a goal map; give the attack goal maps"):
+    with pytest.raises(BadInput, match="aims at a goal map; give the attack goal maps"):
         Target()(views(goal=False))
-    with pytest.raises(SrdLabError, match=r"must lie in \(0, 1\), got 1"):
+    with pytest.raises(BadValue, match=r"must lie in \(0, 1\), got 1"):
         TopK(1.0)
 
 
@@ -269,7 +269,7 @@ def test_nothing_moves_without_a_gradient() -> None:
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(make: Any) -> None:
-    with pytest.raises(SrdLabError) as caught:
+    with pytest.raises(BadValue) as caught:
         make()
     assert "\n" not in str(caught.value)
 

@@ -18,7 +18,7 @@ from attacks.entry import read_entry
 from attacks.leaderboard import Leaderboard, leaderboard, reason
 from attacks.scores import SCORES
 from attacks.verification import verify
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadEntry
 
 METHODS = ("gradient", "sobel")
 PASSED = {"passed": {"class": True, "weights": True, "faithful": True}}
@@ -234,13 +234,13 @@ def test_another_version_is_refused(entry: Path) -> None:
     ids=["images", "file", "budget", "score", "unknown bound"],
 )
 def test_an_entry_that_lacks_something_inside_is_refused(entry: Path, change: Any) -> None:
-    with pytest.raises(SrdLabError):
+    with pytest.raises(BadEntry):
         verify(altered(entry, change), device="cpu")
 
 
 def test_images_that_lack_an_array_are_refused(entry: Path) -> None:
     repacked(entry, lambda arrays: arrays.pop("ssim"))
-    with pytest.raises(SrdLabError):
+    with pytest.raises(BadEntry):
         verify(entry, device="cpu")
 
 
@@ -340,7 +340,7 @@ def test_a_flag_that_makes_a_figure_unreliable_takes_the_rank(run: Path, flag: s
     ],
 )
 def test_what_measured_something_else_is_refused(run: Path, entry: Path, what: str, change: Any) -> None:
-    with pytest.raises(SrdLabError, match=f"differ in their {what}, so") as caught:
+    with pytest.raises(BadEntry, match=f"differ in their {what}, so") as caught:
         leaderboard([run / "gradient" / "entry.json", altered(entry, change)])
     assert "\n" not in str(caught.value)
     result = command("leaderboard", str(run / "gradient" / "entry.json"), str(entry))
@@ -349,7 +349,7 @@ def test_what_measured_something_else_is_refused(run: Path, entry: Path, what: s
 
 
 def test_no_entry_is_refused() -> None:
-    with pytest.raises(SrdLabError, match="needs at least one entry"):
+    with pytest.raises(BadEntry, match="needs at least one entry"):
         leaderboard([])
     assert command("leaderboard").exit_code == 2
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from srd_lab import load_data, load_model, render
 from srd_lab.catalogue import METHODS, METRICS, TABLE_2
 from srd_lab.cli.main import main
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, SrdLabError
 from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.explaining import Classes
 from srd_lab.evaluation.outputs import write_new
@@ -551,7 +551,7 @@ def test_without_out_every_call_gets_a_folder_of_its_own(
 
 def test_what_another_process_wrote_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     write_new(tmp_path / "new" / "a", b"mine")
-    with pytest.raises(SrdLabError, match=r"has been written by somebody else meanwhile"):
+    with pytest.raises(BadValue, match=r"has been written by somebody else meanwhile"):
         write_new(tmp_path / "new" / "a", b"other")
     assert (tmp_path / "new" / "a").read_bytes() == b"mine"
 
@@ -572,9 +572,9 @@ def test_classes_of_imagenet_by_index_name_and_wnid() -> None:
         SrdLabError, match=r"'shark' may be .*tiger shark \(3\).*; give the index in brackets"
     ):
         classes.index("shark")
-    with pytest.raises(SrdLabError, match=r"no class is called 'unicorn'.*WordNet number"):
+    with pytest.raises(BadValue, match=r"no class is called 'unicorn'.*WordNet number"):
         classes.index("unicorn")
-    with pytest.raises(SrdLabError, match=r"there is no class 1000; the network has 0\.\.999"):
+    with pytest.raises(BadValue, match=r"there is no class 1000; the network has 0\.\.999"):
         classes.index("1000")
 
 

@@ -244,7 +244,7 @@ def test_an_encoder_that_sees_views_is_refused_and_the_logits_of_views_are_none(
 
 
 def test_tokens_with_the_batch_second_are_told_from_as_many_images() -> None:
-    with pytest.raises(SrdLabError, match=r"shape \(4, 4, 8\) for 4 images; expected the batch first"):
+    with pytest.raises(Refused, match=r"shape \(4, 4, 8\) for 4 images; expected the batch first"):
         SRD().explain(drawn(Scanned()), images(4))
 
 
@@ -262,7 +262,7 @@ READS: dict[str, Callable[[nn.Module, Tensor], object]] = {
 @pytest.mark.parametrize("read", READS)
 def test_a_layer_in_windows_is_refused_as_a_place_for_maps(read: str) -> None:
     expected = FOLDED.replace(", 6", "") if read == "excitation_backprop" else FOLDED
-    with pytest.raises(SrdLabError, match=expected):
+    with pytest.raises(Refused, match=expected):
         READS[read](drawn(InWindows()), images(2))
 
 

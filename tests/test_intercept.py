@@ -14,7 +14,7 @@ from srd_lab.engine.interceptor import Interceptor
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.methods.srd import SRD
 
 Function = Callable[[Tensor], Tensor]
@@ -157,7 +157,7 @@ def test_what_is_neither_affine_nor_known_is_refused_by_decompositions(function:
             return torch.relu(super().forward(x)).mean((2, 3))
 
     model = Net(lambda t: function(t[..., :4]))  # glu wants an even width
-    with pytest.raises(SrdLabError, match=r"neither affine nor an activation"):
+    with pytest.raises(Refused, match=r"neither affine nor an activation"):
         SRD(start="ones").explain(model, image())
 
 
@@ -346,7 +346,7 @@ def test_a_surrogate_changes_no_training_flag(training: bool) -> None:
 
 
 def test_a_network_without_activations_is_refused() -> None:
-    with pytest.raises(SrdLabError, match=r"no activation call was seen.*expected ReLU"):
+    with pytest.raises(Refused, match=r"no activation call was seen.*expected ReLU"):
         Interceptor(nn.Sequential(nn.Conv2d(2, 2, 1))).run(image().float())
 
 

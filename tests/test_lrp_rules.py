@@ -14,7 +14,7 @@ from test_methods import bounds, chain, normalised, pixels
 from torch import Tensor, nn
 
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import BadValue, Refused, SrdLabError, SrdLabWarning
 from srd_lab.methods.gradient import GradInput
 from srd_lab.methods.lrp import ExcitationBackprop, LRPEpsilon, LRPGamma, LRPZPlus
 
@@ -180,9 +180,9 @@ def test_contrast_needs_a_linear_layer_at_the_end() -> None:
 
 def test_rules_refuse_by_name() -> None:
     x = pixels(1, 3, 8, 8)
-    with pytest.raises(SrdLabError, match=r"lrp_gamma needs gamma >= 0, got -1"):
+    with pytest.raises(BadValue, match=r"lrp_gamma needs gamma >= 0, got -1"):
         LRPGamma(gamma=-1)
-    with pytest.raises(SrdLabError, match=r"lrp_epsilon needs epsilon > 0, got 0"):
+    with pytest.raises(BadValue, match=r"lrp_epsilon needs epsilon > 0, got 0"):
         LRPEpsilon(epsilon=0)
     leaky = chain()
     leaky[4] = nn.LeakyReLU(0.1)
@@ -199,13 +199,13 @@ def test_rules_refuse_by_name() -> None:
             if fine:
                 assert LRPZPlus().explain(model, x, 1).abs().max() > 0
             else:
-                with pytest.raises(SrdLabError, match=r"activations that are >= 0"):
+                with pytest.raises(Refused, match=r"activations that are >= 0"):
                     LRPZPlus().explain(model, x, 1)
     with pytest.warns(
         SrdLabWarning, match=r"has 1/8 of the input's size, \(1, 1\); the nearest has \(2, 2\)"
     ):
         assert ExcitationBackprop().explain(chain(), x, 1).shape == (len(x), 2, 2)
-    with pytest.raises(SrdLabError, match=r"no map of relevance is at '7'; choose another level"):
+    with pytest.raises(Refused, match=r"no map of relevance is at '7'; choose another level"):
         ExcitationBackprop(level="7").explain(chain(), x, 1)
 
 

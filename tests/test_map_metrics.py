@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput
 from srd_lab.metrics import summary
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
@@ -183,7 +183,7 @@ def test_scores_are_per_image_and_of_any_dtype(metric: Metric) -> None:
 @BOTH
 @pytest.mark.parametrize("shape", [(8, 8), (2, 3, 8, 8), (2, 0, 8)])
 def test_what_is_no_batch_of_maps_is_refused(metric: Metric, shape: tuple[int, ...]) -> None:
-    with pytest.raises(SrdLabError, match=r"a batch of maps \(N, H, W\) is scored, got shape .*maps\[None\]"):
+    with pytest.raises(BadInput, match=r"a batch of maps \(N, H, W\) is scored, got shape .*maps\[None\]"):
         metric.score(torch.zeros(shape))
 
 

@@ -23,7 +23,7 @@ from srd_lab import catalogue
 from srd_lab.data import batch, load_data
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue, NoGradient, Refused, SrdLabError
 from srd_lab.methods.averaged import IntegratedGradients, SmoothGrad
 from srd_lab.methods.gradient import Deconvnet, Gradient, GradInput, GuidedBackprop
 from srd_lab.methods.lrp import LRPZPlus
@@ -211,7 +211,7 @@ def test_whole_map_derivatives_equal_finite_differences(
 
 def test_random_maps_refuse_a_gradient() -> None:
     leaf = pixels(2, 3, 8, 8).requires_grad_()
-    with pytest.raises(SrdLabError, match=r"random maps have no derivative; x must not ask for a gradient"):
+    with pytest.raises(NoGradient, match=r"random maps have no derivative; x must not ask for a gradient"):
         method("random").explain(normalised(Mixed()), leaf)
     with torch.no_grad():
         assert not method("random").explain(normalised(Mixed()), leaf).requires_grad
@@ -313,7 +313,7 @@ def test_smoothgrad_is_a_mean_over_noisy_images(at_once: int | None) -> None:
     assert not torch.equal(got, SmoothGrad(**{**options, "seed": 6}).explain(model, x, target))
     silent = SmoothGrad(samples=2, noise=0.0).explain(model, x, target)
     torch.testing.assert_close(silent, Gradient().explain(model, x, target))
-    with pytest.raises(SrdLabError, match=r"smoothgrad needs samples >= 1 and noise >= 0, got 0 and 0.15"):
+    with pytest.raises(BadValue, match=r"smoothgrad needs samples >= 1 and noise >= 0, got 0 and 0.15"):
         SmoothGrad(samples=0)
 
 
@@ -644,7 +644,7 @@ def test_nothing_is_changed(name: str, asks: bool) -> None:
             with pytest.raises(ZeroDivisionError):
                 method(name, **options).explain(explained, x)
             bomb.armed = False
-    with untouched(model, x), pytest.raises(SrdLabError):
+    with untouched(model, x), pytest.raises(BadInput):
         method(name, **options).explain(model, x, 99)
 
 
@@ -687,7 +687,7 @@ def test_what_was_recorded_is_released_after_an_error(name: str, monkeypatch: py
     seen: list[ImageTrace] = []
     monkeypatch.setattr(ImageTrace, "run", noted)
     monkeypatch.setattr(ImageTrace, "release", released)
-    with pytest.raises(SrdLabError):
+    with pytest.raises(BadInput):
         method(name).explain(model, x, 99)
     assert not open_traces
     assert not any(trace.records._known or trace.maps for trace in seen)
@@ -753,7 +753,7 @@ def test_models_that_cannot_be_followed_are_refused(name: str) -> None:
         (Calls(lambda t: F.batch_norm(t, None, None, training=True)), r"statistics of the batch"),
     ]
     for model, message in cases:
-        with pytest.raises(SrdLabError, match=message), untouched(model, x):
+        with pytest.raises(Refused, match=message), untouched(model, x):
             method(name).explain(model, x, 1)
     assert method(name).explain(Calls(lambda t: F.dropout(t, training=False)), x, 1).shape[0] == 2
 
@@ -761,7 +761,7 @@ def test_models_that_cannot_be_followed_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["srd", "lrp_zplus", "guided_backprop"])
 def test_methods_with_a_rule_need_activations(name: str) -> None:
     linear = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    with pytest.raises(SrdLabError, match=r"no activation call was seen in the model; expected ReLU"):
+    with pytest.raises(Refused, match=r"no activation call was seen in the model; expected ReLU"):
         method(name).explain(linear, pixels(1, 3, 4, 4).float())
 
 
@@ -779,7 +779,7 @@ def test_checkpointed_parts_are_refused(name: str) -> None:
             return self.layers[1:](x)
 
     for reentrant in (True, False):
-        with pytest.raises(SrdLabError, match=r"checkpoint"):
+        with pytest.raises(Refused, match=r"checkpoint"):
             method(name).explain(Net(reentrant), pixels(1, 3, 8, 8), 1)
 
 
@@ -800,9 +800,9 @@ def test_inputs_that_make_no_sense_are_refused(name: str) -> None:
         (infinite, r"NaN or infinite"),
     ]
     for wrong, message in cases:
-        with pytest.raises(SrdLabError, match=message):
+        with pytest.raises(BadInput, match=message):
             method(name).explain(model, wrong)
-    with torch.inference_mode(), pytest.raises(SrdLabError, match=r"inference_mode; use torch.no_grad"):
+    with torch.inference_mode(), pytest.raises(BadInput, match=r"inference_mode; use torch.no_grad"):
         method(name).explain(model, x)
 
 
@@ -819,7 +819,7 @@ def test_targets_that_make_no_sense_are_refused(name: str) -> None:
         (torch.tensor([[0], [1]]), r"one target per image"),
     ]
     for wrong, message in cases:
-        with pytest.raises(SrdLabError, match=message):
+        with pytest.raises(BadInput, match=message):
             method(name).explain(model, x, wrong)
 
 
@@ -834,25 +834,25 @@ def test_what_is_not_affine_is_named(name: str) -> None:
     )
     product = (lambda t: t * t.mean((2, 3), keepdim=True), r"mul in Calls is neither affine")
     for function, message in (product, *(norms if name == "lrp_zplus" else ())):
-        with pytest.raises(SrdLabError, match=message):
+        with pytest.raises(Refused, match=message):
             method(name, **({"encoder": "layers.4"} if name == "srd" else {})).explain(Calls(function), x, 1)
 
 
 def test_names_and_options_are_refused_by_name() -> None:
     model, x = normalised(Mixed()), pixels(1, 3, 8, 8)
-    with pytest.raises(SrdLabError, match=r"unknown method 'sdr'; expected one of gradient, guided_backprop"):
+    with pytest.raises(BadValue, match=r"unknown method 'sdr'; expected one of gradient, guided_backprop"):
         explain(model, x, method="sdr")
-    with pytest.raises(SrdLabError, match=r"gradient has no option steps; it takes channels"):
+    with pytest.raises(BadValue, match=r"gradient has no option steps; it takes channels"):
         explain(model, x, method="gradient", steps=3)
     with pytest.raises(
         SrdLabError, match=r"channels='mean' is not known; expected one of sum, abs_sum, max_abs"
     ):
         explain(model, x, method="gradient", channels="mean")
-    with pytest.raises(SrdLabError, match=r"steps >= 1, got 0"):
+    with pytest.raises(BadValue, match=r"steps >= 1, got 0"):
         explain(model, x, method="integrated_gradients", steps=0)
-    with pytest.raises(SrdLabError, match=r"the rule needs activations that are >= 0.*'1' is tanh"):
+    with pytest.raises(Refused, match=r"the rule needs activations that are >= 0.*'1' is tanh"):
         explain(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Tanh(), nn.Flatten()), x.float(), method="lrp_zplus")
-    with pytest.raises(SrdLabError, match=r"must be logits \(N, K\), got shape \(1, 2, 8, 8\)"):
+    with pytest.raises(Refused, match=r"must be logits \(N, K\), got shape \(1, 2, 8, 8\)"):
         explain(nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), x.float(), method="gradient")
 
 

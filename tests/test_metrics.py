@@ -15,7 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
 from srd_lab import catalogue, maps
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, Refused
 from srd_lab.methods.gradient import Gradient, GradInput
 from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.metrics.faithfulness import Deletion, Fidelity, Infidelity, Insertion, LeRF, MoRF
@@ -71,7 +71,7 @@ def test_fidelity_knows_four_baselines() -> None:
         without = isinstance(model, nn.Sequential)  # a normalisation, black is the 0 of its units
         assert (found["mean"] == found["black"]) == without
         assert len({tuple(scores) for scores in found.values()}) == (3 if without else 4)
-    with pytest.raises(SrdLabError, match="fidelity has no baseline 'grey'; expected one of black, white,"):
+    with pytest.raises(BadValue, match="fidelity has no baseline 'grey'; expected one of black, white,"):
         Fidelity(baseline="grey")
 
 
@@ -80,7 +80,7 @@ def test_narrow_images_are_scored_by_the_same_definitions(size: tuple[int, int])
     explained = Explained.by(GradInput(), batch(normalised(network()), size))
     for name, metric in PIECES.items():
         if min(size) < 7 and name in ("ssim", "randomization"):
-            with pytest.raises(SrdLabError, match="SSIM window"):
+            with pytest.raises(BadValue, match="SSIM window"):
                 metric.of(explained)
             continue
         small = Fidelity(pixels=5, draws=6) if name == "fidelity" else metric
@@ -101,7 +101,7 @@ def test_randomization_takes_the_layers_of_a_network_from_the_top() -> None:
         equal = [torch.equal(a, b) for a, b in zip(model.parameters(), stage.parameters(), strict=True)]
         assert equal == [True] * still + [False] * (6 - still)
         assert not stage.training
-    with pytest.raises(SrdLabError, match="no layer that can be initialised anew"):
+    with pytest.raises(Refused, match="no layer that can be initialised anew"):
         randomised(nn.Sequential(nn.Flatten()), 1, 0)
 
 

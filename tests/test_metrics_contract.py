@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import srd_lab
 from srd_lab import data, maps
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue
 from srd_lab.methods.gradient import Gradient, GradInput
 from srd_lab.metrics import explained as explained_module
 from srd_lab.metrics import faithfulness, robustness
@@ -246,7 +246,7 @@ def test_images_without_an_object_are_not_scored(metric: Any) -> None:
 def test_fidelity_refuses_sets_as_large_as_the_image() -> None:
     images = batch(network(), (9, 9))
     for size in (81, 200):
-        with pytest.raises(SrdLabError, match=f"sets of {size} pixels, but the images have 81; take fewer"):
+        with pytest.raises(BadValue, match=f"sets of {size} pixels, but the images have 81; take fewer"):
             Fidelity(pixels=size).of(Explained.by(METHODS["sobel"], images))
     assert Fidelity(pixels=80, draws=30).of(Explained.by(METHODS["sobel"], images)).isfinite().all()
 
@@ -507,5 +507,5 @@ def test_metrics_keep_to_their_protocol() -> None:
 def test_counts_below_one_are_refused(name: str) -> None:
     metric: Any = PIECES[name]
     for field in {"draws", "steps", "stages", "pixels", "grid"} & set(vars(metric)):
-        with pytest.raises(SrdLabError, match=f"{type(metric).__name__} needs {field} >= 1, got 0"):
+        with pytest.raises(BadValue, match=f"{type(metric).__name__} needs {field} >= 1, got 0"):
             replace(metric, **{field: 0})

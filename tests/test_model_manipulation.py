@@ -23,7 +23,7 @@ from attacks.model_tables import table, verdicts
 from attacks.settings import ModelManipulationSettings
 from srd_lab import load_model
 from srd_lab.data import Loaded
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadData, BadInput, BadValue, BadWeights, NoGradient, Refused, SrdLabError
 from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
 from srd_lab.runs.tracking import FolderRun
@@ -257,7 +257,7 @@ class Spiky(Explainer):
 
 
 def test_a_gradient_that_is_not_finite_ends_it_in_a_line() -> None:
-    with pytest.raises(SrdLabError, match="gradient of step 1 is not finite"):
+    with pytest.raises(BadValue, match="gradient of step 1 is not finite"):
         ModelManipulation(Spiky(), Location(3), batch=6).run(trained(), Squares(12, 3))
 
 
@@ -266,13 +266,13 @@ def test_a_gradient_that_is_not_finite_ends_it_in_a_line() -> None:
 )
 def test_maps_without_a_derivative_in_the_weights_are_refused(name: str, objective: MapObjective) -> None:
     explainer = method(name) if name in METHODS else make_explainer(name)
-    with pytest.raises(SrdLabError, match="no derivative"):
+    with pytest.raises(NoGradient, match="no derivative"):
         ModelManipulation(explainer, objective, batch=12).run(trained(), Squares(12, 3))
 
 
 @pytest.mark.parametrize("name", ["scorecam", "ablationcam"])
 def test_methods_that_recompute_are_refused(name: str) -> None:
-    with pytest.raises(SrdLabError, match="recomputes its passes"):
+    with pytest.raises(Refused, match="recomputes its passes"):
         ModelManipulation(make_explainer(name), Location())
 
 
@@ -289,26 +289,26 @@ def test_methods_that_recompute_are_refused(name: str) -> None:
     ],
 )
 def test_wrong_settings_of_the_manipulation(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(SrdLabError, match=said):
+    with pytest.raises(BadValue, match=said):
         ModelManipulation(method("gradient"), Location(), **options)
 
 
 def test_what_cannot_be_manipulated() -> None:
     how = ModelManipulation(method("gradient"), Location(3), steps=1, batch=4)
-    with pytest.raises(SrdLabError, match="no images to train on"):
+    with pytest.raises(BadInput, match="no images to train on"):
         how.run(trained(), Squares(6, 2), [])
-    with pytest.raises(SrdLabError, match="no training image is of class 1"):
+    with pytest.raises(BadData, match="no training image is of class 1"):
         replace(how, objective=Active(0, 1)).run(trained(), Squares(6, 2), [0, 3])
-    with pytest.raises(SrdLabError, match="eval"):
+    with pytest.raises(Refused, match="eval"):
         how.run(copy.deepcopy(trained(True)).train(), Squares(6, 2))
-    with pytest.raises(SrdLabError, match="no weights to change"):
+    with pytest.raises(Refused, match="no weights to change"):
         how.run(nn.Identity(), Squares(6, 2))
 
 
 def test_a_batch_of_unreadable_images_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = Loaded([], [], {"a.png": "damaged"})
     monkeypatch.setattr("attacks.model_manipulation.load_batches", lambda *a: iter([gone]))
-    with pytest.raises(SrdLabError, match=r"a\.png \(damaged\)"):
+    with pytest.raises(BadData, match=r"a\.png \(damaged\)"):
         ModelManipulation(method("gradient"), Location(3), steps=1).run(trained(), Squares(6, 2))
 
 
@@ -438,7 +438,7 @@ def test_a_manipulated_network_is_loaded_back(tmp_path: Path, suffix: str) -> No
 
 
 def test_weights_go_into_known_files_only(tmp_path: Path) -> None:
-    with pytest.raises(SrdLabError, match=r"expected \.pth, \.npz or \.safetensors"):
+    with pytest.raises(BadWeights, match=r"expected \.pth, \.npz or \.safetensors"):
         save_weights(trained(), tmp_path / "fooled.bin")
 
 
@@ -527,7 +527,7 @@ def test_no_image_is_trained_on_and_held_out(monkeypatch: pytest.MonkeyPatch) ->
     study = ModelStudy(SETTINGS)
     assert not set(study.training) & set(study.held)
     assert (len(study.training), len(study.held)) == (8, 4)
-    with pytest.raises(SrdLabError, match="leaves none to train on"):
+    with pytest.raises(BadValue, match="leaves none to train on"):
         ModelStudy(replace(SETTINGS, pairs=5000))
 
 
@@ -546,7 +546,7 @@ def test_objectives_by_name(kind: str, expected: MapObjective) -> None:
 
 
 def test_wrong_settings_show_before_a_run() -> None:
-    with pytest.raises(SrdLabError, match="location, top-k, centre-of-mass, active"):
+    with pytest.raises(BadValue, match="location, top-k, centre-of-mass, active"):
         ModelStudy(replace(SETTINGS, manipulate_model="colour"))
-    with pytest.raises(SrdLabError, match="recomputes its passes"):
+    with pytest.raises(Refused, match="recomputes its passes"):
         ModelStudy(replace(SETTINGS, methods=("scorecam",)))

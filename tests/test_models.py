@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srd_lab.data import batch, load_data
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, BadWeights, SrdLabError, Unavailable
 from srd_lab.methods.cam import GradCAM
 from srd_lab.methods.lrp import LRPZPlus
 from srd_lab.methods.srd import SRD
@@ -291,7 +291,7 @@ def test_a_mismatch_lists_what_does_not_fit(squeezenet: nn.Module, tmp_path: Pat
     for key in [key for key in state if key.startswith("features.3.")]:
         del state[key]
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(SrdLabError) as caught:
+    with pytest.raises(BadWeights) as caught:
         load_model("squeezenet1_1", "imagenet", tmp_path / "w.pth", "cpu")
     text = str(caught.value)
     assert "w.pth" in text
@@ -317,9 +317,9 @@ def test_files_that_are_no_state_dict(name: str, squeezenet: nn.Module, tmp_path
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 400
     file.write_bytes(b"<!DOCTYPE html><html>")
-    with pytest.raises(SrdLabError, match=r"begins with b'<!DOCTYPE html><', as no \.\w+ file does"):
+    with pytest.raises(BadWeights, match=r"begins with b'<!DOCTYPE html><', as no \.\w+ file does"):
         read_state(file)
-    with pytest.raises(SrdLabError, match=r"no weights file .*absent"):
+    with pytest.raises(BadWeights, match=r"no weights file .*absent"):
         read_state(tmp_path / f"absent{file.suffix}")
 
 
@@ -331,7 +331,7 @@ def test_files_under_a_wrong_name(written: str, named: str, squeezenet: nn.Modul
     if named == (".pth" if written == "w.pt" else Path(written).suffix):
         assert read_state(file)
         return
-    with pytest.raises(SrdLabError, match=rf"other{named} cannot be read as a state dict \(.+\); save"):
+    with pytest.raises(BadWeights, match=rf"other{named} cannot be read as a state dict \(.+\); save"):
         read_state(file)
 
 
@@ -362,7 +362,7 @@ def test_no_file_can_run_code(how: str, where: str, tmp_path: Path) -> None:
         np.savez(file, w=np.array([value], dtype=object))
     else:
         torch.save(value, file, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(SrdLabError, match=r"cannot be read as a state dict") as caught:
+    with pytest.raises(BadWeights, match=r"cannot be read as a state dict") as caught:
         read_state(file)
     assert not trap.made.exists()
     assert "weights_only" not in str(caught.value)  # no advice to trust it all the same
@@ -388,9 +388,9 @@ def test_states_that_hold_no_tensors(tmp_path: Path) -> None:
         {"model": {"a": None}},
         {1: torch.ones(1)},
     ):
-        with pytest.raises(SrdLabError, match=r"w\.pth cannot be read as a state dict"):
+        with pytest.raises(BadWeights, match=r"w\.pth cannot be read as a state dict"):
             read_state(_save_pth(tmp_path / "w.pth", value))
-    with pytest.raises(SrdLabError, match=r"\.pth, .*\.safetensors, \.npz"):
+    with pytest.raises(BadWeights, match=r"\.pth, .*\.safetensors, \.npz"):
         read_state(tmp_path / "w.onnx")
 
 
@@ -459,7 +459,7 @@ def test_the_number_of_classes_comes_from_the_weights_file(name: str, data: str,
     if name == "googlenet":
         network.transform_input = True
     torch.testing.assert_close(model(x), _imagenet_logits(network, x))
-    with pytest.raises(SrdLabError, match=r"of another shape \(.* where \(1000,.*\) is expected\)"):
+    with pytest.raises(BadWeights, match=r"of another shape \(.* where \(1000,.*\) is expected\)"):
         load_model(name, "imagenet", tmp_path / "w.safetensors", "cpu")
 
 
@@ -468,7 +468,7 @@ def test_a_thousand_classes_are_a_number_of_classes_too(squeezenet: nn.Module, t
     assert load_model("squeezenet1_1", "imagefolder:DIR", file, "cpu").classes == 1000
     for odd in (torch.ones(()), torch.ones(0, 512, 1, 1)):
         _save_pth(file, {**squeezenet.state_dict(), "classifier.1.bias": odd})
-        with pytest.raises(SrdLabError, match=r"classifier\.1\.bias .* where \(1000,\) is expected"):
+        with pytest.raises(BadWeights, match=r"classifier\.1\.bias .* where \(1000,\) is expected"):
             load_model("squeezenet1_1", "imagefolder:DIR", file, "cpu")
 
 
@@ -476,7 +476,7 @@ def test_data_with_other_classes_than_the_models_is_refused() -> None:
     model, data = load_model("vgg16", device="cpu"), load_data()
     check_classes(model, data)
     data.classes = data.classes[:3]
-    with pytest.raises(SrdLabError, match=r"tells 10 classes apart, but the data has 3; .*--weights FILE"):
+    with pytest.raises(BadWeights, match=r"tells 10 classes apart, but the data has 3; .*--weights FILE"):
         check_classes(model, data)
 
 
@@ -521,7 +521,7 @@ def test_cifar_networks_load_strictly(name: str, data: str, tmp_path: Path) -> N
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model(x), _imagenet_logits(network, x))
     assert model(x).shape == (2, model.classes) == (2, classes)
-    with pytest.raises(SrdLabError, match=rf"where \({others},\) is expected"):
+    with pytest.raises(BadWeights, match=rf"where \({others},\) is expected"):
         load_model(name, f"cifar{others}", file, "cpu")
 
 
@@ -596,12 +596,12 @@ def test_names_are_known_for_each_data() -> None:
     assert networks("imagenet") == networks("imagenet-s:DIR") == networks("voc") == torchvision_names()
     assert networks("cifar100:FILE") == (*CIFAR_NETWORKS, *torchvision_names())
     for name in ("vgg17", "resnet20"):
-        with pytest.raises(SrdLabError, match=f"no network '{name}' for imagenet"):
+        with pytest.raises(BadValue, match=f"no network '{name}' for imagenet"):
             input_size(name)
 
 
 def test_without_a_network_the_error_names_file_folder_and_way_out(hub: Path) -> None:
-    with pytest.raises(SrdLabError) as caught:
+    with pytest.raises(Unavailable) as caught:
         load_model("squeezenet1_1", "imagenet", device="cpu")
     assert str(caught.value) == (
         f"torchvision's squeezenet1_1-b8a52dc0.pth is not in {hub} and cannot be downloaded "
@@ -634,13 +634,13 @@ def test_torchvisions_cache_is_filled(
 
 def test_what_lies_in_the_cache_is_not_trusted_either(hub: Path, tmp_path: Path) -> None:
     _save_pth(hub / "squeezenet1_1-b8a52dc0.pth", Trap(tmp_path / "sprung"))
-    with pytest.raises(SrdLabError, match=r"squeezenet1_1-b8a52dc0\.pth cannot be read as a state dict"):
+    with pytest.raises(BadWeights, match=r"squeezenet1_1-b8a52dc0\.pth cannot be read as a state dict"):
         load_model("squeezenet1_1", "imagenet", device="cpu")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_networks_without_v1_weights_say_so() -> None:
-    with pytest.raises(SrdLabError, match=r"IMAGENET1K_V1.*--weights FILE"):
+    with pytest.raises(BadWeights, match=r"IMAGENET1K_V1.*--weights FILE"):
         load_model("vit_h_14", "imagenet", device="cpu")
 
 
@@ -735,7 +735,7 @@ def test_only_a_vgg_has_such_a_head(narrow: dict[str, Tensor]) -> None:
 def test_a_head_has_as_many_classes_as_its_data(narrow: dict[str, Tensor], tmp_path: Path) -> None:
     file = _save_npz(tmp_path / "w.npz", {**narrow, **_head([512, 6, 7])})
     assert load_model("vgg16", "imagefolder:DIR", file, "cpu").classes == 7
-    with pytest.raises(SrdLabError, match=r"classifier\.3\.bias \(7,\) where \(1000,\) is expected"):
+    with pytest.raises(BadWeights, match=r"classifier\.3\.bias \(7,\) where \(1000,\) is expected"):
         load_model("vgg16", "imagenet", file, "cpu")
 
 
@@ -779,7 +779,7 @@ def test_heads_that_do_not_fit_are_refused_in_a_line(
     tmp_path: Path,
 ) -> None:
     file = _save_npz(tmp_path / "w.npz", change({**narrow, **_head([512, 6, 1000])}))
-    with pytest.raises(SrdLabError, match=message) as caught:
+    with pytest.raises(BadWeights, match=message) as caught:
         load_model("vgg16", "imagenet", file, "cpu")
     assert "\n" not in str(caught.value)
 

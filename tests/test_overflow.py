@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import srd_lab
 from srd_lab.cli.main import main
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, Refused, SrdLabError
 from srd_lab.methods.smoothed import BetaSmoothed, Smoothed
 from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.types import Explainer
@@ -78,7 +78,7 @@ def with_pixel(value: float) -> Tensor:
 @pytest.mark.parametrize("value", [1e20, -1e20, torch.inf, torch.nan])
 def test_pixels_without_a_sensible_value_are_refused(name: str, way: str, value: float) -> None:
     for model in (small_model(), small_model().network):
-        with pytest.raises(SrdLabError, match=r"^the input holds .*; expected .*pixels") as caught:
+        with pytest.raises(BadInput, match=r"^the input holds .*; expected .*pixels") as caught:
             WAYS[way](name, model, with_pixel(value))
         assert "\n" not in str(caught.value)
 
@@ -87,7 +87,7 @@ def test_pixels_without_a_sensible_value_are_refused(name: str, way: str, value:
 @pytest.mark.parametrize("name", EXPLAINERS)
 def test_logits_that_overflow_are_refused_where_it_begins(name: str, way: str) -> None:
     said = r"^numbers inside the model overflow float32 \(it begins at linear in network\.fc\), so there is no map; check"
-    with pytest.raises(SrdLabError, match=said) as caught:
+    with pytest.raises(Refused, match=said) as caught:
         WAYS[way](name, scaled(1e15), images(2))
     assert "\n" not in str(caught.value)
 
@@ -124,7 +124,7 @@ def test_maps_that_overflow_in_float32_alone_are_right_in_float64(name: str, cas
     assert exact.isfinite().all()
     if name in ("srd", "srd_high"):
         said = rf"so large \(\S+, at {place}\) that their squares overflow float32, so there is no map; .* or compute in"
-        with pytest.raises(SrdLabError, match=said):
+        with pytest.raises(Refused, match=said):
             explainer.explain(model, x)
     else:
         found = explainer.explain(model, x).double()
@@ -155,7 +155,7 @@ def test_a_map_that_alone_overflows_is_refused_by_its_image() -> None:
 @pytest.mark.parametrize("wrapped", [Smoothed(Broken(), draws=2), BetaSmoothed(Broken())])
 @pytest.mark.parametrize("target", [None, 1])
 def test_wrappers_refuse_it_too(wrapped: Explainer, target: int | None) -> None:
-    with pytest.raises(SrdLabError, match=r"^the map of image \d is not finite"):
+    with pytest.raises(Refused, match=r"^the map of image \d is not finite"):
         wrapped.explain(small_model(), images(2), target)
 
 

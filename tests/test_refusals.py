@@ -15,7 +15,7 @@ from small_networks import OPTIONS
 from torch import Tensor, nn
 
 import srd_lab
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, Refused, SrdLabError
 from srd_lab.models import Classifier
 from srd_lab.registry import EXPLAINERS, make_explainer
 
@@ -116,7 +116,7 @@ BATCHES: dict[str, Callable[[Net, Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", BATCHES)
 @pytest.mark.parametrize("name", RUN)
 def test_an_output_with_other_rows_than_images_is_refused(name: str, way: str, x: Tensor) -> None:
-    with pytest.raises(SrdLabError, match=r"for 2 images; expected one row per image"):
+    with pytest.raises(Refused, match=r"for 2 images; expected one row per image"):
         explain(name, Net(BATCHES[way]), x)
 
 
@@ -156,9 +156,9 @@ def test_statistics_of_weights_are_constants(name: str, trainable: bool, x: Tens
 
 def test_pixels_of_another_range_are_refused_where_the_model_normalises(x: Tensor) -> None:
     model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
-    with pytest.raises(SrdLabError, match=r"expects pixels in \[0, 1\], got \[.*, 25\d.*\]; divide by 255"):
+    with pytest.raises(BadInput, match=r"expects pixels in \[0, 1\], got \[.*, 25\d.*\]; divide by 255"):
         srd_lab.explain(model, x * 255, 1)
-    with pytest.raises(SrdLabError, match=r"pass model\.network, if they are normalised already"):
+    with pytest.raises(BadInput, match=r"pass model\.network, if they are normalised already"):
         srd_lab.explain(model, 4 * (x - 0.5), 1)
     assert srd_lab.explain(model, x + 0.1 * torch.randn_like(x), 1).shape == (2, 8, 8)
     normalised = model.normalise(x)
@@ -208,7 +208,7 @@ def test_the_contrast_of_one_logit_is_no_longer_zero(x: Tensor) -> None:
 def test_one_logit_behind_no_linear_layer_is_refused_by_rules_that_modify_weights(x: Tensor) -> None:
     model = Net(lambda s, x: s.features(x).mean((1, 2, 3)))
     assert make_explainer("srd").explain(model, x, 1).any()
-    with pytest.raises(SrdLabError, match=r"a network with one logit must end in a linear layer"):
+    with pytest.raises(Refused, match=r"a network with one logit must end in a linear layer"):
         make_explainer("lrp_zplus").explain(model, x, 1)
 
 
@@ -271,10 +271,10 @@ def test_targets_that_are_no_classes_are_one_line(target: str, x: Tensor) -> Non
 
 
 def test_an_array_of_pixels_gets_the_right_advice(x: Tensor) -> None:
-    with pytest.raises(SrdLabError, match=r"got ndarray; give torch\.from_numpy\(x\)"):
+    with pytest.raises(BadInput, match=r"got ndarray; give torch\.from_numpy\(x\)"):
         srd_lab.explain(Net(plain), x.numpy(), 1)  # type: ignore[arg-type]
     srd_lab.explain(Net(plain), torch.from_numpy(x.numpy()), 1)
-    with pytest.raises(SrdLabError, match=r"got list; give a torch\.Tensor"):
+    with pytest.raises(BadInput, match=r"got list; give a torch\.Tensor"):
         srd_lab.explain(Net(plain), [[1.0]], 1)  # type: ignore[arg-type]
 
 
@@ -360,7 +360,7 @@ def test_autocast_inside_a_model_is_off_while_it_is_explained(
 def test_autocast_around_an_explanation_is_refused(x: Tensor) -> None:
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(SrdLabError, match=r"leave torch\.autocast around the call out"),
+        pytest.raises(BadInput, match=r"leave torch\.autocast around the call out"),
     ):
         explain("srd", Net(plain).float(), x.float())
 
@@ -369,7 +369,7 @@ def test_autocast_around_an_explanation_is_refused(x: Tensor) -> None:
 def test_a_model_made_in_inference_mode_is_refused_and_its_copy_is_not(name: str, x: Tensor) -> None:
     with torch.inference_mode():
         model = Net(plain)
-    with pytest.raises(SrdLabError, match=r"made in torch\.inference_mode.*or pass copy\.deepcopy\(model\)"):
+    with pytest.raises(Refused, match=r"made in torch\.inference_mode.*or pass copy\.deepcopy\(model\)"):
         explain(name, model, x)
     torch.testing.assert_close(explain(name, copy.deepcopy(model), x), explain(name, Net(plain), x))
 

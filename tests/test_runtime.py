@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from srd_lab.cli import errors, tracked
 from srd_lab.cli.options import Count, WeightsFile, common_options
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import BadValue, SrdLabError, SrdLabWarning, Unavailable
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import Settings, weights_of
 from srd_lab.runtime import Batcher, is_out_of_memory, pick_device
@@ -101,7 +101,7 @@ def test_a_short_last_part_is_halved_by_its_own_length() -> None:
 
 def test_what_does_not_fit_alone_is_said_in_one_line() -> None:
     work = Narrow(0)
-    with pytest.raises(SrdLabError, match=r"not even one image fits into memory; take .*--device") as caught:
+    with pytest.raises(Unavailable, match=r"not even one image fits into memory; take .*--device") as caught:
         Batcher(4).run(work, range(9))
     assert "\n" not in str(caught.value)
     assert work.tried == [4, 2, 1]
@@ -207,7 +207,7 @@ def test_a_file_name_may_hold_an_equals_sign(tmp_path: Path) -> None:
 def test_weights_that_are_for_none_or_for_two(
     given: list[str], models: list[str], message: str, file: str
 ) -> None:
-    with pytest.raises(SrdLabError) as caught:
+    with pytest.raises(BadValue) as caught:
         weights_of([text.replace("{}", file) for text in given], models)
     assert str(caught.value) == message.replace("{}", file)
 
@@ -350,7 +350,7 @@ def test_a_device_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) 
         SrdLabError, match=r"device 'mps' cannot be used here \(Cannot convert .* dtype\); try"
     ):
         pick_device("mps", float64=True)
-    with pytest.raises(SrdLabError, match="device 'quantum' cannot be used here"):
+    with pytest.raises(Unavailable, match="device 'quantum' cannot be used here"):
         pick_device("quantum")
 
 

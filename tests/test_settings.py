@@ -16,7 +16,7 @@ from apop.settings import SurveySettings
 from attacks.settings import ManipulationSettings, ModelManipulationSettings, RobustnessSettings
 from srd_lab.cli.main import main
 from srd_lab.cli.tracked import OUTSIDE, Given
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadRun, SrdLabError
 from srd_lab.evaluation.settings import EvaluationSettings, ExplainSettings
 from srd_lab.reproduce.settings import AblationSettings, TableSettings
 from srd_lab.runs.settings import FREE, Settings, as_text, read_stored
@@ -94,7 +94,7 @@ def test_a_stored_text_of_another_type_is_named(name: str, text: str) -> None:
         SrdLabError, match=f"the stored run has {name} = '{text}', which this version cannot read"
     ):
         read_stored(ManipulationSettings, {name: text})
-    with pytest.raises(SrdLabError, match="binarize = 'yes'"):
+    with pytest.raises(BadRun, match="binarize = 'yes'"):
         read_stored(SurveySettings, {"binarize": "yes"})
 
 

@@ -11,7 +11,7 @@ from scipy.stats import pearsonr
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadInput, BadValue
 from srd_lab.metrics.similarity import PCC, SSIM
 
 
@@ -106,11 +106,11 @@ def test_maps_that_cannot_be_compared_are_refused(metric: SSIM | PCC) -> None:
         (maps(8, 8), maps(8, 8)),
         (maps(2, 3, 8, 8), maps(2, 3, 8, 8)),
     ):
-        with pytest.raises(SrdLabError, match=r"two batches of maps \(N, H, W\) of one shape"):
+        with pytest.raises(BadInput, match=r"two batches of maps \(N, H, W\) of one shape"):
             metric.score(a, b)
 
 
 @pytest.mark.parametrize("window", [0, 4, 9, -1])
 def test_windows_that_do_not_fit_are_refused(window: int) -> None:
-    with pytest.raises(SrdLabError, match=rf"odd and at most the map's side 8, got {window}"):
+    with pytest.raises(BadValue, match=rf"odd and at most the map's side 8, got {window}"):
         SSIM(window).score(maps(1, 8, 8), maps(1, 8, 8))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srd_lab.data import batch, load_data
 from srd_lab.engine.surrogate import SmoothModel
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadValue, SrdLabError
 from srd_lab.methods.cam import GradCAM
 from srd_lab.methods.gradient import Gradient, GradInput
 from srd_lab.methods.smoothed import NORMALISE, BetaSmoothed, Smoothed, parse_explainer, plain_name
@@ -345,7 +345,7 @@ def test_texts_name_explainers(text: str, expected: Explainer) -> None:
     ],
 )
 def test_malformed_texts_are_refused_in_one_line(text: str, complaint: str) -> None:
-    with pytest.raises(SrdLabError) as caught:
+    with pytest.raises(BadValue) as caught:
         parse_explainer(text, make_explainer)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -355,5 +355,5 @@ def test_malformed_texts_are_refused_in_one_line(text: str, complaint: str) -> N
     "text", ["", "smoothed(srd", "smooth(srd)", "smoothed()", "smoothed(beta_smoothed,1)"]
 )
 def test_the_name_of_a_malformed_text_is_refused(text: str) -> None:
-    with pytest.raises(SrdLabError):
+    with pytest.raises(BadValue):
         plain_name(text)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import Refused
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.models import Classifier
 from srd_lab.registry import EXPLAINERS, make_explainer
@@ -303,7 +303,7 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
 )
 def test_what_cannot_be_followed_is_refused(way: str, name: str, x: Tensor) -> None:
     forward, _, why = REFUSED[way]
-    with pytest.raises(SrdLabError, match=why):
+    with pytest.raises(Refused, match=why):
         maps(forward, name, x)
 
 
@@ -354,7 +354,7 @@ def test_what_differs_from_place_to_place_is_no_bias(x: Tensor) -> None:
 def test_hooks_on_the_whole_classifier_are_refused(register: str, x: Tensor) -> None:
     model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
     getattr(model, register)(lambda *_: None)
-    with pytest.raises(SrdLabError, match=r"put them on model\.network"):
+    with pytest.raises(Refused, match=r"put them on model\.network"):
         make_explainer("gradient").explain(model, x, 1)
 
 

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import BadValue, Refused, SrdLabError, SrdLabWarning
 from srd_lab.methods.srd import SRD
 from srd_lab.models import Classifier
 
@@ -161,7 +161,7 @@ def test_sharing_ratios_equal_the_definition(name: str) -> None:
             mu = ref.sharing_ratios(graph, x[image], source, target, paths=paths)
             assert got.shape[1:3].numel() == mu.shape[1]
             close(got[image].flatten(2).flatten(0, 1), mu.T)
-    with pytest.raises(SrdLabError, match=r"does not come before"):
+    with pytest.raises(BadValue, match=r"does not come before"):
         WHOLE.sharing_ratio(model, x, graph.activations[1], graph.activations[0])
 
 
@@ -284,7 +284,7 @@ def test_the_encoder_of_a_resnet_ends_in_its_last_activation() -> None:
     assert list(found) == list(named)
     assert list(found)[-1] == "layer4.0.relu#2"
     assert all(torch.equal(a, b) for a, b in zip(named.values(), found.values(), strict=True))
-    with pytest.raises(SrdLabError, match=r"puts out shape \(2, 6\); expected a map"):
+    with pytest.raises(Refused, match=r"puts out shape \(2, 6\); expected a map"):
         SRD(encoder="fc").explain(model, x)
 
 
@@ -312,7 +312,7 @@ def test_levels_name_layers_of_the_same_pass() -> None:
         SrdLabWarning, match=r"has 1/8 of the input's size, \(1, 1\); the nearest has \(2, 2\).*level="
     ):
         assert SRD(level="high").explain(VGGLike(), pixels(1, 3, 8, 8)).shape == (1, 2, 2)
-    with pytest.raises(SrdLabError, match=r"no relevance reaches 'classifier.1'.*behind"):
+    with pytest.raises(Refused, match=r"no relevance reaches 'classifier.1'.*behind"):
         SRD(level="classifier.1").explain(VGGLike(), pixels(1, 3, 8, 8))
 
 
@@ -551,21 +551,21 @@ def test_unknown_names_are_refused() -> None:
         ({"unit": "matrix"}, r"unit='matrix'.*vector, scalar"),
         ({"values": "both"}, r"values='both'.*pre, post"),
     ):
-        with pytest.raises(SrdLabError, match=message):
+        with pytest.raises(BadValue, match=message):
             SRD(**options)
     with pytest.raises(
         SrdLabError, match=r"no submodule 'featurs'; its parts are features, avgpool, classifier"
     ):
         SRD(encoder="featurs").explain(model, x)
-    with pytest.raises(SrdLabError, match=r"start='random' is not known"):
+    with pytest.raises(BadValue, match=r"start='random' is not known"):
         SRD().relevance(model, x, start="random")
-    with pytest.raises(SrdLabError, match=r"needs class logits behind the encoder; use start=\"ones\""):
+    with pytest.raises(Refused, match=r"needs class logits behind the encoder; use start=\"ones\""):
         SRD(encoder="").explain(model.features, x)
-    with pytest.raises(SrdLabError, match=r"no end of an encoder was found.*encoder="):
+    with pytest.raises(Refused, match=r"no end of an encoder was found.*encoder="):
         SRD(start="ones").explain(model.features, x)
-    with pytest.raises(SrdLabError, match=r"position \(8, 0\) is outside the map of features.1, \(8, 8\)"):
+    with pytest.raises(BadValue, match=r"position \(8, 0\) is outside the map of features.1, \(8, 8\)"):
         SRD().erf(model, x, "features.1", [(8, 0)])
-    with pytest.raises(SrdLabError, match=r"activation call 9 does not exist; the model makes 4 calls"):
+    with pytest.raises(BadValue, match=r"activation call 9 does not exist; the model makes 4 calls"):
         SRD().erf(model, x, 9, [(0, 0)])
 
 

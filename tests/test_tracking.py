@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
-from srd_lab.errors import SrdLabError, StoreTrouble
+from srd_lab.errors import BadRun, BadValue, SrdLabError, StoreTrouble
 from srd_lab.runs import environment as record
 from srd_lab.runs import guard, tracking
 from srd_lab.runs import store as mlflow_store
@@ -191,13 +191,13 @@ def test_resume_goes_on_with_the_same_run_and_child(here: Path) -> None:
 def test_resume_refusals(here: Path) -> None:
     with open_run("attack", "a", {"steps": 3}) as run, run.child("srd", {}) as part:
         pass
-    with pytest.raises(SrdLabError, match=r"no run 0123 in sqlite:.*mlflow\.db; `srd-lab ui` lists them"):
+    with pytest.raises(BadRun, match=r"no run 0123 in sqlite:.*mlflow\.db; `srd-lab ui` lists them"):
         open_run("attack", "a", {}, resume="0123")
-    with pytest.raises(SrdLabError, match="made by 'attack', not by 'apop'"):
+    with pytest.raises(BadRun, match="made by 'attack', not by 'apop'"):
         open_run("apop", "a", {}, resume=run.id)
-    with pytest.raises(SrdLabError, match="steps = 3, not 4"):
+    with pytest.raises(BadRun, match="steps = 3, not 4"):
         open_run("attack", "a", {"steps": 4}, resume=run.id)
-    with pytest.raises(SrdLabError, match=f"part of run {run.id}"):
+    with pytest.raises(BadValue, match=f"part of run {run.id}"):
         open_run("attack", "a", {}, resume=part.id)
     with pytest.raises(SrdLabError, match="only a tracked run"):
         open_run("attack", "a", {}, resume=run.id, track=False)
@@ -231,9 +231,9 @@ def test_damaged_missing_and_object_arrays(tmp_path: Path) -> None:
     with open_run("attack", "x", {}, track=False, out=tmp_path) as run:
         run.save_arrays("a.npz", {"x": np.arange(1000)})
         (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
-        with pytest.raises(SrdLabError, match="damaged"):
+        with pytest.raises(StoreTrouble, match="damaged"):
             run.load_arrays("a.npz")
-        with pytest.raises(SrdLabError, match="cannot read"):
+        with pytest.raises(BadValue, match="cannot read"):
             run.load_arrays("b.npz")
         with pytest.raises(SrdLabError, match="'x' holds Python objects"):
             run.save_arrays("c.npz", {"x": np.array([None])})
@@ -288,10 +288,10 @@ def test_which_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stores_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
-    with pytest.raises(SrdLabError, match="cannot be used: Connection refused"):
+    with pytest.raises(StoreTrouble, match="cannot be used: Connection refused"):
         open_run("attack", "x", {}, tracking_uri=nobody)
     (tmp_path / "bad.db").write_text("not a database, but long enough to be taken for one" * 100)
-    with pytest.raises(SrdLabError, match=r"bad\.db cannot be used as an MLflow store"):
+    with pytest.raises(StoreTrouble, match=r"bad\.db cannot be used as an MLflow store"):
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db")
     with pytest.raises(SrdLabError, match=r"cannot be used as an MLflow store"):
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db/mlflow.db")
@@ -481,7 +481,7 @@ def _commit() -> str:
 def test_ui_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(SrdLabError, match=r"no runs yet: .*mlflow\.db does not exist"):
+    with pytest.raises(StoreTrouble, match=r"no runs yet: .*mlflow\.db does not exist"):
         mlflow_store.launch_ui()
     with pytest.raises(SrdLabError, match="open it in a browser"):
         mlflow_store.launch_ui("http://localhost:1")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from srd_lab.data import load_data
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import BadWeights, SrdLabError
 from srd_lab.models import load_model, read_state
 from srd_lab.models.imagenet import Head
 from srd_lab.runtime import generator
@@ -576,7 +576,7 @@ def test_of_the_backbones_file_only_the_classifier_may_be_missing(
         ({**state, "more": np.ones(1)}, r"1 unexpected \(more\)"),
         ({**state, "features.0.bias": np.ones(3)}, r"features\.0\.bias \(3,\) where \(4,\)"),
     ):
-        with pytest.raises(SrdLabError, match=message):
+        with pytest.raises(BadWeights, match=message):
             student(changed)
 
 

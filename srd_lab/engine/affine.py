@@ -159,7 +159,10 @@ def called_with(
 ) -> Tensor:
     """What a call makes of maps that are ``value`` everywhere."""
     with torch.no_grad():
-        args, kwargs = exchanged(args, kwargs, {id(t): torch.full_like(t, value) for t in moving})
+        table = {id(t): torch.full_like(t, value) for t in moving}
+        if overwrites(function, kwargs):  # a constant of the model stays as it is
+            table.setdefault(id(args[0]), args[0].clone())
+        args, kwargs = exchanged(args, kwargs, table)
         return function(*args, **kwargs)
 
 

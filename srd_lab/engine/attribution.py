@@ -28,6 +28,7 @@ from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import Leak, Refused, SrdLabWarning
 from srd_lab.normalise import split_normalisation
+from srd_lab.runtime import is_out_of_memory
 
 ON_LEAK = ("error", "warn")
 Trace = TypeVar("Trace", bound=ImageTrace)
@@ -72,8 +73,16 @@ def attribution(model: nn.Module, x: Tensor, *, split: bool = True) -> Iterator[
     leaf = x if differentiable else x.detach().requires_grad_()
     normalise, network = split_normalisation(model) if split else (nn.Identity(), model)
     with torch.enable_grad(), ExitStack() as on_exit:
-        given = normalise(leaf.clone())  # a normalisation may work in place
-        yield Attribution(normalise, network, given, differentiable, on_exit)
+        try:
+            given = normalise(leaf.clone())  # a normalisation may work in place
+            yield Attribution(normalise, network, given, differentiable, on_exit)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Refused(
+                f"the model cannot be followed: {said} (raised by torch); use another method on it"
+            ) from error
 
 
 def plain_logits(model: nn.Module, x: Tensor) -> Tensor:

@@ -100,7 +100,11 @@ def _followed(
 ) -> int | None:
     found: int | None = axis if out.dim() == x.dim() else None
     if function in _PRODUCTS_OF_MATRICES:
-        found = out.dim() - 1
+        # rows of the first factor are rows of the product; what is summed over makes new channels on the other side
+        first = x is (args[0] if args else None)
+        summed, kept = (x.dim() - 1, x.dim() - 2) if first else (x.dim() - 2, x.dim() - 1)
+        along_rows = (axis == kept) if first else (axis == summed)
+        found = out.dim() - (2 if along_rows and out.dim() > 1 else 1)
     elif function is F.unfold:  # (N, C k k, positions)
         found = out.dim() - 2
     elif function in _RESHAPES:

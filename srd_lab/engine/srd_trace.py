@@ -187,6 +187,9 @@ class SRDTrace(Decomposed):
         if not self._at_input or len(ahead) < len(moving) or name not in _NORMALISING | _SLICING:
             self._read += ahead
             return
+        if name in _SLICING and not all(_keeps_pixels(moving[0], t) for t in tensors_in((out,))):
+            self._read += ahead
+            return
         for t in tensors_in((out,)):
             self.records.note(t, ahead=True)
         if isinstance(out, Tensor) and out.shape == self._shape and name in _NORMALISING:
@@ -202,3 +205,8 @@ class SRDTrace(Decomposed):
         """A layer reads ``x``."""
         self._leave_input(x)
         self.encoder.layer(x, axis)
+
+
+def _keeps_pixels(x: Tensor, part: Tensor) -> bool:
+    """Whether a slice of ``x`` (..., H, W) has all of its pixels where they were: it is a view along the same two axes."""
+    return part._base is not None and (part.shape[-2:], part.stride()[-2:]) == (x.shape[-2:], x.stride()[-2:])
