@@ -26,7 +26,7 @@ def class_logits(output: Any) -> Any:
     >>> class_logits({"logits": torch.tensor([[2.0]])})    # one logit: two classes
     tensor([[-2.,  2.]])
     """
-    found = _tensor_in(output)
+    found = tensor_of(output)
     if not isinstance(found, Tensor) or found.dim() not in (1, 2) or found[:1].numel() != 1:
         return found
     y = found.reshape(-1, 1)
@@ -38,7 +38,7 @@ def is_among(logits: Tensor, output: Any) -> bool:
 
     logits : as :func:`class_logits` found them. output : of the model, as there.
     """
-    return _tensor_in(output) is logits
+    return tensor_of(output) is logits
 
 
 def probabilities(output: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -47,7 +47,7 @@ def probabilities(output: Any, dtype: torch.dtype | None = None) -> Tensor:
     output : logits in one of the forms of :func:`class_logits`. dtype : to compute in; None is that of the logits.
     """
     logits = class_logits(output)
-    one = _tensor_in(output).numel() == len(logits)
+    one = tensor_of(output).numel() == len(logits)
     return torch.softmax(
         logits / 2 if one else logits, 1, dtype
     )  # the softmax of -y/2, y/2 is the sigmoid of y
@@ -103,7 +103,9 @@ def class_logit(logits: Tensor, target: Tensor | int | None) -> Tensor:
     return logits.gather(1, classes[:, None])[:, 0]
 
 
-def _tensor_in(output: Any) -> Any:
+def tensor_of(output: Any) -> Any:
+    """The tensor in a model's output that holds its logits, as :func:`class_logits` finds it; the output itself where none
+    does."""
     if isinstance(output, Tensor):
         return output
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

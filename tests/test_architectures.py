@@ -605,7 +605,11 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "x / x": (lambda t: t / t.mean(1, keepdim=True), rf"Tensor\.div in Calls {NEITHER}"),
     "1 / x": (lambda t: 1 / (t + 1), rf"__r(true)?div__ in Calls {NEITHER}"),
     "c / x": (lambda t: torch.ones(4, 4).double() / (t + 1), rf"Tensor\.div in Calls {NEITHER}"),
-    "c / x by name": (lambda t: torch.div(input=t.detach(), other=t + 1), rf"torch\.div in Calls {NEITHER}"),
+    "c / x by name": (
+        lambda t: torch.div(input=torch.ones(4, 4).double(), other=t + 1),
+        rf"torch\.div in Calls {NEITHER}",
+    ),
+    "detached": (lambda t: t + torch.tanh(t).detach(), r"add in Calls takes a detached part of the image"),
     "gate / x": (lambda t: torch.sigmoid(t) / (t + 1), rf"Tensor\.div in Calls {NEITHER}"),
     "x * x by name": (
         lambda t: torch.mul(input=t, other=t.mean(1, keepdim=True)),

@@ -79,13 +79,17 @@ def shuffled(t: Tensor) -> Tensor:
 ORDER = torch.arange(6).view(2, 3).t().flatten()
 
 
+def side(s: Net, x: Tensor) -> Tensor:
+    return F.relu(F.conv2d(x, s.c.weight.flip(0), padding=1))
+
+
 def once(s: Net, x: Tensor) -> Tensor:
     x = (x - 0.5) / 0.25
-    return plain(s, x) + head(s, F.relu(F.conv2d(x, s.c.weight.flip(0))))
+    return head(s, F.relu(s.d(F.relu(s.c(x)))) + side(s, x))
 
 
 def each(s: Net, x: Tensor) -> Tensor:
-    return plain(s, (x - 0.5) / 0.25) + head(s, F.relu(F.conv2d((x - 0.5) / 0.25, s.c.weight.flip(0))))
+    return head(s, F.relu(s.d(F.relu(s.c((x - 0.5) / 0.25)))) + side(s, (x - 0.5) / 0.25))
 
 
 def two_stems(s: Net, one: Tensor, other: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from srd_lab.engine.affine import (
     KINKS,
     LIKE,
     PRODUCTS,
+    SHAPED,
     brings_constants,
     constant_part,
     exchanged,
@@ -24,11 +25,13 @@ from srd_lab.engine.affine import (
 )
 from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.image_trace import ImageTrace
+from srd_lab.engine.layers import leads_to
 from srd_lab.engine.live_pass import Absorb, Gate, LiveConstant, LivePass, Refuse, ShareBias
 from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, tensors_in
 from srd_lab.errors import Refused
+from srd_lab.logits import tensor_of
 
 _NO_GATE = "is used for more than multiplying a map by it"
 
@@ -47,6 +50,48 @@ class Gated(ImageTrace):
     def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
         super().__init__(model)
         self.live_pass = LivePass(rule)
+        self._image: Any = None  # the image's node in autograd's graph
+
+    def run(self, x: Tensor) -> Any:
+        self._image = x.grad_fn
+        self.records.note(x, seen=True)
+        try:
+            return super().run(x)
+        finally:
+            self._image = None
+
+    def finished(self, output: Any, images: int) -> Any:
+        given = tensor_of(output)
+        self._check_seen([given] if isinstance(given, Tensor) else [])
+        return super().finished(output, images)
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = tensors_in(args, kwargs)
+        self._check_seen(tensors)
+        sources = tensors_in(args[:1] if func in SHAPED else args, kwargs)
+        of_image = any(self.records[t].detached or self.is_map(t) for t in sources)
+        out = super().__torch_function__(func, types, args, kwargs)
+        for t in (*tensors_in((out,)), *tensors):  # what was written into as well, and what that is a view of
+            for made in (t, t._base):
+                if made is not None and made.requires_grad:
+                    self.records.note(made, seen=True)
+        for t in tensors_in((out,)):
+            if of_image and not t.requires_grad and func not in LIKE:
+                self.records.note(t, detached=True)
+        return out
+
+    def _check_seen(self, tensors: list[Tensor]) -> None:
+        """Refuse maps that no intercepted call has made: their activations would have no rule."""
+        for t in tensors:
+            if t.requires_grad and t.grad_fn is not None and not self.records[t].seen:
+                if leads_to(t.grad_fn, self._image):
+                    raise Refused(
+                        f"{self.where()} makes a map in a way that cannot be seen (a scripted or traced function, "
+                        "torch.vmap, a thread); write it with torch's functions"
+                    )
+                self.records.note(t, seen=True)
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         check_traceable(call.name, x)
@@ -73,16 +118,24 @@ class Gated(ImageTrace):
             self.live_pass.on, self.live_pass.relevance = False, {}
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = [self.records[t] for t in tensors_in(args, kwargs)]
-        compared, maps = any(of.compared for of in known), self.maps_in(args, kwargs)
-        if compared and maps and torch.is_grad_enabled():
-            out = self.refused(function, args, kwargs, "chooses by a comparison of maps")
+        tensors = tensors_in(args, kwargs)
+        known = [self.records[t] for t in tensors]
+        compared = any(of.compared for of in known)
+        maps = self.maps_in(args[:1] if function in SHAPED else args, kwargs)
+        # which map is the largest, say, times a map
+        compared |= function in PRODUCTS and any(
+            of.detached and not t.is_floating_point() for t, of in zip(tensors, known, strict=True)
+        )
+        why = "chooses by a comparison of maps" if compared else self._not_constant(args, kwargs)
+        if why and maps and torch.is_grad_enabled():
+            out = self.refused(function, args, kwargs, why)
         else:
             out = super().other(function, args, kwargs)
         detached = any(of.detached for of in known)
         chooses = compared or (detached and function in KINKS)
-        chooses |= bool(maps or detached) and _compares(function, out)
-        for t in tensors_in((out,)):
+        chooses |= (bool(maps or detached) or self.gate_in(args, kwargs)) and _compares(function, out)
+        written = args[:1] if function is Tensor.__setitem__ or overwrites(function, kwargs) else ()
+        for t in tensors_in((out, *written)):
             if t.requires_grad:
                 continue  # guarded, where it is not affine
             if chooses:
@@ -90,6 +143,10 @@ class Gated(ImageTrace):
             elif detached or (maps and function not in LIKE):
                 self.records.note(t, detached=True)
         return out
+
+    def _not_constant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why operands that ask for no gradient cannot be taken for constants; empty where they can."""
+        return ""
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in KINKS:
@@ -153,6 +210,10 @@ class Decomposed(Gated):
             if self.maps_in(args[1:], weights):
                 return self.refused(func, args, kwargs, "has weights that are made of the image")
         return super()._dispatch(func, args, kwargs)
+
+    def _not_constant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        apart = any(t.is_floating_point() and self.records[t].detached for t in tensors_in(args, kwargs))
+        return "takes a detached part of the image for a constant" if apart else ""
 
     def live_constant(self, t: Tensor) -> Tensor:
         """``t`` as a factor that the live pass takes for a constant."""

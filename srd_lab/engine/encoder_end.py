@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine.channels import Channels, has_extent
-from srd_lab.engine.layers import check_rows
+from srd_lab.engine.layers import check_rows, is_cut, leads_to
 from srd_lab.engine.record import Records, original_of
 from srd_lab.engine.spellings import Call, Function
 from srd_lab.errors import BadValue, Refused
@@ -77,8 +76,8 @@ class EncoderEnd:
             self._pooled.add(out.grad_fn)
         elif extended and not self._records[first].pooled:
             # a gate, say, whose pooled factor is the map's own: the later map is the end; or one branch of several
-            apart = not _is_made_of(first, self._found.output)
-            if not apart and not _is_made_of(first, self._found.output, self._pooled):
+            apart = not leads_to(first.grad_fn, self._found.output.grad_fn)
+            if not apart and not leads_to(first.grad_fn, self._found.output.grad_fn, self._pooled):
                 return  # made of what was pooled alone, such as the logits of several views: behind the end
             self._apart = apart
             self._found, self._pooled = self._end(first), {out.grad_fn}
@@ -122,6 +121,19 @@ class EncoderEnd:
         check_rows("the encoder", output.shape, images, ANOTHER_ENCODER)
         return self._found
 
+    def check_cut(self, top: Any, bottom: Any) -> None:
+        """Refuse an end that was found but that not all of the model's output, node ``top`` of autograd's graph, is made
+        through from the image, node ``bottom``: the scores of an attention that pools, say."""
+        if (
+            self._module is None
+            and self._found is not None
+            and not is_cut(self._found.output.grad_fn, top, bottom)
+        ):
+            raise Refused(
+                "what was found as the encoder's output has only a part in the logits, which are made of the image on other "
+                'ways as well; name the submodule to explain with encoder="..."'
+            )
+
     def _end(self, output: Tensor) -> End:
         output = original_of(output)  # other branches do not pass a view
         known = self._records[output]
@@ -144,16 +156,3 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
         known = ", ".join(full for full, _ in model.named_children())
         raise BadValue(f"the model has no submodule {name!r}; its parts are {known} (dotted names go deeper)")
     return matches[0]
-
-
-def _is_made_of(t: Tensor, source: Tensor, past: AbstractSet[Any] = frozenset()) -> bool:
-    """Whether autograd's graph leads from ``t`` back to ``source``, past the nodes ``past``."""
-    goal, waiting, seen = source.grad_fn, [t.grad_fn], set(past)
-    while waiting:
-        node = waiting.pop()
-        if node is goal:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [below for below, _ in node.next_functions]
-    return False

@@ -32,17 +32,22 @@ class LayerTrace(ImageTrace):
         self.made: list[tuple[int, int]] = []
         self._shape = torch.Size()
         self._fed: Any = None  # the image's node in autograd's graph
+        self._top: Any = None  # and that of the logits
 
     def trace(self, leaf: Tensor) -> Any:
         """The model's output for the image ``leaf`` (N, C, H, W), which asks for a gradient."""
         self._shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
         self._fed = fed.grad_fn
-        return self.run(fed)
+        output = self.run(fed)
+        self._top = output.grad_fn if isinstance(output, Tensor) else None
+        return output
 
     def end(self) -> End:
         """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
-        return self.encoder.found(self._shape[0])
+        end = self.encoder.found(self._shape[0])
+        self.encoder.check_cut(self._top, self._fed)
+        return end
 
     def call_index(self, layer: str | int) -> int:
         """See :func:`srd_lab.engine.layers.call_index`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -106,6 +107,25 @@ def high(
 
 def _distance(size: Sequence[int], wanted: Sequence[int]) -> float:
     return sum(abs(log(a / b)) for a, b in zip(size, wanted, strict=True))
+
+
+def is_cut(node: Any, top: Any, bottom: Any) -> bool:
+    """Whether every path from ``top`` down to ``bottom``, nodes of autograd's graph, passes ``node``."""
+    return not leads_to(top, bottom, {node})
+
+
+def leads_to(top: Any, bottom: Any, past: AbstractSet[Any] = frozenset()) -> bool:
+    """Whether a path leads from ``top`` down to ``bottom``, nodes of autograd's graph, that does not pass ``past``."""
+    waiting, seen = [top], set(past)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node is bottom:
+            return True
+        seen.add(node)
+        waiting += _below(node)
+    return False
 
 
 def _cuts(top: Any, bottom: Any) -> set[Any]:

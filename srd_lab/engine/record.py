@@ -43,6 +43,7 @@ class Record:
 
     About the tensor:
     channels : the axis of its channels. ahead : it is the image, or what normalising makes of it.
+    seen : an intercepted call made it, or wrote into it.
     scattered : a reshape has put its positions elsewhere, as into windows, so that they are no rows and columns (FullGrad).
 
     About its value:
@@ -60,6 +61,7 @@ class Record:
     channels: int | None = _stays(None)
     ahead: bool = _stays(False)
     scattered: bool = _stays(False)
+    seen: bool = _stays(False)
     role: Literal["gate", "constant"] | None = None
     compared: bool = False
     detached: bool = False

@@ -46,7 +46,8 @@ class SRDTrace(Decomposed):
         self.u: list[Tensor] = []
         self.v: list[Tensor] = []
         self._gates: list[Any] = []  # their nodes in autograd's graph
-        self._fed: Any = None  # and that of the image
+        self._fed: Any = None  # that of the image
+        self._top: Any = None  # and that of the logits
         self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
         self._axis = 1  # of the activation call that is running
         self._with_bias = with_bias
@@ -63,13 +64,16 @@ class SRDTrace(Decomposed):
         self._fed = fed.grad_fn
         self.records.note(fed, ahead=True)
         output = self.run(fed)
+        self._top = output.grad_fn if isinstance(output, Tensor) else None
         if self._input is None or any(original_of(t) is not self._input for t in self._read):
             return output, leaf
         return output, self._input
 
     def end(self) -> End:
         """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
-        return self.encoder.found(self._shape[0])
+        end = self.encoder.found(self._shape[0])
+        self.encoder.check_cut(self._top, self._fed)
+        return end
 
     def call_index(self, layer: str | int) -> int:
         """See :func:`srd_lab.engine.layers.call_index`."""
@@ -91,7 +95,7 @@ class SRDTrace(Decomposed):
         self.encoder.clear()
         for recorded in (self.u, self.v, self._read, self._gates):
             recorded.clear()
-        self._input = self._fed = None
+        self._input = self._fed = self._top = None
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
