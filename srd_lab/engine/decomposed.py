@@ -25,13 +25,11 @@ from srd_lab.engine.affine import (
 )
 from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.layers import leads_to
 from srd_lab.engine.live_pass import Absorb, Gate, LiveConstant, LivePass, Refuse, ShareBias
 from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, tensors_in
 from srd_lab.errors import Refused
-from srd_lab.logits import tensor_of
 
 _NO_GATE = "is used for more than multiplying a map by it"
 
@@ -46,52 +44,22 @@ class Gated(ImageTrace):
     """
 
     follows_channels = False
+    sees_all = True
 
     def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
         super().__init__(model)
         self.live_pass = LivePass(rule)
-        self._image: Any = None  # the image's node in autograd's graph
-
-    def run(self, x: Tensor) -> Any:
-        self._image = x.grad_fn
-        self.records.note(x, seen=True)
-        try:
-            return super().run(x)
-        finally:
-            self._image = None
-
-    def finished(self, output: Any, images: int) -> Any:
-        given = tensor_of(output)
-        self._check_seen([given] if isinstance(given, Tensor) else [])
-        return super().finished(output, images)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = tensors_in(args, kwargs)
-        self._check_seen(tensors)
         sources = tensors_in(args[:1] if func in SHAPED else args, kwargs)
         of_image = any(self.records[t].detached or self.is_map(t) for t in sources)
         out = super().__torch_function__(func, types, args, kwargs)
-        for t in (*tensors_in((out,)), *tensors):  # what was written into as well, and what that is a view of
-            for made in (t, t._base):
-                if made is not None and made.requires_grad:
-                    self.records.note(made, seen=True)
         for t in tensors_in((out,)):
             if of_image and not t.requires_grad and func not in LIKE:
                 self.records.note(t, detached=True)
         return out
-
-    def _check_seen(self, tensors: list[Tensor]) -> None:
-        """Refuse maps that no intercepted call has made: their activations would have no rule."""
-        for t in tensors:
-            if t.requires_grad and t.grad_fn is not None and not self.records[t].seen:
-                if leads_to(t.grad_fn, self._image):
-                    raise Refused(
-                        f"{self.where()} makes a map in a way that cannot be seen (a scripted or traced function, "
-                        "torch.vmap, a thread); write it with torch's functions"
-                    )
-                self.records.note(t, seen=True)
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         check_traceable(call.name, x)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from srd_lab.engine.affine import SHAPED
 from srd_lab.engine.channels import Channels
 from srd_lab.engine.interceptor import Interceptor, autocast_off
-from srd_lab.engine.layers import Place
+from srd_lab.engine.layers import Place, leads_to
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Function, recognise, tensors_in
+from srd_lab.errors import Refused
+from srd_lab.logits import tensor_of
 
 _EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
@@ -26,11 +28,13 @@ class ImageTrace(Interceptor):
     records : what is known of the tensors of this pass. channels : where the channels of each lie.
     maps : if ``keeps_maps``, every map of four dimensions with its version then.
     eps : relative rounding of the coarsest numbers on the way: 1.2e-7 for float32.
+    sees_all : whether maps that no intercepted call made are refused; a method that needs gradients only does without.
     follows_channels : whether it follows the channels; a trace whose rule is per neuron does without.
     """
 
     keeps_maps = False
     follows_channels = True
+    sees_all = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -38,16 +42,52 @@ class ImageTrace(Interceptor):
         self.channels = Channels(self.records)
         self.maps: list[tuple[Tensor, int]] = []
         self.eps = 0.0
+        self._image: Any = None  # the image's node in autograd's graph
+
+    def run(self, x: Tensor) -> Any:
+        self._image = x.grad_fn
+        self.records.note(x, seen=True)
+        try:
+            return super().run(x)
+        finally:
+            self._image = None
+
+    def finished(self, output: Any, images: int) -> Any:
+        if isinstance(given := tensor_of(output), Tensor):
+            self._check_seen([given])
+        return super().finished(output, images)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
+        if not self.sees_all:
+            return self._called(func, types, args, kwargs or {})
+        tensors = tensors_in(args, kwargs)
+        self._check_seen(tensors)
+        out = self._called(func, types, args, kwargs or {})
+        for t in (*tensors_in((out,)), *tensors):  # what was written into as well, and what that is a view of
+            for made in (t, t._base):
+                if made is not None and made.requires_grad:
+                    self.records.note(made, seen=True)
+        return out
+
+    def _check_seen(self, tensors: list[Tensor]) -> None:
+        """Refuse maps that no intercepted call has made: their activations and biases would have no rule."""
+        for t in tensors if self.sees_all else ():
+            if t.requires_grad and t.grad_fn is not None and not self.records[t].seen:
+                if leads_to(t.grad_fn, self._image):
+                    raise Refused(
+                        f"{self.where()} makes a map in a way that cannot be seen (a scripted or traced function, "
+                        "torch.vmap, a thread); write it with torch's functions"
+                    )
+                self.records.note(t, seen=True)
+
+    def _called(self, func: Function, types: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         autocast_off()
         if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
             self.events += 1
             return self.as_factor(func(*args, **given), self.gate_in(args, given))
-        out = super().__torch_function__(func, types, args, kwargs)
+        out = super().__torch_function__(func, types, args, given)
         if isinstance(out, Tensor) and out.dtype in _EPS:
             self.eps = max(self.eps, _EPS[out.dtype])
         if self.keeps_maps and isinstance(out, Tensor) and out.dim() == 4 and self.is_map(out):

@@ -106,6 +106,7 @@ class _Biases(ImageTrace):
     """Notes every tensor that a bias was added to, with the bias and the axis of its channels."""
 
     needs_activations = False
+    sees_all = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
