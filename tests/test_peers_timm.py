@@ -21,6 +21,7 @@ timm = pytest.importorskip("timm", reason="needs timm: pip install -e '.[dev,pee
 NOT_RELU = {
     "lrp_zplus": r"needs activations that are >= 0 \(ReLU, softplus\), but '.*' is (gelu|silu|hardswish)"
 }
+WINDOWS = {"fullgrad": "cut into patches or windows"}
 TOKENS = {"gradcam": r"level 'low' puts out shape .*, which is no map"}
 SHARED = ("lrp_epsilon", "srd_high", "lrp_zplus")
 METHODS: dict[str, Explainer] = {
@@ -96,7 +97,7 @@ CASES: dict[str, Case] = {
     "gmlp_ti16_224": Case(no_rule("torch.Tensor.mul") | NOT_RELU | TOKENS, options={"img_size": 64}),
     "vit_tiny_patch16_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
     "deit_tiny_distilled_patch16_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
-    "cait_xxs24_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
+    "cait_xxs24_224": Case(NOT_RELU | TOKENS | WINDOWS, CONSTANTS, options=SHORT),
     "xcit_nano_12_p16_224": Case(NOT_RELU | TOKENS, CONSTANTS, options=SHORT),
     "levit_128s": Case(NOT_RELU | TOKENS, side=96, options={"img_size": 96}),
     "coat_tiny": Case(
@@ -113,14 +114,14 @@ CASES: dict[str, Case] = {
         NOT_RELU
         | TOKENS
         | {"srd_high": "no map with spatial extent is passed by all of the relevance"}
-        | {"fullgrad": "patches or windows folded into the batch"},
+        | WINDOWS,
         CONSTANTS,
         side=32,
         options={"img_size": 32, "depth": 2},
     ),
     "swin_tiny_patch4_window7_224": Case(NOT_RELU, DEAD, options={"img_size": 64, "depths": (2, 1, 1, 1)}),
     "hiera_tiny_224": Case(NOT_RELU | TOKENS, options={"img_size": 64, "stages": (1, 1, 1, 1)}),
-    "sequencer2d_s": Case(no_rule("torch.lstm") | NOT_RELU, options={"layers": (1, 1, 1, 1)}),
+    "sequencer2d_s": Case(no_rule("torch.lstm") | NOT_RELU | WINDOWS, options={"layers": (1, 1, 1, 1)}),
 }
 
 

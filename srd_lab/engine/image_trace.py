@@ -22,8 +22,8 @@ _EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.floa
 class ImageTrace(Interceptor):
     """Knows of every tensor whether it is a map (made of the image), and where its channels lie.
 
-    A map is what asks for a gradient, but for the parameters and what is made of them alone, which are constants: so
-    nothing that is made of the image is ever taken for a constant. Gradients have to be on.
+    A map is what asks for a gradient, but for the parameters and what is made of them alone, which are constants. What is
+    made of the image and asks for no gradient is noted as detached. Gradients have to be on.
 
     records : what is known of the tensors of this pass. channels : where the channels of each lie.
     maps : if ``keeps_maps``, every map of four dimensions with its version then.
