@@ -194,7 +194,7 @@ class Interceptor(TorchFunctionMode):
         found = recognise(func, args, kwargs)
         if found is None:
             out = self._dispatch(func, args, kwargs)
-            return _laid_out(out) if func in _BATCH_NORMS else out
+            return _laid_out(func, out) if func in _BATCH_NORMS else out
         kind, pure, inplace = found
         first, rest = first_tensor(args, kwargs), args[1:]
         kwargs = {name: value for name, value in kwargs.items() if name != "input"}
@@ -251,11 +251,12 @@ class Interceptor(TorchFunctionMode):
         return (self._path[-1] if self._path else "") or type(self.model).__name__
 
 
-def _laid_out(out: Any) -> Any:
+def _laid_out(func: Function, out: Any) -> Any:
     """``out`` of a batch norm, whose gradient will lie in memory as it does. torch reads that of a single image so, even
     where it comes with its channels last, and then returns a wrong one."""
     with torch._C.DisableTorchFunction():  # whoever else intercepts counts the model's calls
-        if isinstance(out, Tensor) and out.requires_grad and out.is_contiguous():
+        single = isinstance(out, Tensor) and (len(out) == 1 or func not in (F.batch_norm, torch.batch_norm))
+        if single and out.requires_grad and out.is_contiguous():
             out.register_hook(lambda g: None if g is None else g.contiguous())
     return out
 
