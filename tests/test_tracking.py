@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
-from srd_lab.errors import BadRun, BadValue, SrdLabError, StoreTrouble
+from srd_lab.errors import BadRun, BadValue, SrdLabError, StoreTrouble, Unavailable
 from srd_lab.runs import environment as record
 from srd_lab.runs import guard, tracking
 from srd_lab.runs import store as mlflow_store
@@ -197,13 +197,13 @@ def test_resume_refusals(here: Path) -> None:
         open_run("apop", "a", {}, resume=run.id)
     with pytest.raises(BadRun, match="steps = 3, not 4"):
         open_run("attack", "a", {"steps": 4}, resume=run.id)
-    with pytest.raises(BadValue, match=f"part of run {run.id}"):
+    with pytest.raises(BadRun, match=f"part of run {run.id}"):
         open_run("attack", "a", {}, resume=part.id)
-    with pytest.raises(SrdLabError, match="only a tracked run"):
+    with pytest.raises(BadValue, match="only a tracked run"):
         open_run("attack", "a", {}, resume=run.id, track=False)
     assert stored(run).info.status == "FINISHED"
     client().delete_run(run.id)
-    with pytest.raises(SrdLabError, match="mlflow runs restore"):
+    with pytest.raises(BadRun, match="mlflow runs restore"):
         open_run("attack", "a", {}, resume=run.id)
 
 
@@ -216,14 +216,14 @@ def test_long_and_many_params_survive_a_resume(here: Path) -> None:
     assert stored(run).data.params == run.params
     with open_run("attack", "long", {"long": long}, resume=run.id):
         pass
-    with pytest.raises(SrdLabError, match="made with long"):
+    with pytest.raises(BadRun, match="made with long"):
         open_run("attack", "long", {"long": long + "y"}, resume=run.id)
 
 
 @pytest.mark.parametrize("path", ["", "/etc/x", "../x", "a/../../x", "a\\b"])
 def test_paths_outside_the_run_are_refused(tmp_path: Path, path: str) -> None:
     run = open_run("attack", "x", {}, track=False, out=tmp_path)
-    with run, pytest.raises(SrdLabError, match="not a path inside a run"):
+    with run, pytest.raises(BadValue, match="not a path inside a run"):
         run.save_text(path, "x")
 
 
@@ -231,17 +231,17 @@ def test_damaged_missing_and_object_arrays(tmp_path: Path) -> None:
     with open_run("attack", "x", {}, track=False, out=tmp_path) as run:
         run.save_arrays("a.npz", {"x": np.arange(1000)})
         (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
-        with pytest.raises(StoreTrouble, match="damaged"):
+        with pytest.raises(BadRun, match="damaged"):
             run.load_arrays("a.npz")
-        with pytest.raises(BadValue, match="cannot read"):
+        with pytest.raises(StoreTrouble, match="cannot read"):
             run.load_arrays("b.npz")
-        with pytest.raises(SrdLabError, match="'x' holds Python objects"):
+        with pytest.raises(BadValue, match="'x' holds Python objects"):
             run.save_arrays("c.npz", {"x": np.array([None])})
 
 
 def test_without_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(SrdLabError, match="--no-track"):
+    with pytest.raises(Unavailable, match="--no-track"):
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     with open_run("attack", "x", {"steps": 3}, track=False, out=tmp_path / "out") as run:
         with run.child("lrp/z+", {"method": "lrp"}) as part:
@@ -281,7 +281,7 @@ def test_which_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store_uri() == "http://localhost:1"
     assert store_uri("sqlite:///other.db") == f"sqlite:///{tmp_path.resolve()}/other.db"
     assert store_uri("sqlite:////a%20b/other.db") == "sqlite:////a b/other.db"
-    with pytest.raises(SrdLabError, match="'%' or"):
+    with pytest.raises(StoreTrouble, match="'%' or"):
         store_uri("sqlite:///100%/mlflow.db")
 
 
@@ -293,7 +293,7 @@ def test_stores_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "bad.db").write_text("not a database, but long enough to be taken for one" * 100)
     with pytest.raises(StoreTrouble, match=r"bad\.db cannot be used as an MLflow store"):
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db")
-    with pytest.raises(SrdLabError, match=r"cannot be used as an MLflow store"):
+    with pytest.raises(StoreTrouble, match=r"cannot be used as an MLflow store"):
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db/mlflow.db")
 
 
@@ -481,14 +481,14 @@ def _commit() -> str:
 def test_ui_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(StoreTrouble, match=r"no runs yet: .*mlflow\.db does not exist"):
+    with pytest.raises(BadRun, match=r"no runs yet: .*mlflow\.db does not exist"):
         mlflow_store.launch_ui()
-    with pytest.raises(SrdLabError, match="open it in a browser"):
+    with pytest.raises(StoreTrouble, match="open it in a browser"):
         mlflow_store.launch_ui("http://localhost:1")
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SrdLabError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*--port"):
+        with pytest.raises(StoreTrouble, match=rf"cannot listen on 127\.0\.0\.1:{port} .*--port"):
             mlflow_store.launch_ui(port=port)
 
 

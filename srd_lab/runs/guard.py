@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 
 LOOKS_EVERY = 0.5  # seconds
@@ -27,17 +27,15 @@ def guarded(command: Sequence[str]) -> list[str]:
 
 def run(parent: int, command: Sequence[str]) -> int:
     """Run the command while ``parent`` is the parent of this process; its exit status, 0 where it was ended."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    told = threading.Event()
+    for end in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C comes from the terminal and from the parent
+        signal.signal(end, lambda *_: told.set())
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        while process.poll() is None and os.getppid() == parent:
-            time.sleep(LOOKS_EVERY)
+        while process.poll() is None and os.getppid() == parent and not told.wait(LOOKS_EVERY):
+            pass
         return process.returncode or 0
-    except KeyboardInterrupt:
-        return 0
     finally:
-        for again in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C comes from the terminal and from the parent
-            signal.signal(again, signal.SIG_IGN)
         _end(process)
 
 
