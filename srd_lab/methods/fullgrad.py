@@ -163,8 +163,10 @@ class _Biases(ImageTrace):
         if bias.dim() != maps[0].dim() or not _is_vector(bias, axis):
             return super().on_maps(function, args, kwargs)
         if overwrites(function, kwargs):
-            add = lambda u: self._like(maps, function(u, *args[1:], **kwargs))  # noqa: E731
-            return in_place(args[0], lambda u: self.note(add(u), bias, axis))
+            return in_place(
+                args[0],
+                lambda u: self.note(self._like(maps, function(u, *args[1:], **kwargs)), bias, axis),
+            )
         return self.note(self._like(maps, function(*args, **kwargs)), bias, axis)
 
 
