@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,51 @@ def pooled_and_normed(fused: bool) -> Way:
     return forward
 
 
+def acting(activation: Callable[[Tensor], Tensor]) -> Way:
+    return lambda s, x: head(s, activation(s.d(activation(s.c(x)))))
+
+
+def tanh_gelu(u: Tensor) -> Tensor:
+    return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * torch.pow(u, 3))))
+
+
+def tanh_gelu_by_products(u: Tensor) -> Tensor:
+    return u * 0.5 * (1 + F.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)))
+
+
+# an activation, and how models write it out
+WRITTEN_OUT: dict[str, tuple[Callable[[Tensor], Tensor], list[Callable[[Tensor], Tensor]]]] = {
+    "silu": (
+        F.silu,
+        [
+            lambda u: u * torch.sigmoid(u),
+            lambda u: u.sigmoid() * u,
+            lambda u: u.mul_(u.sigmoid()),
+            lambda u: u / (1 + torch.exp(-u)),
+            lambda u: u * (1 / (1 + (-u).exp())),
+            lambda u: torch.mul(input=u, other=torch.sigmoid(u)),
+        ],
+    ),
+    "gelu": (
+        F.gelu,
+        [
+            lambda u: 0.5 * u * (1 + torch.erf(u / math.sqrt(2))),
+            lambda u: u * 0.5 * (1 + (u * 0.5**0.5).erf_()),
+        ],
+    ),
+    "gelu by tanh": (lambda u: F.gelu(u, approximate="tanh"), [tanh_gelu, tanh_gelu_by_products]),
+    "mish": (F.mish, [lambda u: u * torch.tanh(F.softplus(u)), lambda u: u.mul(F.softplus(u).tanh())]),
+    "hardswish": (
+        F.hardswish,
+        [
+            lambda u: u * (F.relu6(u + 3, inplace=True) / 6),
+            lambda u: u * F.hardsigmoid(u),
+            lambda u: u * (torch.clamp(u + 3, 0, 6) / 6),
+        ],
+    ),
+}
+
+
 # name: two ways, and the methods for which they are two functions
 EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
     "stacked": (joined(torch.add), joined(lambda y, z: torch.stack([y, z]).sum(0)), set()),
@@ -206,6 +252,65 @@ def test_two_ways_to_write_a_function_have_one_map(spelling: str, name: str, x: 
     expected = maps(one, name, x)
     assert expected.any() or name in CAMS
     torch.testing.assert_close(maps(other, name, x), expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize(
+    ("kind", "i"), [(kind, i) for kind, (_, others) in WRITTEN_OUT.items() for i in range(len(others))]
+)
+def test_an_activation_that_is_written_out_has_the_map_of_the_activation(
+    kind: str, i: int, name: str, x: Tensor
+) -> None:
+    one, others = WRITTEN_OUT[kind]
+    ways = [acting(one), acting(others[i])]
+    torch.testing.assert_close(Net(ways[0])(x), Net(ways[1])(x))
+    if name in MODIFIED:
+        for way in ways:
+            with pytest.raises(Refused, match="activations that are >= 0"):
+                maps(way, name, x)
+        return
+    # the first call may be an activation within the one that is written out
+    level = {"level": -1} if name in ("srd_high", "layercam_high") else {}
+    expected, found = (
+        make_explainer(name, **OPTIONS.get(name, {}) | level).explain(Net(way), x, 1) for way in ways
+    )
+    assert expected.any() or name in CAMS
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda s, u: u * torch.sigmoid(u.mean(1, keepdim=True)),  # of all channels
+        lambda s, u: u * torch.sigmoid(u.roll(1, 2)),
+        lambda s, u: u * torch.sigmoid(s.d(u)),
+        lambda s, u: (u + 1) * torch.sigmoid(u),  # not a multiple of what the gate is made of
+    ],
+)
+def test_a_gate_of_anything_else_stays_a_factor(step: Callable[[Net, Tensor], Tensor], x: Tensor) -> None:
+    """SRD: relevance goes through the map alone; as an activation it would not be the plain product of values and signal."""
+
+    class Frozen(nn.Module):
+        """The same network with the gate's values given."""
+
+        def __init__(self, network: Net, gate: Tensor) -> None:
+            super().__init__()
+            self.network, self.gate = network, gate
+
+        def forward(self, x: Tensor) -> Tensor:
+            s = self.network
+            return head(s, F.relu(s.d(F.relu(base(s, s.c(x)) * self.gate))))
+
+    def base(s: Net, u: Tensor) -> Tensor:
+        return u + 1 if torch.allclose(step(s, u), (u + 1) * torch.sigmoid(u)) else u
+
+    network = Net(lambda s, x: head(s, F.relu(s.d(F.relu(step(s, s.c(x)))))))
+    u = network.c(x)
+    explainer = make_explainer("srd", start="ones")
+    gate = step(network, u) / base(network, u)
+    torch.testing.assert_close(
+        explainer.explain(network, x, 1), explainer.explain(Frozen(network, gate), x, 1)
+    )
 
 
 def test_a_second_normalisation_brings_relevance_back_to_the_image(x: Tensor) -> None:

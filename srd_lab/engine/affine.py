@@ -19,8 +19,16 @@ T = torch.Tensor
 _NAMESPACES = (torch, T, F, torch._C._nn, torch.linalg, torch.special)
 
 
-def _spelled(*groups: str) -> set[Function]:
-    """Every function and method of these names, in place too."""
+def spelled(*groups: str) -> set[Function]:
+    """Every function and method of torch of these names, in place too.
+
+    groups : names, with spaces between them.
+
+    Example
+    -------
+    >>> spelled("exp") == {torch.exp, torch.exp_, torch.Tensor.exp, torch.Tensor.exp_}
+    True
+    """
     names = [name for group in groups for name in group.split()]
     spellings = [*names, *(f"{name}_" for name in names)]
     found = {getattr(place, name, None) for place in _NAMESPACES for name in spellings}
@@ -28,44 +36,44 @@ def _spelled(*groups: str) -> set[Function]:
 
 
 GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
-DIVISIONS = _spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
-_SUMS_OF_PRODUCTS = _spelled("addmm addbmm baddbmm addmv addr addcmul lerp")
-_SAMPLERS = _spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
+DIVISIONS = spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
+_SUMS_OF_PRODUCTS = spelled("addmm addbmm baddbmm addmv addr addcmul lerp")
+_SAMPLERS = spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
 _IN_FIRST = DIVISIONS | _SAMPLERS  # affine in their first operand alone
 # affine in one of their operands, where the others are constants
-PRODUCTS = _IN_FIRST | _spelled(
+PRODUCTS = _IN_FIRST | spelled(
     "mul multiply __mul__ __rmul__ __imul__ einsum tensordot matmul __matmul__ __rmatmul__ __imatmul__ mm mv bmm",
     "addmm addbmm baddbmm addmv addr addcmul lerp dot inner outer ger kron vdot vecdot cross multi_dot chain_matmul",
 )
 _PLAIN_PRODUCTS = PRODUCTS - _SUMS_OF_PRODUCTS  # of zero maps they are zero
-SHIFTS = _spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
+SHIFTS = spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
 COPIES = {torch.clone, T.clone, T.contiguous, T.to}
-CASTS = _spelled("to type type_as float double half bfloat16 bool int long short byte char")
-SELECTIONS = _spelled(  # among a map's own values, as a max pool is: affine wherever the choice stays the same
+CASTS = spelled("to type type_as float double half bfloat16 bool int long short byte char")
+SELECTIONS = spelled(  # among a map's own values, as a max pool is: affine wherever the choice stays the same
     "max min amax amin aminmax sort msort topk kthvalue median nanmedian quantile nanquantile cummax cummin",
     "max_pool1d max_pool3d max_pool1d_with_indices max_pool3d_with_indices",
     "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
     "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices",
 )
-KINKS = _spelled(  # piecewise linear, and so an activation in all but its spelling, unless srd_lab.engine.spellings has it
+KINKS = spelled(  # piecewise linear, and so an activation in all but its spelling, unless srd_lab.engine.spellings has it
     "maximum minimum fmax fmin abs absolute __abs__ sign sgn heaviside threshold clamp clamp_min clamp_max clip",
     "hardshrink softshrink rrelu",
 )
-_FILLS = SHIFTS | _spelled(  # with a number that is given
+_FILLS = SHIFTS | spelled(  # with a number that is given
     "pad constant_pad_nd masked_fill index_fill fill where nan_to_num tril triu"
 )
-LIKE = _spelled(  # take a map's shape and nothing else
+LIKE = spelled(  # take a map's shape and nothing else
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor size dim",
 )
-SHAPED = _spelled(
+SHAPED = spelled(
     "expand_as view_as reshape_as type_as"
 )  # take a second tensor's shape or type and nothing else
 _AFFINE = (
     SHIFTS
     | CASTS
-    | _spelled("sum mean cumsum diff trace sum_to_size neg negative positive __neg__ __pos__")
-    | _spelled("clone contiguous cpu cuda copy requires_grad nan_to_num")
-    | _spelled(  # arrangements
+    | spelled("sum mean cumsum diff trace sum_to_size neg negative positive __neg__ __pos__")
+    | spelled("clone contiguous cpu cuda copy requires_grad nan_to_num")
+    | spelled(  # arrangements
         "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze atleast_1d atleast_2d atleast_3d",
         "permute transpose swapaxes swapdims movedim moveaxis t adjoint rot90 flip fliplr flipud roll expand expand_as",
         "broadcast_to broadcast_tensors repeat repeat_interleave tile chunk split split_with_sizes unsafe_chunk",
@@ -75,17 +83,17 @@ _AFFINE = (
         "constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle",
     )
     | {getattr(T, name).__get__ for name in ("T", "mT", "H", "mH")}
-    | _spelled(  # at given places
+    | spelled(  # at given places
         "__setitem__ index_select index_add index_copy index_fill index_put gather take take_along_dim scatter",
         "scatter_add select_scatter slice_scatter diagonal_scatter masked_fill masked_select masked_scatter where",
         "zero fill max_unpool1d max_unpool2d max_unpool3d",
     )
-    | _spelled(  # averages
+    | spelled(  # averages
         "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
         "interpolate upsample upsample_nearest upsample_bilinear",
     )
     # in evaluation mode; srd_lab.engine.spellings.DROPPING knows when chance has a part
-    | _spelled("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout")
+    | spelled("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout")
 )
 
 

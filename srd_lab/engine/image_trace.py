@@ -11,8 +11,10 @@ from srd_lab.engine.affine import SHAPED
 from srd_lab.engine.channels import Channels
 from srd_lab.engine.interceptor import Interceptor, autocast_off
 from srd_lab.engine.layers import Place, leads_to
+from srd_lab.engine.pointwise import PointwiseCalls, SelfGated
 from srd_lab.engine.record import Records
-from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Function, recognise, tensors_in
+from srd_lab.engine.softplus import in_place
+from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Call, Function, recognise, tensors_in
 from srd_lab.errors import Refused
 from srd_lab.logits import tensor_of
 
@@ -40,6 +42,7 @@ class ImageTrace(Interceptor):
         super().__init__(model)
         self.records = Records()
         self.channels = Channels(self.records)
+        self._pointwise = PointwiseCalls(self.records, self.is_map)
         self.maps: list[tuple[Tensor, int]] = []
         self.eps = 0.0
         self._image: Any = None  # the image's node in autograd's graph
@@ -87,12 +90,29 @@ class ImageTrace(Interceptor):
         if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
             self.events += 1
             return self.as_factor(func(*args, **given), self.gate_in(args, given))
-        out = super().__torch_function__(func, types, args, given)
+        if (written_out := self._pointwise.self_gated(func, args, given)) is not None:
+            self.events += 1
+            out = self._self_gated(written_out)
+        else:
+            made = self._pointwise.made_by(func, args, given)  # before the call, which may be in place
+            out = super().__torch_function__(func, types, args, given)
+            if made and isinstance(out, Tensor):
+                self.records.note(out, pointwise=made)
         if isinstance(out, Tensor) and out.dtype in _EPS:
             self.eps = max(self.eps, _EPS[out.dtype])
         if self.keeps_maps and isinstance(out, Tensor) and out.dim() == 4 and self.is_map(out):
             self.maps.append((out, out._version))
         return out
+
+    def _self_gated(self, found: SelfGated) -> Tensor:
+        """The output of an activation that the model writes out, which is one call here."""
+        call = Call(len(self.calls), self._name("self_gated"), "self_gated", found.function, found.function)
+        u, written = found.source, found.written
+        out = self._activate(call, u, inplace=written is u)
+        if written is None or written is u:
+            return out
+        axis = self.channels.of(out)
+        return self.channels.put(in_place(written, lambda _: out), axis)
 
     def is_map(self, t: Tensor) -> bool:
         """Whether ``t`` is made of the image, and is no gate."""

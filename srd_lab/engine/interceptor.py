@@ -206,8 +206,11 @@ class Interceptor(TorchFunctionMode):
             function=lambda u: pure(u, *rest, **options),
             original=lambda x: func(x, *rest, **kwargs),
         )
+        return self._activate(call, first, inplace)
+
+    def _activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self.calls.append(call)
-        return self.activate(call, first, inplace)
+        return self.activate(call, x, inplace)
 
     def _dispatch(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is F.conv2d:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.spellings import Call
+
+if TYPE_CHECKING:
+    from srd_lab.engine.pointwise import Pointwise
 
 _ORIGINALS = WeakTensorKeyDictionary()
 
@@ -51,7 +54,7 @@ class Record:
     compared : a comparison of maps made it. detached : it is made of maps, and asks for no gradient.
     unseen : it was made with gradients off.
     call : the activation call that made it. event : which torch function of the model did, counted from 1.
-    pooled : it was pooled from maps.
+    pooled : it was pooled from maps. pointwise : how it was made of other tensors value by value.
     convolution : the convolution that made it, but for a copy.
     linear : the linear layer that made it: input (modified), weight, bias.
     part : what modified weights make of the same activations. box : bounds of a tensor made of the image alone.
@@ -69,6 +72,7 @@ class Record:
     call: Call | None = None
     event: int | None = None
     pooled: bool = False
+    pointwise: tuple[Pointwise, ...] = ()
     convolution: Convolution | None = None
     linear: tuple[Tensor, Tensor, Tensor | None] | None = None
     part: Tensor | None = None

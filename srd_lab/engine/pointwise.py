@@ -1,0 +1,187 @@
+"""Activations that a model writes out: ``u * sigmoid(u)``, ``0.5 * u * (1 + erf(u / sqrt(2)))``, ``u * relu6(u + 3) / 6``.
+
+Each is a map times a gate that is made of the same map value by value, and so one function of one number, as SiLU, GELU and
+hard-swish are: it has to be treated as an activation, and not as a map with a factor that counts as constant.
+
+What was made of a map value by value is followed for a few calls, and can be made again of other values of that map.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srd_lab.engine.affine import COPIES, DIVISIONS, SHIFTS, exchanged, overwrites, spelled
+from srd_lab.engine.record import Records, original_of
+from srd_lab.engine.spellings import Function, tensors_in
+
+_TIMES = spelled("mul multiply __mul__ __rmul__ __imul__")
+_CASTS = spelled("to type type_as float double half bfloat16") | COPIES
+_SCALES = _TIMES | DIVISIONS | _CASTS | spelled("neg negative positive __neg__ __pos__")
+_SQUASHES = spelled(  # these make a gate of a map
+    "sigmoid expit hardsigmoid logsigmoid log_sigmoid tanh erf erfc exp expm1 relu6 hardtanh clamp clip",
+)
+_POINTWISE = (
+    _SCALES
+    | SHIFTS
+    | _SQUASHES
+    | spelled(
+        "relu leaky_relu elu selu celu silu gelu mish hardswish softplus softsign log log1p pow __pow__ __rpow__ square",
+        "__rdiv__ __rtruediv__ sqrt rsqrt reciprocal abs absolute __abs__ clamp_min clamp_max threshold maximum minimum",
+    )
+)
+_COMPLETING = _TIMES | DIVISIONS
+_MOST = 12  # calls that are followed back
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """How a tensor was made of another one, its source, value by value.
+
+    source, version : the source, as it was then. function : makes the tensor again of the source's values.
+    scaled : it is the source times a constant. squashed : a function that makes gates had a part in it.
+    calls : how many calls that took.
+    """
+
+    source: weakref.ref[Tensor]
+    version: int
+    function: Callable[[Tensor], Tensor]
+    scaled: bool
+    squashed: bool
+    calls: int
+
+    def is_of(self, other: Pointwise) -> bool:
+        """Whether both are made of the same source."""
+        return self.source() is other.source() is not None and self.version == other.version
+
+    @property
+    def known(self) -> Tensor | None:
+        """The source, unless it was given up or changed in place."""
+        source = self.source()
+        return source if source is not None and source._version == self.version else None
+
+
+@dataclass(frozen=True)
+class SelfGated:
+    """An activation that is written out: ``function`` of the map ``source``. written : what the call overwrites, or None."""
+
+    source: Tensor
+    function: Callable[[Tensor], Tensor]
+    written: Tensor | None
+
+
+class PointwiseCalls:
+    """Follows what a running model makes of its maps value by value.
+
+    records : of the tensors of the pass. is_map : whether a tensor is made of the image, and is no gate.
+    """
+
+    def __init__(self, records: Records, is_map: Callable[[Tensor], bool]) -> None:
+        self._records, self._is_map = records, is_map
+
+    def made_by(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Pointwise, ...]:
+        """How the result of a call that is about to be made will have been made of maps; empty if not value by value."""
+        if function not in _POINTWISE or not (moving := self._moving(args, kwargs)):
+            return ()
+        shape = moving[0].shape
+        if any(t.shape != shape for t in moving):
+            return ()
+        by_operand = [self._of(t) for t in moving]
+        found = []
+        for first in by_operand[0]:
+            same = [next((p for p in ways if p.is_of(first)), None) for ways in by_operand]
+            if first.calls < _MOST and all(p is not None for p in same):
+                found.append(_composed(function, args, kwargs, moving, [p for p in same if p is not None]))
+        return tuple(found)
+
+    def self_gated(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> SelfGated | None:
+        """The activation that a call completes: a multiple of a map times, or over, a gate made of it value by value."""
+        if function not in _COMPLETING:
+            return None
+        if not args:
+            args, kwargs = (kwargs.get("input"), kwargs.get("other")), {}
+        if len(args) != 2 or kwargs:
+            return None
+        if not all(isinstance(t, Tensor) and t.requires_grad for t in args) or args[0].shape != args[1].shape:
+            return None
+        ways = [self._of(t) for t in args]
+        for one, other in ((0, 1), (1, 0)) if function in _TIMES else ((0, 1),):
+            for a in ways[one]:
+                for b in ways[other]:
+                    if not (a.scaled and b.squashed and a.is_of(b)):
+                        continue
+                    u = a.known
+                    if u is None or u.shape != args[0].shape or u.dtype != args[one].dtype:
+                        continue
+                    pair = [a, b] if one == 0 else [b, a]
+                    made = _composed(function, args, kwargs, list(args), pair)
+                    return SelfGated(u, made.function, args[0] if overwrites(function, kwargs) else None)
+        return None
+
+    def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The operands that are made of the image; none where one of them is cut off from it."""
+        tensors = tensors_in(args, kwargs)
+        if any(self._records[t].detached or self._records[t].compared for t in tensors):
+            return []
+        return [
+            t for t in tensors if t.requires_grad and not t.is_leaf and self._records[t].role != "constant"
+        ]
+
+    def _of(self, t: Tensor) -> tuple[Pointwise, ...]:
+        """How ``t`` was made, of itself first."""
+        known = self._records[t].pointwise
+        if not self._is_map(t):
+            return known
+        original = original_of(t)
+        itself = Pointwise(weakref.ref(original), original._version, _same, True, False, 0)
+        return (itself, *known)
+
+
+def _composed(
+    function: Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    moving: list[Tensor],
+    ways: list[Pointwise],
+) -> Pointwise:
+    """How the result of a call is made of the source of all ``ways``, by which its operands ``moving`` are."""
+    keys = [id(t) for t in moving]
+    holes = {key: torch.empty(0) for key in keys}  # the operands themselves are not kept
+    args, kwargs = exchanged(args, kwargs, holes)
+    writes = overwrites(function, kwargs)
+
+    def made(u: Tensor) -> Tensor:
+        values = {id(holes[key]): way.function(u) for key, way in zip(keys, ways, strict=True)}
+        filled, named = exchanged(args, kwargs, values)
+        out: Tensor = function(*((filled[0].clone(), *filled[1:]) if writes else filled), **named)
+        return out
+
+    return Pointwise(
+        ways[0].source,
+        ways[0].version,
+        made,
+        scaled=function in _SCALES
+        and len(ways) == 1
+        and ways[0].scaled
+        and not _divides_by(function, args, holes),
+        squashed=function in _SQUASHES or any(way.squashed for way in ways),
+        calls=1 + max(way.calls for way in ways),
+    )
+
+
+def _divides_by(function: Function, args: tuple[Any, ...], holes: dict[int, Tensor]) -> bool:
+    """Whether a call divides by an operand that moves."""
+    return function in DIVISIONS and any(t is hole for t in args[1:] for hole in holes.values())
+
+
+def _same(u: Tensor) -> Tensor:
+    return u
