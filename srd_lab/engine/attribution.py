@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.model_checks import check_images_apart
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import Leak, Refused, SrdLabWarning
 from srd_lab.normalise import split_normalisation
@@ -74,6 +75,7 @@ def attribution(model: nn.Module, x: Tensor, *, split: bool = True) -> Iterator[
     normalise, network = split_normalisation(model) if split else (nn.Identity(), model)
     with torch.enable_grad(), ExitStack() as on_exit:
         try:
+            check_images_apart(model, x)
             given = normalise(leaf.clone())  # a normalisation may work in place
             yield Attribution(normalise, network, given, differentiable, on_exit)
         except RuntimeError as error:

@@ -11,6 +11,7 @@ from srd_lab.engine.affine import SHAPED
 from srd_lab.engine.channels import Channels
 from srd_lab.engine.interceptor import Interceptor, autocast_off
 from srd_lab.engine.layers import Place, leads_to
+from srd_lab.engine.model_checks import check_same_output
 from srd_lab.engine.pointwise import PointwiseCalls, SelfGated
 from srd_lab.engine.record import Records
 from srd_lab.engine.softplus import in_place
@@ -42,7 +43,7 @@ class ImageTrace(Interceptor):
         super().__init__(model)
         self.records = Records()
         self.channels = Channels(self.records)
-        self._pointwise = PointwiseCalls(self.records, self.is_map)
+        self._pointwise = PointwiseCalls(self.records)
         self.maps: list[tuple[Tensor, int]] = []
         self.eps = 0.0
         self._image: Any = None  # the image's node in autograd's graph
@@ -50,10 +51,13 @@ class ImageTrace(Interceptor):
     def run(self, x: Tensor) -> Any:
         self._image = x.grad_fn
         self.records.note(x, seen=True)
+        fed = x.detach()[:1].clone()  # before the model changes it in place
         try:
-            return super().run(x)
+            logits = super().run(x)
         finally:
             self._image = None
+        check_same_output(type(self).__name__, self.model, fed, logits)
+        return logits
 
     def finished(self, output: Any, images: int) -> Any:
         if isinstance(given := tensor_of(output), Tensor):
@@ -116,7 +120,7 @@ class ImageTrace(Interceptor):
 
     def is_map(self, t: Tensor) -> bool:
         """Whether ``t`` is made of the image, and is no gate."""
-        return t.requires_grad and not t.is_leaf and self.records[t].role is None
+        return self.records.is_map(t)
 
     def maps_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The maps among a call's operands, as often as they occur."""

@@ -78,11 +78,11 @@ class SelfGated:
 class PointwiseCalls:
     """Follows what a running model makes of its maps value by value.
 
-    records : of the tensors of the pass. is_map : whether a tensor is made of the image, and is no gate.
+    records : of the tensors of the pass.
     """
 
-    def __init__(self, records: Records, is_map: Callable[[Tensor], bool]) -> None:
-        self._records, self._is_map = records, is_map
+    def __init__(self, records: Records) -> None:
+        self._records = records
 
     def made_by(
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -139,7 +139,7 @@ class PointwiseCalls:
     def _of(self, t: Tensor) -> tuple[Pointwise, ...]:
         """How ``t`` was made, of itself first."""
         known = self._records[t].pointwise
-        if not self._is_map(t):
+        if not self._records.is_map(t):
             return known
         original = original_of(t)
         itself = Pointwise(weakref.ref(original), original._version, _same, True, False, 0)

@@ -99,6 +99,10 @@ class Records:
         _, version, record = found
         return record if version == tensor._version else _after_change(record)
 
+    def is_map(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is made of the image, and is no gate."""
+        return tensor.requires_grad and not tensor.is_leaf and self[tensor].role is None
+
     def note(self, tensor: Tensor, **facts: Any) -> None:
         """Add facts about ``tensor`` as it is now, by the names of :class:`Record`."""
         record = replace(self[tensor], **facts)

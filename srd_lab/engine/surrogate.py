@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from srd_lab.engine.interceptor import Interceptor
+from srd_lab.engine.model_checks import passes_as
 from srd_lab.engine.preconditions import refuse_checkpoint
 from srd_lab.engine.softplus import smooth_clip, smooth_relu
 from srd_lab.engine.spellings import Call
@@ -30,6 +31,7 @@ class SmoothModel(nn.Module):
         super().__init__()
         self.model = model
         self.beta = beta
+        passes_as(self, model)
         self.training = model.training  # its own flag alone: train() would set those of the model's parts
 
     def normalisation_and_network(self) -> tuple[nn.Module, nn.Module]:
