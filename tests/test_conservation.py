@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine import affine
-from srd_lab.errors import BadValue, Refused, SrdLabError, SrdLabWarning
+from srd_lab.errors import BadValue, Leak, Refused, SrdLabError, SrdLabWarning
 from srd_lab.methods.cam import LayerCAM
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.lrp import ExcitationBackprop, LRPZPlus
@@ -178,3 +178,26 @@ def test_what_takes_the_shape_of_a_map_is_not_made_of_it(name: str, x: Tensor) -
         warnings.simplefilter("ignore", SrdLabWarning)
         found, expected = (explainer.explain(Spread(by_name), x.double(), 1) for by_name in (True, False))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_map_in_coarse_numbers_excuses_no_leak(dtype: torch.dtype) -> None:
+    """A leak of a hundredth is seen behind one map in half precision, and the map itself passes."""
+
+    class Rounded(nn.Module):
+        def __init__(self, lost: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.fc, self.lost = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), lost
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.a(x)).to(dtype).float()
+            if self.lost:
+                y.register_hook(lambda g: g * (1 - self.lost))
+            return self.fc(torch.relu(y.mean((2, 3))))
+
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for method in (SRD(start="ones"), LRPZPlus()):
+        assert method.explain(Rounded(0).eval(), x).any()
+        with pytest.raises(Leak):
+            method.explain(Rounded(0.02).eval(), x)

@@ -494,6 +494,7 @@ def test_threads_leave_the_switches_of_attention_as_they_were(x: Tensor) -> None
         return plain(s, x)
 
     net = Net(waits)
+    make_explainer("gradient").explain(net, x, 1)  # a model is tried out when it is first explained
     first, second = (
         threading.Thread(name=name, target=make_explainer("gradient").explain, args=(net, x, 1))
         for name in ("first", "second")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.model_checks import check_images_apart
+from srd_lab.engine.model_checks import check_images_apart, false_slope
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import Leak, Refused, SrdLabWarning
 from srd_lab.normalise import split_normalisation
@@ -61,11 +61,14 @@ class Attribution:
 
 
 @contextmanager
-def attribution(model: nn.Module, x: Tensor, *, split: bool = True) -> Iterator[Attribution]:
+def attribution(
+    model: nn.Module, x: Tensor, *, split: bool = True, slopes: bool = True
+) -> Iterator[Attribution]:
     """Within: gradients are on, and ``x`` has passed the model's normalisation; after it, what was recorded is released.
 
     x : images (N, C, H, W), as :func:`srd_lab.engine.preconditions.check_input` wants them.
     split : whether the map is one of the normalised image; if not, of ``x`` and the model as a whole.
+    slopes : whether the map is made of gradients, of which a model's own may be false.
 
     Raises SrdLabError for inputs and models that cannot be explained.
     """
@@ -76,8 +79,11 @@ def attribution(model: nn.Module, x: Tensor, *, split: bool = True) -> Iterator[
     with torch.enable_grad(), ExitStack() as on_exit:
         try:
             check_images_apart(model, x)
+            false = false_slope(model, x) if slopes else ""
             given = normalise(leaf.clone())  # a normalisation may work in place
             yield Attribution(normalise, network, given, differentiable, on_exit)
+            if false:
+                warnings.warn(false, SrdLabWarning, stacklevel=2)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -156,21 +162,21 @@ def row_of(value: Any, i: int, n: int) -> Any:
 
 
 def check_conserved(
-    started: Tensor, arrived: Tensor, leaks: Mapping[str, Tensor], on_leak: str, eps: float
+    started: Tensor, arrived: Tensor, leaks: Mapping[str, Tensor], on_leak: str, rounding: float
 ) -> None:
     """Refuse a map with less or more relevance than it should have: an operation was taken for what it is not.
 
     started, arrived : relevance of a batch, of any shapes.
     leaks : by cause, what is known not to have been passed on, of all images together.
-    on_leak : "error" or "warn". eps : relative rounding of the coarsest numbers on the way.
+    on_leak : "error" or "warn". rounding : the share of the relevance that rounding may cost.
 
-    Raises Leak, or warns, where their difference is more than rounding: 1e4 times eps, 2 % at most. What is not
-    finite passes, and ``Explainer.explain`` refuses it.
+    Raises Leak, or warns, where their difference is more than rounding. What is not finite passes, and
+    ``Explainer.explain`` refuses it.
     """
     started, arrived = started.detach(), arrived.detach()
     total, size = started.sum(), started.abs().sum() + arrived.abs().sum()
     unexplained = total - arrived.sum() - sum(leaks.values())
-    if not unexplained.abs() > min(1e4 * eps, 0.02) * size:
+    if not unexplained.abs() > rounding * size:
         return
     share = float(unexplained / started.abs().sum())
     said = (

@@ -67,12 +67,15 @@ class Layer:
 
 
 @contextmanager
-def layer_of(model: nn.Module, x: Tensor, level: str | int, encoder: str | None) -> Iterator[Layer]:
-    """Within: the layer at ``level`` of a forward pass, with its graph; level and encoder as in :class:`GradCAM`.
+def layer_of(
+    model: nn.Module, x: Tensor, level: str | int, encoder: str | None, *, slopes: bool = True
+) -> Iterator[Layer]:
+    """Within: the layer at ``level`` of a forward pass, with its graph; level and encoder as in :class:`GradCAM`, slopes as
+    in :func:`srd_lab.engine.attribution.attribution`.
 
     Raises SrdLabError for a layer that is not there or puts out no map.
     """
-    with attribution(model, x, split=False) as run:
+    with attribution(model, x, split=False, slopes=slopes) as run:
         trace = run.recording(LayerTrace(model, encoder))
         trace.keeps_maps = level == "high"
         logits = trace.trace(run.given)

@@ -59,7 +59,7 @@ class _PassCAM(Explainer, ABC):
 
         A differentiable map recomputes its passes backwards instead of storing them all.
         """
-        with layer_of(model, x, self.level, self.encoder) as layer:
+        with layer_of(model, x, self.level, self.encoder, slopes=False) as layer:
             run, classes = layer.run, check_target(target, layer.logits)
             a, logits = run.finish(layer.activation), run.finish(layer.logits)
         with torch.set_grad_enabled(run.differentiable):

@@ -137,7 +137,7 @@ class LRPZPlus(_Modified):
             attribution = _to_input([top], [rules.divide(relevance, top)], ends, differentiable)
         if self.conserves:
             check_conserved(
-                relevance * (top != 0), attribution, trace.live_pass.leaks, self.on_leak, trace.eps
+                relevance * (top != 0), attribution, trace.live_pass.leaks, self.on_leak, trace.rounding
             )
         return maps.reduce_channels(attribution, self.channels)
 
@@ -232,7 +232,9 @@ class ExcitationBackprop(_Modified):
             attribution = _to_input(top, signals, ends, differentiable)
             found = dict(relevance)
         started = sum(t.detach() * signal.detach() for t, signal in zip(top, signals, strict=True))
-        check_conserved(torch.as_tensor(started), attribution, trace.live_pass.leaks, self.on_leak, trace.eps)
+        check_conserved(
+            torch.as_tensor(started), attribution, trace.live_pass.leaks, self.on_leak, trace.rounding
+        )
         if place is None:
             map_ = attribution.sum(1)
         elif isinstance(place, int):

@@ -125,7 +125,9 @@ class SRD(Explainer):
             start = self._start(passes, target)
             found = self._at_level(passes, start)
             if self.level in ("input", "high") and (self.unit, self.values) == ("vector", "pre"):
-                check_conserved(start.relevance, found, passes.leaks(start), self.on_leak, passes.trace.eps)
+                check_conserved(
+                    start.relevance, found, passes.leaks(start), self.on_leak, passes.trace.rounding
+                )
             return found, passes.run.finish(passes.output)
 
     def relevance(

@@ -1,0 +1,200 @@
+"""What is tried once with every model: whether its images are apart, whether its gradient is its slope, and whether
+following it leaves it what it is.
+
+All is asked with an image or a few when a model is first explained, and remembered as long as the model lives.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.spellings import Function
+from srd_lab.errors import Refused
+from srd_lab.overflow import refuse_overflow
+
+_APART = "its images are apart"
+_SLOPE = "its output changes as its gradient says"
+_SHARES = (1, 0.3, 0.1, 0.03, 0.01)  # of the longest step
+_TRIES = 3  # with images that the model tells apart too little to say
+_BYTES = 2.0**-8
+_TENSOR_CORES = 2.0**-10  # relative rounding of products there, of float32 numbers too
+_passed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def passes_as(surrogate: nn.Module, original: nn.Module) -> None:
+    """``surrogate`` need not be asked what ``original`` was asked: it differs in its activations alone."""
+    _passed[surrogate] = _of(original)
+
+
+def check_images_apart(model: nn.Module, x: Tensor) -> None:
+    """Refuse (SrdLabError) a model whose output for an image depends on the images beside it.
+
+    x : images (N, C, H, W), of which the first is tried: alone, and beside another in either order.
+    """
+    if _APART in _of(model):
+        return
+    one = x.detach()[:1]
+    other, watch = one.flip((2, 3)) / 2, _Rounding(model)
+    with torch.no_grad():
+        alone = [_logits(watch, image) for image in (one, other)]
+        beside, turned = _logits(watch, torch.cat([one, other])), _logits(watch, torch.cat([other, one]))
+    if alone[0] is None or alone[1] is None or beside is None or turned is None:
+        return
+    each = torch.cat([alone[0], alone[1]])
+    apart = max(_far(beside, each), _far(turned, each.flip(0)))
+    if apart > watch.rounding:
+        raise Refused(
+            f"the model mixes the images of a batch: beside another one, an image has logits that differ by {apart:.2g} of "
+            "the largest, so that it has no map of its own; take what runs along the first axis out of forward()"
+        )
+    tries = f"asked {sum(said.startswith('asked') for said in _of(model)) + 1} times"
+    told_apart = _far(each[:1], each[1:]) > watch.rounding  # else a mixture would not show
+    _of(model).add(_APART if told_apart or tries == f"asked {_TRIES} times" else tries)
+
+
+class SameOutput:
+    """Whether a model puts out the same when it is followed; made before it is, as what runs last is what a model keeps.
+
+    follower : what follows it. model, x : the model, and images (N, C, H, W), of which the first is tried.
+    """
+
+    def __init__(self, follower: str, model: nn.Module, x: Tensor) -> None:
+        self._said, self._model = f"followed by {follower} it is the same", model
+        self._watch, self._plain = _Rounding(model), None
+        if self._said not in _of(model):
+            with torch.no_grad():
+                self._plain = _logits(self._watch, x.detach()[:1])
+
+    def check(self, logits: Any) -> None:
+        """Refuse (SrdLabError) a model that, followed, puts out other ``logits`` (N, K)."""
+        plain = self._plain
+        if plain is None or not isinstance(logits, Tensor) or plain.shape != logits[:1].shape:
+            return
+        apart = _far(logits.detach()[:1], plain)
+        if apart > self._watch.rounding:
+            raise Refused(
+                f"the model puts out logits that differ by {apart:.2g} of the largest when its calls are followed: it does "
+                "something that cannot be followed; use another method on it, and please report the model"
+            )
+        _of(self._model).add(self._said)
+
+
+def false_slope(model: nn.Module, x: Tensor) -> str:
+    """What is to be said of a model whose output does not change as autograd's gradient says; empty for all others, and
+    for one that was asked before.
+
+    x : images (N, C, H, W), of which the first is taken some small steps up and down its gradient.
+    """
+    if _SLOPE in _of(model):
+        return ""
+    watch, one = _Rounding(model), x.detach()[:1].clone().requires_grad_()
+    with torch.enable_grad():
+        logits = _logits(watch, one)
+        if logits is None or not logits.requires_grad:
+            return ""
+        top = int(logits[0].argmax())
+        try:
+            (slope,) = torch.autograd.grad(logits[0, top], one, allow_unused=True)
+        except RuntimeError:  # what is overwritten cannot be differentiated; not all methods have to
+            return ""
+    if slope is None or not slope.isfinite().all() or not one.any():
+        return ""
+    _of(model).add(_SLOPE)
+    size, steep = float(logits.detach().abs().amax()), float(slope.double().norm())
+    if not steep and _overflows(model, one.detach()):
+        return ""
+    way = (slope.double() / steep).to(slope) if steep else _signs(one)
+    # the longest step changes the output by a tenth at most, and no pixel by more than a quarter of the largest
+    longest = 0.25 * float(one.detach().abs().amax()) / float(way.abs().amax())
+    longest = min(longest, 0.1 * size / steep) if steep else longest
+    steps = [share * longest for share in _SHARES]
+    with torch.no_grad():
+        near = torch.cat([one.detach() + sign * step * way for step in steps for sign in (1, -1)])
+        found = _logits(watch, near)
+    if found is None:
+        return ""
+    rises = found[:, top].view(-1, 2).diff(dim=1)[:, 0].neg()
+    expected = 2 * steep * rises.new_tensor(steps)
+    seen = ((rises.abs() > watch.rounding * size) | (expected > watch.rounding * size)).nonzero()[:, 0]
+    if len(seen) < 2:
+        return ""
+    rises, expected = rises[seen[-2:]], expected[seen[-2:]]  # of the two shortest steps that show anything
+    off = rises / expected if steep else rises.sign() * torch.inf
+    bent = steep and float((off[0] - off[1]).abs()) > 0.1 * float(off.abs().amax())
+    if bent or not bool((off - 1).abs().gt(0.1).all()):
+        return ""
+    return (
+        f"the model's output rises by {float(rises[-1]):.2g} where its gradient says {float(expected[-1]):.2g}: "
+        "something in it is rounded, detached, changed through .data, or hooks change its gradients; its maps say what "
+        "autograd does, and not what the model does"
+    )
+
+
+class _Rounding(Watch):
+    """Runs a model as it is, and knows how far two of its outputs may be apart that are the same but for rounding.
+
+    eps : relative rounding of the coarsest numbers on the way.
+    """
+
+    eps = 0.0
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        if (
+            type(func).__module__ == "torch._ops"
+        ):  # the only way to call quantised layers, and what else is made of few bits
+            self.eps = max(self.eps, _BYTES)
+        if isinstance(out, Tensor) and out.is_floating_point():
+            eps = torch.finfo(out.dtype).eps
+            self.eps = max(self.eps, eps if out.device.type == "cpu" or eps < 1e-8 else _TENSOR_CORES)
+        return out
+
+    @property
+    def rounding(self) -> float:
+        """As a share of the largest logit: 1e-4 for float32, 1e-9 at least, 0.05 at most."""
+        return min(max(1e3 * self.eps, 1e-9), 0.05)
+
+
+def _overflows(model: nn.Module, x: Tensor) -> bool:
+    """Whether a map of ``x`` that is zero everywhere would be refused, because numbers in the model overflow."""
+    try:
+        refuse_overflow(model, x, None, x.new_zeros(1, 1, 1), squares=True)
+    except Refused:
+        return True
+    return False
+
+
+def _signs(x: Tensor) -> Tensor:
+    """1 and -1 by chance, like ``x``, that are always the same."""
+    drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (drawn - 0.5).sign().to(x.detach())
+
+
+def _of(model: nn.Module) -> set[str]:
+    return _passed.setdefault(model, set())
+
+
+def _logits(watch: Watch, x: Tensor) -> Tensor | None:
+    """The logits (N, K) of the model itself; None where it has none, or cannot be run: whoever runs it next says why."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again, of the run that counts
+            out = watch.run(x.clone())
+    except Exception:  # whatever the model raises
+        return None
+    return out if isinstance(out, Tensor) and out.dim() == 2 else None
+
+
+def _far(one: Tensor, other: Tensor) -> float:
+    """The largest difference, as a share of the largest number in either; 0 where that is 0 or not finite."""
+    size = torch.maximum(one.abs().amax(), other.abs().amax())
+    share = float((one - other).abs().amax() / size)
+    return share if share < float("inf") else 0.0

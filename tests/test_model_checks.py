@@ -1,0 +1,182 @@
+"""What a model is tried for once: images apart, a gradient that is its slope, the same output when it is followed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import OPTIONS, Small
+from torch import Tensor, nn
+
+from srd_lab.engine import interceptor, layer_trace, model_checks
+from srd_lab.engine.surrogate import SmoothModel
+from srd_lab.errors import Refused, SrdLabWarning
+from srd_lab.registry import EXPLAINERS, make_explainer
+
+Step = Callable[[Tensor], Tensor]
+RUN = [name for name in EXPLAINERS if name not in ("random", "sobel")]
+
+
+class Stepped(nn.Module):
+    """A step between two layers, or in front of the first."""
+
+    def __init__(self, step: Step, *, front: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.act, self.fc = nn.ReLU(), nn.Linear(8, 5)
+        nn.init.normal_(self.fc.weight)
+        self.step, self.front = step, front
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(self.step(x) if self.front else x))
+        return self.fc(self.act(self.b(y if self.front else self.step(y))).mean((2, 3)))
+
+
+def explain(name: str, model: nn.Module, x: Tensor) -> Tensor:
+    return make_explainer(name, **OPTIONS.get(name, {})).explain(model, x, 1)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+# --- images apart ---------------------------------------------------------------------------------------------------
+
+MIXING: dict[str, Step] = {
+    "the mean taken off": lambda y: y - y.mean(0),
+    "softmax": lambda y: torch.softmax(y, 0) * y,
+    "normalised": lambda y: F.normalize(y, dim=0),
+    "moved on": lambda y: y.roll(1, 0),
+    "turned round": lambda y: y.flip(0),
+    "summed up": lambda y: y.cumsum(0),
+    "the largest of all": lambda y: y / y.amax().detach(),
+}
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("way", MIXING)
+@pytest.mark.parametrize("name", RUN)
+def test_a_model_that_mixes_the_images_of_a_batch_is_refused(
+    name: str, way: str, images: int, x: Tensor
+) -> None:
+    with pytest.raises(Refused, match="mixes the images of a batch"):
+        explain(name, Stepped(MIXING[way]), x[:images])
+
+
+def test_a_surrogate_of_a_model_that_mixes_is_refused_too(x: Tensor) -> None:
+    with pytest.raises(Refused, match="mixes the images"):
+        explain("gradient", SmoothModel(Stepped(MIXING["moved on"]), 10.0), x)
+
+
+def test_a_model_is_tried_once_whatever_is_asked_of_it(x: Tensor) -> None:
+    model, sizes = Stepped(lambda y: y), []
+    explain("srd", model, x)
+    model.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
+    explain("srd", model, x)
+    explain("srd", SmoothModel(model, 10.0), x)
+    assert sizes == [3, 3]
+
+
+def test_a_model_that_tells_no_images_apart_is_tried_three_times(x: Tensor) -> None:
+    model = Stepped(lambda y: y * 0)
+    for _ in range(5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            explain("gradient", model, x)
+    said = model_checks._passed[model]
+    assert sum(one.startswith("asked") for one in said) == 2
+    assert model_checks._APART in said
+
+
+# --- a gradient that is the slope ----------------------------------------------------------------------------------
+
+
+def doubled_unseen(y: Tensor) -> Tensor:
+    y.data.mul_(2)
+    return y
+
+
+FALSE: dict[str, tuple[Step, bool]] = {
+    "changed through .data": (doubled_unseen, False),
+    "rounded pixels": (lambda x: (x * 255).round() / 255, True),
+    "detached in part": (lambda y: y * y.detach(), False),
+}
+
+
+def warned(name: str, model: nn.Module, x: Tensor) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            explain(name, model, x)
+        except Refused as error:
+            return [str(error)]
+    return [str(one.message) for one in seen if issubclass(one.category, SrdLabWarning)]
+
+
+@pytest.mark.parametrize("way", ["changed through .data", "rounded pixels", "detached in part"])
+@pytest.mark.parametrize("name", ["gradient", "guided_backprop", "gradcam", "lrp_epsilon", "srd", "fullgrad"])
+def test_a_gradient_that_is_not_the_slope_is_said(name: str, way: str, x: Tensor) -> None:
+    step, front = FALSE[way]
+    assert warned(name, Stepped(step, front=front), x)
+
+
+def test_hooks_that_change_gradients_are_said(x: Tensor) -> None:
+    """As other tools leave them on a network: those of guided backprop, say."""
+    model = Stepped(lambda y: y)
+    model.act.register_full_backward_hook(lambda module, to_input, to_output: (3 * to_input[0],))
+    assert any("hooks change its gradients" in said for said in warned("gradcam", model, x))
+    model = Stepped(lambda y: y)
+    model.act.register_full_backward_hook(lambda module, to_input, to_output: None)
+    assert warned("gradcam", model, x) == []
+
+
+@pytest.mark.parametrize("name", ["scorecam", "ablationcam"])
+def test_methods_without_gradients_say_nothing_of_them(name: str, x: Tensor) -> None:
+    step, front = FALSE["rounded pixels"]
+    assert warned(name, Stepped(step, front=front), x) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_honest_model_is_not_warned_of(dtype: torch.dtype, x: Tensor) -> None:
+    for seed in range(20):
+        assert warned("gradient", Small(seed=seed).to(dtype).eval(), x.to(dtype)) == []
+
+
+def test_nothing_is_drawn_for_the_trial(x: Tensor) -> None:
+    """A model whose gradient is zero is tried along a way that is always the same."""
+    step, front = FALSE["rounded pixels"]
+    model = Stepped(step, front=front)
+    state = torch.get_rng_state()
+    warned("gradient", model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- the same output -----------------------------------------------------------------------------------------------
+
+
+def test_a_network_that_is_another_when_it_is_followed_is_refused(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in what follows a model: here it adds 1 to what every convolution puts out."""
+    model = Stepped(lambda y: y)
+
+    def wrong(self: interceptor.Interceptor, conv: interceptor.Convolution) -> Tensor:
+        return conv.apply(conv.x, conv.weight, conv.bias) + 1
+
+    monkeypatch.setattr(layer_trace.LayerTrace, "convolution", wrong)
+    with pytest.raises(Refused, match=r"differ by .* when its calls are followed"):
+        explain("gradcam", model, x)
+
+
+def test_the_output_is_compared_for_every_way_of_following(x: Tensor) -> None:
+    model = Stepped(lambda y: y)
+    for name in RUN:
+        explain(name, model, x)
+    followers = {said.split()[2] for said in model_checks._passed[model] if said.startswith("followed")}
+    assert {"SRDTrace", "ModifiedTrace", "Gated", "LayerTrace", "_Biases"} <= followers
