@@ -221,7 +221,7 @@ def test_frozen_parameters_in_the_shape_of_a_map_are_constants(x: Tensor) -> Non
 @pytest.mark.parametrize("name", RULES)
 def test_what_torch_cannot_do_is_one_line(name: str, x: Tensor) -> None:
     def numbers(s: Net, y: Tensor) -> Tensor:
-        return y + float(y.numpy().max())
+        return y + float(y.numpy()[0, 0, 0, 0] * 0)
 
     with pytest.raises(Refused, match="cannot be followed: Can't call numpy"):
         explain(name, inside(numbers), x)

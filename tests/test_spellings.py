@@ -139,6 +139,65 @@ def tanh_gelu_by_products(u: Tensor) -> Tensor:
     return u * 0.5 * (1 + F.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)))
 
 
+MEANS, DEVIATIONS = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.3, 0.25]).double()
+
+
+def at_once(x: Tensor) -> Tensor:
+    return (x - MEANS.view(3, 1, 1)) / DEVIATIONS.view(3, 1, 1)
+
+
+def into_a_buffer(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for i in range(3):
+        out[:, i] = (x[:, i] - MEANS[i]) / DEVIATIONS[i]
+    return out
+
+
+def into_a_copy(x: Tensor) -> Tensor:
+    out = x.clone()
+    for i in range(3):
+        out[:, i] = (out[:, i] - MEANS[i]) / DEVIATIONS[i]
+    return out
+
+
+def in_views(x: Tensor) -> Tensor:
+    out = x.clone()
+    for i in range(3):
+        out[:, i].sub_(MEANS[i]).div_(DEVIATIONS[i])
+    return out
+
+
+def in_the_image(x: Tensor) -> Tensor:
+    for i in range(3):
+        x[:, i] -= MEANS[i]
+        x[:, i] /= DEVIATIONS[i]
+    return x
+
+
+def whole_in_place(x: Tensor) -> Tensor:
+    return x.clone().sub_(MEANS.view(3, 1, 1)).div_(DEVIATIONS.view(3, 1, 1))
+
+
+def concatenated(x: Tensor) -> Tensor:
+    return torch.cat([(x[:, i : i + 1] - MEANS[i]) / DEVIATIONS[i] for i in range(3)], 1)
+
+
+def stacked(x: Tensor) -> Tensor:
+    return torch.stack([(x[:, i] - MEANS[i]) / DEVIATIONS[i] for i in range(3)], 1)
+
+
+def scattered(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for i in range(3):
+        out = torch.select_scatter(out, (x[:, i] - MEANS[i]) / DEVIATIONS[i], 1, i)
+    return out
+
+
+NORMALISING = (
+    *(into_a_buffer, into_a_copy, in_views, in_the_image, whole_in_place, concatenated, stacked, scattered),
+)
+
+
 # an activation, and how models write it out
 WRITTEN_OUT: dict[str, tuple[Callable[[Tensor], Tensor], list[Callable[[Tensor], Tensor]]]] = {
     "silu": (
@@ -225,6 +284,15 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         set(),
     ),
     "read under its old name": (out_of_place, in_place, set()),
+    # every constant that is added is a bias to FullGrad, and each colour's is one of its own
+    **{
+        f"normalised: {norm.__name__}": (
+            lambda s, x: plain(s, at_once(x)),
+            lambda s, x, norm=norm: plain(s, norm(x)),
+            {"fullgrad"},
+        )
+        for norm in NORMALISING
+    },
     "a negative image": (
         lambda s, x: plain(s, 1 - x),
         lambda s, x: plain(s, torch.rsub(x, 1)),

@@ -32,6 +32,7 @@ from srd_lab.engine.affine import (
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
 from srd_lab.engine.layers import Place, high
+from srd_lab.engine.pixel_box import PixelBox
 from srd_lab.engine.spellings import Call, Function, tensors_in
 from srd_lab.errors import Refused, SrdLabError
 from srd_lab.logits import is_among
@@ -53,7 +54,6 @@ _IN_ANY_LAYOUT: dict[Function, Function] = {T.view: T.reshape, T.view_as: T.resh
 _FORGOTTEN: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Environment = dict[int, Tensor]  # by the id of a call's operand, what stands for it
 
 
 class ModifiedTrace(Decomposed):
@@ -74,7 +74,7 @@ class ModifiedTrace(Decomposed):
         self._fed: Any = None  # the image's node in autograd's graph
         self._axis = 1  # of the activation call that is running
         self._modify, self._with_bias = modify, with_bias
-        self._ends = box
+        self._ends, self._box = box, PixelBox(self.records)
         self._u: Tensor | None = None  # modified pre-activation of the running call
         self.head: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -177,7 +177,9 @@ class ModifiedTrace(Decomposed):
         conv, scale = self.records[norm.x].convolution, norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
         if (box := self.records[norm.x].box) is not None:  # a normalisation of the image
             y = run()
-            self._note(y, [end * scale + norm.shift.view_as(scale) for end in box])
+            self._box.put(
+                y, (box[0] * scale + norm.shift.view_as(scale), box[1] * scale + norm.shift.view_as(scale))
+            )
             return y
         linear = self.records[norm.x].linear if norm.x.dim() == 2 else None
         if conv is not None:
@@ -202,17 +204,16 @@ class ModifiedTrace(Decomposed):
 
     def _note_winners(self, out: Any, x: Tensor, winners_of: Callable[[Tensor], Tensor]) -> None:
         """What was pooled from ``x`` is what won there, in the positive part too."""
-        box = self.records[x].box
-        if box is not None or self._has_part(x):
+        box, pooled = self.records[x].box, out if isinstance(out, Tensor) else out[0]
+        if box is not None:
             winners = winners_of(x.detach())
-            self._note(
-                out if isinstance(out, Tensor) else out[0],
-                [take(t, winners) for t in box or (self.modified(x),)],
-            )
+            self._box.put(pooled, (take(box[0], winners), take(box[1], winners)))
+        elif self._has_part(x):
+            self.records.note(pooled, part=take(self.modified(x), winners_of(x.detach())))
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other affine call runs in two environments: on the values, and on their parts (or on both ends of the box). A
-        gate is one factor for both. What is refused is refused in the parts too, where the live pass goes."""
+        """Any other affine call runs on the values, and on their parts (or on both ends of the box). A gate is one factor
+        for both. What is refused is refused in the parts too, where the live pass goes."""
         run = super().on_maps
         tensors, moving = tensors_in(args, kwargs), self.maps_in(args, kwargs)
         name = getattr(function, "__name__", "")
@@ -228,10 +229,10 @@ class ModifiedTrace(Decomposed):
         if not is_affine(function, args, kwargs, moving):
             return run(function, args, kwargs)  # refused
         has_parts = any(map(self._has_part, tensors))
-        if not has_parts and any(self.records[t].box for t in tensors):
-            ends = {id(t): self.records[t].box or (t, t) for t in tensors}
-            low, high = ({key: pair[i] for key, pair in ends.items()} for i in (0, 1))
-            return self._run_in_environments(function, args, kwargs, low, high)
+        if not has_parts and self._box.concerns(tensors):
+            if any(self.records[t].overwritten for t in tensors):
+                raise self._unfollowed("reads a tensor of which a part was overwritten")
+            return self._box.follow(function, args, kwargs, lambda: run(function, args, kwargs))
         if name == "__setitem__":
             raise self._unfollowed("writes into a part of a tensor")
         constant = not self._gated(tensors)
@@ -246,18 +247,21 @@ class ModifiedTrace(Decomposed):
             return run(function, args, kwargs)
         of_constants = self._modify if product else self.modified
         parts = {id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}
-        return self._run_in_environments(function, args, kwargs, parts)
+        return self._run_on_parts(function, args, kwargs, parts)
 
-    def _run_in_environments(
-        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], *environments: Environment
+    def _run_on_parts(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parts: dict[int, Tensor]
     ) -> Any:
-        """The call on the values; what it makes in each of the environments is noted beside what it makes of them."""
-        # before the call, which may overwrite its first operand
-        calls = [_in_environment(function, args, kwargs, environment) for environment in environments]
+        """The call on the values; what it makes of ``parts``, by the ids of its operands, is noted beside the result."""
+        beside, named = exchanged(args, kwargs, parts)
+        if overwrites(function, kwargs):  # now, as the call may overwrite its first operand
+            beside = (beside[0].clone(), *beside[1:])
         out = super().on_maps(function, args, kwargs)
         if _made_tensors(out):
             alike = _IN_ANY_LAYOUT.get(function, function)  # parts need not lie in memory as the values do
-            self._note(out, [self._run_beside(alike, *call) for call in calls])
+            made = self._run_beside(alike, beside, named)
+            for t, part in zip(_listed(out), _listed(made), strict=True):
+                self.records.note(t, part=part)
         return out
 
     def _run_beside(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -266,9 +270,6 @@ class ModifiedTrace(Decomposed):
         if not maps:
             return function(*args, **kwargs)
         out = super().on_maps(function, args, kwargs)
-        # ends of the box are leaves, and no constants
-        if any(t.requires_grad and t.is_leaf for t in tensors_in(args, kwargs)):
-            return out
         return self.count_constants(function, args, kwargs, maps, out)
 
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
@@ -316,16 +317,6 @@ class ModifiedTrace(Decomposed):
     def _has_part(self, t: Tensor) -> bool:
         return self.records[t].convolution is not None or self.records[t].part is not None
 
-    def _note(self, out: Any, found: list[Any]) -> None:
-        """Beside what a call made of the values, what it made of their parts (one), or of the ends of their box (two)."""
-        outs = (out,) if isinstance(out, Tensor) else out
-        columns = [(m,) if isinstance(m, Tensor) else m for m in found]
-        for t, *parts in zip(outs, *columns, strict=True):
-            if len(parts) == 1:
-                self.records.note(t, part=parts[0])
-            else:
-                self.records.note(t, box=(torch.minimum(*parts), torch.maximum(*parts)))
-
     def _modified_bias(self, bias: Tensor | None) -> Tensor | None:
         return self._modify(bias) if self._with_bias and bias is not None else None
 
@@ -345,12 +336,8 @@ def _folded(bias: Tensor | None, norm: BatchNorm) -> Tensor:
     return norm.shift if bias is None else bias * norm.scale + norm.shift
 
 
-def _in_environment(
-    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], environment: Environment
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with every tensor exchanged for what stands for it; what it would overwrite is a copy."""
-    args, kwargs = exchanged(args, kwargs, environment)
-    return ((args[0].clone(), *args[1:]) if overwrites(function, kwargs) else args), kwargs
+def _listed(out: Any) -> Any:
+    return (out,) if isinstance(out, Tensor) else out
 
 
 def _made_tensors(out: Any) -> bool:

@@ -93,7 +93,9 @@ def false_slope(model: nn.Module, x: Tensor) -> str:
     """
     if _SLOPE in _of(model):
         return ""
-    watch, one = _Rounding(model), x.detach()[:1].clone().requires_grad_()
+    if not x.detach()[:1].any():
+        return ""
+    watch, one = _Rounding(model), _off_the_kinks(x.detach()[:1]).requires_grad_()
     with torch.enable_grad():
         logits = _logits(watch, one)
         if logits is None or not logits.requires_grad:
@@ -103,13 +105,13 @@ def false_slope(model: nn.Module, x: Tensor) -> str:
             (slope,) = torch.autograd.grad(logits[0, top], one, allow_unused=True)
         except RuntimeError:  # what is overwritten cannot be differentiated; not all methods have to
             return ""
-    if slope is None or not slope.isfinite().all() or not one.any():
+    if slope is None or not slope.isfinite().all():
         return ""
     _of(model).add(_SLOPE)
     size, steep = float(logits.detach().abs().amax()), float(slope.double().norm())
     if not steep and _overflows(model, one.detach()):
         return ""
-    way = (slope.double() / steep).to(slope) if steep else _signs(one)
+    way = (slope.double() / steep).to(slope) if steep else _drawn(one).sign()
     # the longest step changes the output by a tenth at most, and no pixel by more than a quarter of the largest
     longest = 0.25 * float(one.detach().abs().amax()) / float(way.abs().amax())
     longest = min(longest, 0.1 * size / steep) if steep else longest
@@ -172,10 +174,15 @@ def _overflows(model: nn.Module, x: Tensor) -> bool:
     return False
 
 
-def _signs(x: Tensor) -> Tensor:
-    """1 and -1 by chance, like ``x``, that are always the same."""
+def _off_the_kinks(x: Tensor) -> Tensor:
+    """``x`` changed a little: black pixels may make activations of exactly 0, where a ReLU has no slope."""
+    return x + 0.01 * x.abs().amax() * _drawn(x)
+
+
+def _drawn(x: Tensor) -> Tensor:
+    """Numbers from -0.5 to 0.5, like ``x``, that are always the same."""
     drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (drawn - 0.5).sign().to(x.detach())
+    return (drawn - 0.5).to(x.detach())
 
 
 def _of(model: nn.Module) -> set[str]:

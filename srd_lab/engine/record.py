@@ -58,7 +58,7 @@ class Record:
     convolution : the convolution that made it, but for a copy.
     linear : the linear layer that made it: input (modified), weight, bias.
     part : what modified weights make of the same activations. box : bounds of a tensor made of the image alone.
-    overwritten : it was changed in place after its convolution or part was known.
+    overwritten : it was changed in place after its convolution, part or box was known.
     """
 
     channels: int | None = _stays(None)
@@ -116,5 +116,5 @@ class Records:
 
 def _after_change(record: Record) -> Record:
     staying = {name: getattr(record, name) for name in _STAYS}
-    known = record.part is not None or record.convolution is not None
+    known = any(fact is not None for fact in (record.part, record.convolution, record.box))
     return Record(**staying, overwritten=record.overwritten or known)

@@ -15,14 +15,9 @@ from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.layers import Place, call_index, high
+from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.norms_and_attention import affine_form
-from srd_lab.engine.record import original_of
-from srd_lab.engine.spellings import Call, Function, tensors_in
-
-_SHIFT_AND_SCALE = {"add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_"}
-_NORMALISING = _SHIFT_AND_SCALE | {"__rsub__", "rsub", "subtract", "true_divide", "clone", "cat", "stack"}
-# of colours, to normalise each
-_SLICING = {"__getitem__", "unsqueeze", "select", "narrow", "chunk", "split", "unbind"}
+from srd_lab.engine.spellings import Call, Function
 
 
 class SRDTrace(Decomposed):
@@ -51,9 +46,7 @@ class SRDTrace(Decomposed):
         self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
         self._axis = 1  # of the activation call that is running
         self._with_bias = with_bias
-        self._input: Tensor | None = None  # what the network proper is fed with, once normalised
-        self._at_input = True
-        self._read: list[Tensor] = []  # what the network proper has read of the image and its normalisation
+        self._begin = NetworkInput(self.records)
         self._shape = torch.Size()
 
     def trace(self, leaf: Tensor) -> tuple[Any, Tensor]:
@@ -62,12 +55,11 @@ class SRDTrace(Decomposed):
         self._shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
         self._fed = fed.grad_fn
-        self.records.note(fed, ahead=True)
+        self._begin.begin(fed)
         output = self.run(fed)
         self._top = output.grad_fn if isinstance(output, Tensor) else None
-        if self._input is None or any(original_of(t) is not self._input for t in self._read):
-            return output, leaf
-        return output, self._input
+        normalised = self._begin.found
+        return output, leaf if normalised is None else normalised
 
     def end(self) -> End:
         """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
@@ -86,16 +78,18 @@ class SRDTrace(Decomposed):
         top = end.output.grad_fn if last is None else self._gates[last]
         calls = self.u if last is None else self.u[: last + 1]
         gates = [Place(i, tuple(u.shape), self._gates[i]) for i, u in enumerate(calls)]
-        bottom = self._fed if self._input is None else self._input.grad_fn
+        normalised = self._begin.found
+        bottom = self._fed if normalised is None else normalised.grad_fn
         is_call, index = high(gates, self.places(), self._shape, top, bottom)
         return index if is_call else self.maps[index][0]
 
     def release(self) -> None:
         super().release()
         self.encoder.clear()
-        for recorded in (self.u, self.v, self._read, self._gates):
+        self._begin.clear()
+        for recorded in (self.u, self.v, self._gates):
             recorded.clear()
-        self._input = self._fed = self._top = None
+        self._fed = self._top = None
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
@@ -130,7 +124,7 @@ class SRDTrace(Decomposed):
         return self.channels.put(y, last)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        self._leave_input(norm.x)
+        self._begin.reads(norm.x)
         y = self.channels.put(run(), 1)
         if not self._with_bias:
             return y
@@ -138,7 +132,7 @@ class SRDTrace(Decomposed):
         return self.share_bias(y, norm.x if conv is None else conv.x, norm.shift, conv)
 
     def max_pool(self, pool: MaxPool) -> Any:
-        self._leave_input(pool.x)
+        self._begin.reads(pool.x)
         out = super().max_pool(pool)
         self.encoder.call(F.max_pool2d, pool.x, out[0] if isinstance(out, tuple) else out)
         return out
@@ -154,7 +148,7 @@ class SRDTrace(Decomposed):
         return self.count_constants(function, args, kwargs, maps, super().on_maps(function, args, kwargs))
 
     def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
-        self._follow_input(function, maps, out)
+        self._begin.called(function, args, maps, out)
         x = max(maps, key=Tensor.dim)
         if function in COPIES and (conv := self.records[x].convolution) is not None:
             self.records.note(out, convolution=conv)
@@ -184,33 +178,7 @@ class SRDTrace(Decomposed):
         # what follows may overwrite the encoder's output
         return output.clone() if self.encoder.returned(module, output) else None
 
-    def _follow_input(self, function: Function, moving: list[Tensor], out: Any) -> None:
-        """A shift or scale ahead of the first layer is normalisation: the input is what it puts out."""
-        name = getattr(function, "__name__", "")
-        ahead = [t for t in moving if self.records[t].ahead]
-        if not self._at_input or len(ahead) < len(moving) or name not in _NORMALISING | _SLICING:
-            self._read += ahead
-            return
-        if name in _SLICING and not all(_keeps_pixels(moving[0], t) for t in tensors_in((out,))):
-            self._read += ahead
-            return
-        for t in tensors_in((out,)):
-            self.records.note(t, ahead=True)
-        if isinstance(out, Tensor) and out.shape == self._shape and name in _NORMALISING:
-            self._input = out
-
-    def _leave_input(self, x: Tensor) -> None:
-        """``x`` goes into the network proper."""
-        self._at_input = False
-        if self.records[x].ahead:
-            self._read.append(x)
-
     def layer_reads(self, x: Tensor, axis: int) -> None:
         """A layer reads ``x``."""
-        self._leave_input(x)
+        self._begin.reads(x)
         self.encoder.layer(x, axis)
-
-
-def _keeps_pixels(x: Tensor, part: Tensor) -> bool:
-    """Whether a slice of ``x`` (..., H, W) has all of its pixels where they were: it is a view along the same two axes."""
-    return part._base is not None and (part.shape[-2:], part.stride()[-2:]) == (x.shape[-2:], x.stride()[-2:])
