@@ -293,6 +293,11 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         )
         for norm in NORMALISING
     },
+    "centred": (
+        lambda s, x: plain(s, x - x.mean((2, 3), keepdim=True)),
+        lambda s, x: plain(s, x + (-x.mean((2, 3), keepdim=True))),
+        set(),
+    ),
     "a negative image": (
         lambda s, x: plain(s, 1 - x),
         lambda s, x: plain(s, torch.rsub(x, 1)),
@@ -379,6 +384,37 @@ def test_a_gate_of_anything_else_stays_a_factor(step: Callable[[Net, Tensor], Te
     torch.testing.assert_close(
         explainer.explain(network, x, 1), explainer.explain(Frozen(network, gate), x, 1)
     )
+
+
+@pytest.mark.parametrize("name", [*MODIFIED, "lrp_epsilon"])
+@pytest.mark.parametrize("front", [lambda x: x, at_once])
+def test_a_first_layer_is_one_however_it_is_written(
+    front: Callable[[Tensor], Tensor], name: str, x: Tensor
+) -> None:
+    """A convolution as large as the image, a linear layer and a matrix product: z^B for all of them."""
+
+    class First(nn.Module):
+        def __init__(self, layer: Callable[[nn.Conv2d, Tensor], Tensor]) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.fc = nn.Conv2d(3, 16, (8, 10)), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.layer = layer
+            self.double().eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.b(F.relu(self.layer(self.a, front(x))))))
+
+    def explained(layer: Callable[[nn.Conv2d, Tensor], Tensor]) -> Tensor:
+        return make_explainer(name, **OPTIONS.get(name, {})).explain(First(layer), x, 1)
+
+    expected = explained(lambda a, x: a(x).flatten(1))
+    assert expected.any()
+    for layer in (
+        lambda a, x: F.linear(x.flatten(1), a.weight.flatten(1), a.bias),
+        lambda a, x: x.flatten(1) @ a.weight.flatten(1).T + a.bias,
+        lambda a, x: torch.einsum("nchw,ochw->no", x, a.weight) + a.bias,
+    ):
+        torch.testing.assert_close(explained(layer), expected, rtol=1e-7, atol=1e-10)
 
 
 def test_a_second_normalisation_brings_relevance_back_to_the_image(x: Tensor) -> None:

@@ -33,6 +33,7 @@ from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
 from srd_lab.engine.layers import Place, high
 from srd_lab.engine.pixel_box import PixelBox
+from srd_lab.engine.record import Linear
 from srd_lab.engine.spellings import Call, Function, tensors_in
 from srd_lab.errors import Refused, SrdLabError
 from srd_lab.logits import is_among
@@ -43,15 +44,16 @@ _TIMES = {torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, torch.neg, T.neg
 _ELEMENTWISE = SHIFTS | DIVISIONS | COPIES | _TIMES
 _ADAPTIVE_MAX_POOLS = {F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices}
 _MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "tensordot"}
-_LAYERS = (
+_LAYERS = {
     *("addmm", "addbmm", "baddbmm", "addmv", "addr", "addcmul", "addcdiv", "lerp", "dot", "inner", "outer"),
     *("ger", "kron", "vdot", "vecdot", "linalg_vecdot", "cross", "linalg_cross"),
     *("multi_dot", "linalg_multi_dot", "chain_matmul"),
-)
+}
 _CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
 _IN_ANY_LAYOUT: dict[Function, Function] = {T.view: T.reshape, T.view_as: T.reshape_as}
 _FORGOTTEN: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
+Part = Callable[[Tensor, Tensor | None], Tensor]  # of a weight, and of a bias that is modified
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -107,11 +109,11 @@ class ModifiedTrace(Decomposed):
             raise Refused(
                 "a network with one logit must end in a linear layer for this rule; use another method on this network"
             )
-        x, weight, bias = linear
-        weight, bias = torch.cat([-weight, weight]), None if bias is None else torch.cat([-bias, bias])
-        part = F.linear(x, self._modify(weight), self._modified_bias(bias))
-        self.records.note(logits, linear=(x, weight, bias), part=part)
-        self.head = (logits, x, weight)
+        weight, bias = torch.cat([-linear.weight, linear.weight]), linear.bias
+        bias = None if bias is None else torch.cat([-bias, bias])
+        part = linear.part(weight, self._modified_bias(bias))
+        self.records.note(logits, linear=replace(linear, weight=weight, bias=bias), part=part)
+        self.head = (logits, self.head[1], weight)  # type: ignore[index]
 
     def modified(self, t: Tensor) -> Tensor:
         """What modified weights make of ``t``, of its shape: ``t`` itself for activations and what is pooled from them."""
@@ -167,10 +169,9 @@ class ModifiedTrace(Decomposed):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = super().linear(x, weight, bias)
-        x = self.modified(x)
-        part = F.linear(x, self._modify(weight), self._modified_bias(bias))
-        self.records.note(y, linear=(x, weight, bias), part=part)
-        self.head = (y, x, weight)
+        made = Linear(weight, bias, self._reading(x, F.linear))
+        self.records.note(y, linear=made, part=made.part(weight, self._modified_bias(bias)))
+        self.head = (y, self.modified(x), weight)
         return self.channels.put(y, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
@@ -186,9 +187,8 @@ class ModifiedTrace(Decomposed):
             bias = _folded(conv.bias, norm)
             part = self._convolved(conv, conv.weight * norm.scale.view(-1, 1, 1, 1), bias)
         elif linear is not None:
-            x, weight, own = linear
-            weight = self._modify(weight * norm.scale[:, None])
-            part = F.linear(x, weight, self._modified_bias(_folded(own, norm)))
+            bias = _folded(linear.bias, norm)
+            part = linear.part(linear.weight * norm.scale[:, None], self._modified_bias(bias))
         else:
             shift = self._modified_bias(norm.shift)
             shift = None if shift is None else shift.view_as(scale)
@@ -230,9 +230,7 @@ class ModifiedTrace(Decomposed):
             return run(function, args, kwargs)  # refused
         has_parts = any(map(self._has_part, tensors))
         if not has_parts and self._box.concerns(tensors):
-            if any(self.records[t].overwritten for t in tensors):
-                raise self._unfollowed("reads a tensor of which a part was overwritten")
-            return self._box.follow(function, args, kwargs, lambda: run(function, args, kwargs))
+            return self._on_image(function, args, kwargs)
         if name == "__setitem__":
             raise self._unfollowed("writes into a part of a tensor")
         constant = not self._gated(tensors)
@@ -248,6 +246,29 @@ class ModifiedTrace(Decomposed):
         of_constants = self._modify if product else self.modified
         parts = {id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}
         return self._run_on_parts(function, args, kwargs, parts)
+
+    def _on_image(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call on what is made of the image alone: a normalisation, or the first layer."""
+        tensors, name = tensors_in(args, kwargs), getattr(function, "__name__", "")
+        if any(self.records[t].overwritten for t in tensors):
+            raise self._unfollowed("reads a tensor of which a part was overwritten")
+        out = super().on_maps(function, args, kwargs) if name in _MATRIX_PRODUCTS | _LAYERS else None
+        if out is None:
+            return self._box.follow(
+                function, args, kwargs, lambda: super(ModifiedTrace, self).on_maps(function, args, kwargs)
+            )
+        moving = [t for t in tensors if self.is_map(t)]
+        if name in _LAYERS or self._gated(tensors) or len(tensors) != 2 or len(moving) != 1:
+            return self.refused(function, args, kwargs, "is a layer of its own")
+        x, weight = moving[0], next(t for t in tensors if t is not moving[0])
+
+        def product(x_: Tensor, weight_: Tensor, bias: Tensor | None) -> Tensor:
+            operands, named = exchanged(args, kwargs, {id(x): x_, id(weight): weight_})
+            made: Tensor = function(*operands, **named)
+            return made
+
+        self.records.note(out, part=self._affine(x, weight, None, product), of_pixels=True)
+        return out
 
     def _run_on_parts(
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], parts: dict[int, Tensor]
@@ -292,13 +313,14 @@ class ModifiedTrace(Decomposed):
         scale = called_with(1, function, args, kwargs, [x]) - shift
         folded, plain = self._folding(x, scale, shift), not self._has_part(x) and not shift.any()
         part = x if folded else self.modified(x)  # now, as the call may be in place
+        pixels = self.records[x].of_pixels
         out: Tensor = super().on_maps(function, args, kwargs)
         if folded:
             self.records.note(out, convolution=folded)
         elif (scale < 0).any():
             return self._guarded(out, function, "turns the sign of a map")
         elif not plain:
-            added = self._modified_bias(shift)
+            added = None if pixels else self._modified_bias(shift)
             self.records.note(out, part=part * scale if added is None else part * scale + added)
         return out
 
@@ -324,12 +346,22 @@ class ModifiedTrace(Decomposed):
         return self._affine(conv.x, weight, self._modified_bias(bias), conv.apply)
 
     def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None, run: Affine) -> Tensor:
-        """z^B where x is made of the image alone, modified weights above."""
+        """What modified weights make of ``x``: z^B where it is made of the image alone."""
+        return self._reading(x, run)(weight, bias)
+
+    def _reading(self, x: Tensor, run: Affine) -> Part:
+        """What a layer ``run`` that reads ``x``, as it is now, makes of it with modified weights; the bias is modified."""
         box = self.records[x].box
         if box is None:
-            return run(self.modified(x), self._modify(weight), bias)
-        low, high = run(box[0], weight.clamp_min(0), None), run(box[1], weight.clamp_max(0), None)
-        return run(x, weight, None) - low - high
+            activations = self.modified(x)
+            return lambda weight, bias: run(activations, self._modify(weight), bias)
+        low, high = box
+
+        def in_box(weight: Tensor, bias: Tensor | None) -> Tensor:
+            below = run(low, weight.clamp_min(0), None) + run(high, weight.clamp_max(0), None)
+            return run(x, weight, None) - below
+
+        return in_box
 
 
 def _folded(bias: Tensor | None, norm: BatchNorm) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srd_lab.engine.affine import exchanged, overwrites
+from srd_lab.engine.affine import exchanged, overwrites, spelled
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import Function, tensors_in
 
+_TAKEN_OFF_SECOND = spelled("rsub __rsub__")
+_DIFFERENCES = spelled("sub subtract __sub__ __isub__") | _TAKEN_OFF_SECOND
 Box = tuple[
     Tensor, Tensor
 ]  # the lowest and the highest value that each entry of a tensor can have, of its shape
@@ -39,7 +41,13 @@ class PixelBox:
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]
     ) -> Any:
         """The result of a call, which ``run`` makes, with the box of what it made or wrote into."""
-        ends = {id(t): self._of(t) for t in tensors_in(args, kwargs)}
+        tensors = tensors_in(args, kwargs)
+        ends = {id(t): self._of(t) for t in tensors}
+        if (
+            function in _DIFFERENCES and len(tensors) == 2
+        ):  # the most that is left is what the least was taken off
+            taken = tensors[1] if function not in _TAKEN_OFF_SECOND else tensors[0]
+            ends[id(taken)] = ends[id(taken)][::-1]
         written = args[0] if function is Tensor.__setitem__ or overwrites(function, kwargs) else None
         whole = None if written is None or written._base is None else self._of(written._base)
         made = [self._at_end(i, function, args, kwargs, ends, written) for i in (0, 1)]  # before it writes

@@ -8,6 +8,7 @@ share the record of the tensor that they are all of.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +42,18 @@ def _stays(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A linear layer of the model.
+
+    weight, bias : (out, in) and (out,). part : what it makes of its input with a weight to be modified and a modified bias.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    part: Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
 class Record:
     """What is known of one tensor; None and False where nothing is.
 
@@ -56,8 +69,9 @@ class Record:
     call : the activation call that made it. event : which torch function of the model did, counted from 1.
     pooled : it was pooled from maps. pointwise : how it was made of other tensors value by value.
     convolution : the convolution that made it, but for a copy.
-    linear : the linear layer that made it: input (modified), weight, bias.
-    part : what modified weights make of the same activations. box : bounds of a tensor made of the image alone.
+    linear : the linear layer that made it.
+    part : what modified weights make of the same activations. of_pixels : by z^B, which leaves biases out.
+    box : bounds of a tensor made of the image alone.
     overwritten : it was changed in place after its convolution, part or box was known.
     """
 
@@ -74,8 +88,9 @@ class Record:
     pooled: bool = False
     pointwise: tuple[Pointwise, ...] = ()
     convolution: Convolution | None = None
-    linear: tuple[Tensor, Tensor, Tensor | None] | None = None
+    linear: Linear | None = None
     part: Tensor | None = None
+    of_pixels: bool = False
     box: tuple[Tensor, Tensor] | None = None
     overwritten: bool = False
 
