@@ -57,8 +57,10 @@ SELECTIONS = spelled(  # among a map's own values, as a max pool is: affine wher
 )
 KINKS = spelled(  # piecewise linear, and so an activation in all but its spelling, unless srd_lab.engine.spellings has it
     "maximum minimum fmax fmin abs absolute __abs__ sign sgn heaviside threshold clamp clamp_min clamp_max clip",
-    "hardshrink softshrink rrelu",
+    "hardshrink softshrink rrelu copysign hypot logaddexp logaddexp2",
 )
+NORMS = spelled("norm vector_norm matrix_norm")  # of one number each they are its absolute value
+
 _FILLS = SHIFTS | spelled(  # with a number that is given
     "pad constant_pad_nd masked_fill index_fill fill where nan_to_num tril triu"
 )
@@ -129,6 +131,26 @@ def brings_constants(
     if function in _PLAIN_PRODUCTS or not is_affine(function, args, kwargs, maps):
         return False
     return function in _FILLS or len(maps) < len(tensors_in(args, kwargs))
+
+
+def fills(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], maps: list[Tensor]) -> bool:
+    """Whether an affine call puts numbers that are made of no map beside those of its maps: behind a pad, say.
+
+    Example
+    -------
+    >>> x = torch.zeros(1)
+    >>> fills(torch.cat, ([x, torch.ones(1)],), {}, [x]), fills(torch.add, (x, torch.ones(1)), {}, [x])
+    (True, False)
+    """
+    if function in SHIFTS or function in PRODUCTS or not is_affine(function, args, kwargs, maps):
+        return False
+    numbers = (*args[1:], *kwargs.values())
+    if any(isinstance(n, float) and n == -torch.inf for n in numbers):  # never the largest
+        return False
+    constants = [
+        t for t in tensors_in(args, kwargs) if t.is_floating_point() and not any(t is x for x in maps)
+    ]
+    return bool(constants) or (function in _FILLS and kwargs.get("mode", "constant") == "constant")
 
 
 def exchanged(

@@ -15,11 +15,14 @@ from srd_lab.engine.affine import (
     GATES,
     KINKS,
     LIKE,
+    NORMS,
     PRODUCTS,
+    SELECTIONS,
     SHAPED,
     brings_constants,
     constant_part,
     exchanged,
+    fills,
     is_affine,
     overwrites,
 )
@@ -94,7 +97,14 @@ class Gated(ImageTrace):
         compared |= function in PRODUCTS and any(
             of.detached and not t.is_floating_point() for t, of in zip(tensors, known, strict=True)
         )
-        why = "chooses by a comparison of maps" if compared else self._not_constant(args, kwargs)
+        filled = any(of.filled for of in known)
+        if compared:
+            why = "chooses by a comparison of maps"
+        elif filled and function in SELECTIONS:
+            why = "chooses between a map and a constant, as an activation does,"
+        else:
+            why = self._not_constant(args, kwargs)
+        filled |= bool(maps) and fills(function, args, kwargs, maps)
         if why and maps and torch.is_grad_enabled():
             out = self.refused(function, args, kwargs, why)
         else:
@@ -104,6 +114,8 @@ class Gated(ImageTrace):
         chooses |= (bool(maps or detached) or self.gate_in(args, kwargs)) and _compares(function, out)
         written = args[:1] if function is Tensor.__setitem__ or overwrites(function, kwargs) else ()
         for t in tensors_in((out, *written)):
+            if filled:
+                self.records.note(t, filled=True)
             if t.requires_grad:
                 continue  # guarded, where it is not affine
             if chooses:
@@ -117,9 +129,13 @@ class Gated(ImageTrace):
         return ""
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if function in KINKS:
+        maps = self.maps_in(args, kwargs)
+        if function in KINKS or self._pointwise.bends(function, args, kwargs):
             return self.refused(function, args, kwargs, "is an activation by another name")
-        return super().on_maps(function, args, kwargs)
+        out = super().on_maps(function, args, kwargs)
+        if function in NORMS and isinstance(out, Tensor) and out.numel() == maps[0].numel():
+            return self.refused(function, args, kwargs, "is an activation by another name")
+        return out
 
     def refused(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Any:
         """The call as it is, and an SrdLabError that says ``why`` for any live pass that arrives there."""

@@ -15,7 +15,7 @@ from srd_lab.engine.model_checks import SameOutput
 from srd_lab.engine.pointwise import PointwiseCalls, SelfGated
 from srd_lab.engine.record import Records
 from srd_lab.engine.softplus import in_place
-from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Call, Function, recognise, tensors_in
+from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Call, Function, plain_spelling, recognise, tensors_in
 from srd_lab.errors import Refused
 from srd_lab.logits import tensor_of
 
@@ -72,6 +72,7 @@ class ImageTrace(Interceptor):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        func = plain_spelling(func)
         if not self.sees_all:
             return self._called(func, types, args, kwargs or {})
         tensors = tensors_in(args, kwargs)

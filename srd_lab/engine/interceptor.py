@@ -51,6 +51,7 @@ from srd_lab.engine.spellings import (
     draws,
     first_tensor,
     function_name,
+    plain_spelling,
     recognise,
     tensors_in,
 )
@@ -178,7 +179,7 @@ class Interceptor(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = plain_spelling(func), kwargs or {}
         if torch.is_inference_mode_enabled():
             raise Refused(
                 f"{self.where()} runs in torch.inference_mode, where nothing can be traced; use torch.no_grad there, or "

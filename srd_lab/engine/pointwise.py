@@ -26,13 +26,17 @@ _SCALES = _TIMES | DIVISIONS | _CASTS | spelled("neg negative positive __neg__ _
 _SQUASHES = spelled(  # these make a gate of a map
     "sigmoid expit hardsigmoid logsigmoid log_sigmoid tanh erf erfc exp expm1 relu6 hardtanh clamp clip",
 )
+_BENDS = spelled(
+    "exp expm1 erf erfc log log1p pow __pow__ __rpow__ square __rdiv__ __rtruediv__ sqrt rsqrt reciprocal",
+)
 _POINTWISE = (
     _SCALES
     | SHIFTS
     | _SQUASHES
+    | _BENDS
     | spelled(
-        "relu leaky_relu elu selu celu silu gelu mish hardswish softplus softsign log log1p pow __pow__ __rpow__ square",
-        "__rdiv__ __rtruediv__ sqrt rsqrt reciprocal abs absolute __abs__ clamp_min clamp_max threshold maximum minimum",
+        "relu leaky_relu elu selu celu silu gelu mish hardswish softplus softsign abs absolute __abs__ clamp_min clamp_max",
+        "threshold maximum minimum",
     )
 )
 _COMPLETING = _TIMES | DIVISIONS
@@ -45,6 +49,7 @@ class Pointwise:
 
     source, version : the source, as it was then. function : makes the tensor again of the source's values.
     scaled : it is the source times a constant. squashed : a function that makes gates had a part in it.
+    bent : so had one that is neither affine nor an activation: a root, a power, the map times itself.
     calls : how many calls that took.
     """
 
@@ -53,6 +58,7 @@ class Pointwise:
     function: Callable[[Tensor], Tensor]
     scaled: bool
     squashed: bool
+    bent: bool
     calls: int
 
     def is_of(self, other: Pointwise) -> bool:
@@ -127,6 +133,13 @@ class PointwiseCalls:
                     return SelfGated(u, made.function, args[0] if overwrites(function, kwargs) else None)
         return None
 
+    def bends(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call adds up what was made of one map value by value, and bent: ``y + sqrt(y * y)``, which is a ReLU."""
+        if function not in SHIFTS or len(moving := self._moving(args, kwargs)) < 2:
+            return False
+        first, *others = (self._of(t) for t in moving)
+        return any((a.bent or b.bent) and a.is_of(b) for a in first for ways in others for b in ways)
+
     def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The operands that are made of the image; none where one of them is cut off from it."""
         tensors = tensors_in(args, kwargs)
@@ -142,7 +155,7 @@ class PointwiseCalls:
         if not self._records.is_map(t):
             return known
         original = original_of(t)
-        itself = Pointwise(weakref.ref(original), original._version, _same, True, False, 0)
+        itself = Pointwise(weakref.ref(original), original._version, _same, True, False, False, 0)
         return (itself, *known)
 
 
@@ -174,6 +187,9 @@ def _composed(
         and ways[0].scaled
         and not _divides_by(function, args, holes),
         squashed=function in _SQUASHES or any(way.squashed for way in ways),
+        bent=function in _BENDS
+        or (function in _COMPLETING and len(ways) > 1)
+        or any(way.bent for way in ways),
         calls=1 + max(way.calls for way in ways),
     )
 

@@ -67,7 +67,8 @@ class Record:
     compared : a comparison of maps made it. detached : it is made of maps, and asks for no gradient.
     unseen : it was made with gradients off.
     call : the activation call that made it. event : which torch function of the model did, counted from 1.
-    pooled : it was pooled from maps. pointwise : how it was made of other tensors value by value.
+    filled : constants stand among its values, as behind a pad. pooled : it was pooled from maps.
+    pointwise : how it was made of other tensors value by value.
     convolution : the convolution that made it, but for a copy.
     linear : the linear layer that made it.
     part : what modified weights make of the same activations. of_pixels : by z^B, which leaves biases out.
@@ -85,6 +86,7 @@ class Record:
     unseen: bool = False
     call: Call | None = None
     event: int | None = None
+    filled: bool = False
     pooled: bool = False
     pointwise: tuple[Pointwise, ...] = ()
     convolution: Convolution | None = None

@@ -64,9 +64,12 @@ _IN_PLACE: dict[str, tuple[Function, ...]] = {
     "tanh": (torch.tanh_, T.tanh_),
 }
 
+_NN = torch._C._nn  # where functional has many of its own from
 ACTIVATIONS = {function: kind for kind, functions in _PURE.items() for function in functions}
+ACTIVATIONS |= {getattr(_NN, kind): kind for kind in _PURE if hasattr(_NN, kind)}
 
 IN_PLACE_ACTIVATIONS = {function: kind for kind, functions in _IN_PLACE.items() for function in functions}
+IN_PLACE_ACTIVATIONS |= {getattr(_NN, f"{kind}_"): kind for kind in _PURE if hasattr(_NN, f"{kind}_")}
 
 _CLAMPS = {
     *(torch.clamp, T.clamp, torch.clamp_, T.clamp_, torch.clip, T.clip, torch.clip_, T.clip_),
@@ -107,6 +110,24 @@ class Call:
         """The activation at one number; interceptors do not see this."""
         with torch._C.DisableTorchFunction():
             return float(self.function(torch.tensor(u, dtype=torch.float64)))
+
+
+def plain_spelling(function: Function) -> Function:
+    """The function of torch that an operator of its dispatcher is; ``function`` itself for all others.
+
+    Example
+    -------
+    >>> plain_spelling(torch.ops.aten.relu.default) is torch.relu
+    True
+    """
+    if type(function).__module__ != "torch._ops":
+        return function
+    space, _, name = str(function).partition(".")
+    if space != "aten":
+        return function
+    name = name.partition(".")[0]
+    found = (getattr(place, name, None) for place in (torch, _NN, T))
+    return next((plain for plain in found if plain is not None), function)
 
 
 def function_name(function: Function) -> str:
