@@ -98,8 +98,46 @@ def mixed_by_convolution(s: Net, y: Tensor) -> Tensor:
     return F.relu(F.conv2d(y, s.d.weight.mean((2, 3))[:, :, None, None]))
 
 
+def kernel(s: Net) -> Tensor:
+    return s.d.weight.mean((2, 3))
+
+
+def last(y: Tensor) -> Tensor:
+    return y.permute(0, 3, 1, 2)
+
+
+MIXED: list[Step] = [
+    mixed,
+    lambda s, y: last(F.relu(torch.einsum("nchw,oc->nhwo", y, kernel(s)))),
+    lambda s, y: last(F.relu(torch.einsum("oc, ...chw -> ...hwo", kernel(s), y))),
+    lambda s, y: F.relu(torch.einsum("nchw,oc->onhw", y, kernel(s))).permute(1, 0, 2, 3),
+    lambda s, y: last(F.relu(torch.tensordot(y, kernel(s), dims=([1], [1])))),
+    lambda s, y: F.relu(torch.tensordot(kernel(s), y, dims=([1], [1]))).permute(1, 0, 2, 3),
+    lambda s, y: F.relu(torch.stack([(y * w.view(-1, 1, 1)).sum(1) for w in kernel(s)], 1)),
+    lambda s, y: last(F.relu(torch.stack([(y * w.view(-1, 1, 1)).sum(dim=1) for w in kernel(s)], -1))),
+    lambda s, y: F.relu(torch.cat([(y * w.view(-1, 1, 1)).sum(1).unsqueeze(1) for w in kernel(s)], 1)),
+]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_map_of_one_channel_is_one_without_its_axis_too(name: str, x: Tensor) -> None:
+    """Activations and shifts of it: SRD would take rows of pixels for vectors."""
+
+    def summed(keep: bool) -> Step:
+        def step(s: Net, y: Tensor) -> Tensor:
+            gate = F.relu(y.sum(1, keepdim=keep) - 0.5)
+            return F.relu(s.d(y)) + (gate if keep else gate[:, None])
+
+        return step
+
+    maps = [explain(name, inside(summed(keep)), x) for keep in (True, False)]
+    assert maps[0].any()
+    torch.testing.assert_close(*maps)
+
+
 @pytest.mark.parametrize(
-    ("one", "other"), [(non_local(True), non_local(False)), (mixed, mixed_by_convolution)]
+    ("one", "other"),
+    [(non_local(True), non_local(False)), *((step, mixed_by_convolution) for step in MIXED)],
 )
 @pytest.mark.parametrize("name", ["srd", "gradcam", "layercam_low"])
 def test_channels_are_found_behind_products_of_matrices(name: str, one: Step, other: Step, x: Tensor) -> None:

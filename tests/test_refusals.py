@@ -343,7 +343,9 @@ def test_a_relu_by_hand_is_an_activation_or_refused(name: str, relu: str, x: Ten
     model = Net(lambda s, x: s.head(RELUS_BY_HAND[relu](s.d(F.relu(s.c(x))))))
     found, refusal = tried(name, model, x)
     if found is None:
-        assert "there is no rule for it" in refusal or "cannot follow" in refusal
+        assert any(
+            said in refusal for said in ("no rule for it", "cannot follow", "activations that are >= 0")
+        )
         return
     torch.testing.assert_close(found, explain(name, Net(plain), x))
 

@@ -14,6 +14,7 @@ from small_networks import OPTIONS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms.functional import normalize
 
 from srd_lab.errors import Refused
 from srd_lab.methods.fullgrad import FullGrad
@@ -193,7 +194,16 @@ def scattered(x: Tensor) -> Tensor:
     return out
 
 
+def by_batch_norm(x: Tensor) -> Tensor:
+    return F.batch_norm(x, MEANS, DEVIATIONS**2, eps=0)
+
+
+def by_torchvision(x: Tensor) -> Tensor:
+    return normalize(x, MEANS.tolist(), DEVIATIONS.tolist())
+
+
 NORMALISING = (
+    *(by_batch_norm, by_torchvision),
     *(into_a_buffer, into_a_copy, in_views, in_the_image, whole_in_place, concatenated, stacked, scattered),
 )
 
@@ -284,12 +294,11 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         set(),
     ),
     "read under its old name": (out_of_place, in_place, set()),
-    # every constant that is added is a bias to FullGrad, and each colour's is one of its own
     **{
         f"normalised: {norm.__name__}": (
             lambda s, x: plain(s, at_once(x)),
             lambda s, x, norm=norm: plain(s, norm(x)),
-            {"fullgrad"},
+            set(),
         )
         for norm in NORMALISING
     },

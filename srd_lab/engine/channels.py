@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.engine.affine import exchanged
+from srd_lab.engine.affine import exchanged, spelled
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import Function
 
@@ -25,6 +25,8 @@ _RESHAPES = {
     *(torch.reshape, T.reshape, T.view, T.reshape_as, T.view_as, torch.flatten, T.flatten),
     *(torch.unflatten, T.unflatten),
 }
+_REDUCTIONS = spelled("sum mean amax amin")
+_NEW_AXES = spelled("stack unsqueeze")
 _PRODUCTS_OF_MATRICES = {torch.matmul, T.matmul, torch.bmm, T.bmm}
 
 
@@ -67,9 +69,29 @@ class Channels:
         elif isinstance(out, Tensor) and out is not x and out.dim() and x.dim():
             if x.dim() > 4 and self._records[x].channels is None:
                 return
-            found = _followed(function, args, kwargs, x, axis, out)
+            if self._records[x].lone:
+                found = _dim(args, kwargs) if function in _NEW_AXES else None
+                if found is None and out.dim() == x.dim():
+                    self._records.note(out, lone=True)
+            elif (
+                out.dim() == x.dim() - 1
+                and function in _REDUCTIONS
+                and _dim(args, kwargs) in (axis, axis - x.dim())
+            ):
+                self._records.note(out, lone=True)
+                return
+            else:
+                found = _followed(function, args, kwargs, x, axis, out)
             if found is not None:
                 self.put(out, found)
+
+
+def _dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The axis that a call names, if it is one."""
+    named = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if isinstance(named, list | tuple) and len(named) == 1:
+        named = named[0]
+    return named if isinstance(named, int) and not isinstance(named, bool) else None
 
 
 def places(t: Tensor, axis: int) -> tuple[int, ...]:
@@ -105,6 +127,10 @@ def _followed(
         summed, kept = (x.dim() - 1, x.dim() - 2) if first else (x.dim() - 2, x.dim() - 1)
         along_rows = (axis == kept) if first else (axis == summed)
         found = out.dim() - (2 if along_rows and out.dim() > 1 else 1)
+    elif function is torch.einsum:
+        found = _behind_einsum(args, x, axis)
+    elif function is torch.tensordot:
+        found = _behind_tensordot(*args, **kwargs, x=x, axis=axis)
     elif function is F.unfold:  # (N, C k k, positions)
         found = out.dim() - 2
     elif function in _RESHAPES:
@@ -128,6 +154,43 @@ def _behind_reshape(old: tuple[int, ...], axis: int, new: tuple[int, ...]) -> in
     behind = prod(old[axis + 1 :])
     fitting = [j for j, size in enumerate(new) if size == old[axis] and prod(new[j + 1 :]) == behind]
     return next((j for j in fitting if j > 0 or axis == 0), None)
+
+
+def _behind_einsum(args: tuple[Any, ...], x: Tensor, axis: int) -> int | None:
+    """Where the letter of the channels went; if it is summed over, the one letter that the other operand brings."""
+    if not args or not isinstance(args[0], str) or "->" not in args[0]:
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
+    inputs, _, result = args[0].replace(" ", "").partition("->")
+    letters = [_spelt_out(part, t.dim()) for part, t in zip(inputs.split(","), operands, strict=True)]
+    mine = next(row for row, t in zip(letters, operands, strict=True) if t is x)
+    out = _spelt_out(result, len(result.replace("...", "")) + max(row.count(".") for row in letters))
+    if mine[axis] in out:
+        return out.index(mine[axis])
+    brought = [letter for letter in out if letter not in mine]
+    return out.index(brought[0]) if len(brought) == 1 else None
+
+
+def _spelt_out(letters: str, dims: int) -> str:
+    """The letters of one operand, with a point for every axis that the ellipsis stands for."""
+    return letters.replace("...", "." * (dims - len(letters.replace("...", ""))))
+
+
+def _behind_tensordot(
+    a: Tensor, b: Tensor, dims: Any = 2, *other: Any, x: Tensor, axis: int, **others: Any
+) -> int | None:
+    """What is left of the first comes first, then what is left of the second."""
+    if isinstance(dims, int):
+        dims = (list(range(a.dim() - dims, a.dim())), list(range(dims)))
+    if isinstance(dims, Tensor):
+        dims = dims.tolist()
+    summed = [[d % t.dim() for d in of] for t, of in zip((a, b), dims, strict=True)]
+    free = [[d for d in range(t.dim()) if d not in of] for t, of in zip((a, b), summed, strict=True)]
+    mine = 0 if x is a else 1
+    start = (0, len(free[0]))
+    if axis in free[mine]:
+        return start[mine] + free[mine].index(axis)
+    return start[1 - mine] if len(free[1 - mine]) == 1 else None
 
 
 def _behind_view(

@@ -58,22 +58,30 @@ class NetworkInput:
         if self._records[x].ahead:
             self._read.append(x)
 
+    def is_ahead(self, maps: list[Tensor]) -> bool:
+        """Whether what is done to ``maps`` now may be a normalisation: they are the image, and no layer has run."""
+        return self._ahead and all(self._records[t].ahead for t in maps)
+
+    def normalised(self, x: Tensor, y: Tensor) -> bool:
+        """Whether a batch norm that made ``y`` of ``x`` is a normalisation of the image; it is noted as one then."""
+        if not self.is_ahead([x]) or y.shape != self._shape:
+            return False
+        self._records.note(y, ahead=True)
+        self._last = original_of(y)
+        return True
+
     def called(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
         """``function`` was called on ``maps`` and returned ``out``: a shift or scale ahead of the first layer is
         normalisation, also colour by colour."""
-        if function in LIKE:
+        writes = function is Tensor.__setitem__ or overwrites(function, {})
+        made = [t for t in (args[0], args[0]._base) if t is not None] if writes else tensors_in((out,))
+        if function in LIKE or not made:  # it asks for a shape, say
             return
-        ahead = [t for t in maps if self._records[t].ahead]
         slices = function in _SLICING
-        if not self._ahead or len(ahead) < len(maps) or not (slices or function in _NORMALISING):
-            self._read += ahead
+        normalises = function in _NORMALISING or (slices and all(_keeps_pixels(maps[0], t) for t in made))
+        if not normalises or not self.is_ahead(maps):
+            self._read += [t for t in maps if self._records[t].ahead]
             return
-        made = tensors_in((out,))
-        if slices and not all(_keeps_pixels(maps[0], t) for t in made):
-            self._read += ahead
-            return
-        if function is Tensor.__setitem__ or overwrites(function, {}):
-            made = [t for t in (args[0], args[0]._base) if t is not None]
         for t in made:
             self._records.note(t, ahead=True)
             if t.shape == self._shape and not slices:

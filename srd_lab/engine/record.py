@@ -58,7 +58,8 @@ class Record:
     """What is known of one tensor; None and False where nothing is.
 
     About the tensor:
-    channels : the axis of its channels. ahead : it is the image, or what normalising makes of it.
+    channels : the axis of its channels. lone : it has one channel, whose axis a sum took away.
+    ahead : it is the image, or what normalising makes of it.
     seen : an intercepted call made it, or wrote into it.
     scattered : a reshape has put its positions elsewhere, as into windows, so that they are no rows and columns (FullGrad).
 
@@ -77,6 +78,7 @@ class Record:
     """
 
     channels: int | None = _stays(None)
+    lone: bool = _stays(False)
     ahead: bool = _stays(False)
     scattered: bool = _stays(False)
     seen: bool = _stays(False)

@@ -44,7 +44,7 @@ class SRDTrace(Decomposed):
         self._fed: Any = None  # that of the image
         self._top: Any = None  # and that of the logits
         self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
-        self._axis = 1  # of the activation call that is running
+        self._axis, self._lone = 1, False  # of the activation call that is running
         self._with_bias = with_bias
         self._begin = NetworkInput(self.records)
         self._shape = torch.Size()
@@ -93,19 +93,26 @@ class SRDTrace(Decomposed):
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        self._lone = self.records[x].lone
         self._axis = self.channels.of(x)
         self.layer_reads(x, self._axis)
         out = super().activate(call, x, inplace)
         self.records.note(out, call=call)
+        if self._lone:
+            self.records.note(out, lone=True)
+            return out
         return self.channels.put(out, self._axis)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
-        u, v = u.movedim(self._axis, 1), v.movedim(self._axis, 1)
+        if self._lone:  # a map of one channel, whose axis a sum took away
+            u, v = u.unsqueeze(1), v.unsqueeze(1)
+        else:
+            u, v = u.movedim(self._axis, 1), v.movedim(self._axis, 1)
         self.u.append(u)
         self.v.append(v)
         out = super().gate(call, u, v)
         self._gates.append(out.grad_fn)
-        return out.movedim(1, self._axis)
+        return out.squeeze(1) if self._lone else out.movedim(1, self._axis)
 
     def convolution(self, conv: Convolution) -> Tensor:
         self.layer_reads(conv.x, 1)
@@ -124,8 +131,10 @@ class SRDTrace(Decomposed):
         return self.channels.put(y, last)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        self._begin.reads(norm.x)
         y = self.channels.put(run(), 1)
+        if self._begin.normalised(norm.x, y):
+            return y
+        self._begin.reads(norm.x)
         if not self._with_bias:
             return y
         conv = self.records[norm.x].convolution
@@ -171,6 +180,9 @@ class SRDTrace(Decomposed):
         out = super().on_maps(function, args, kwargs)
         if out.dim() > x.dim():
             return self.absorb(out, shift)
+        if self.records[x].lone:
+            one, axis = vectors.expand(out.shape).unsqueeze(1), 1
+            return self.share_bias(out.unsqueeze(1).clone(), one, shift.unsqueeze(1), axis=axis).squeeze(1)
         return self.share_bias(out, vectors.expand(out.shape), shift.movedim(axis, 1), axis=axis)
 
     # where things begin and end --------------------------------------------------------------------------

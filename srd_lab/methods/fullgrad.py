@@ -33,8 +33,9 @@ from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
 from srd_lab.engine.channels import keeps_places
-from srd_lab.engine.geometry import BatchNorm, Convolution
+from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
+from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
 from srd_lab.errors import Refused
@@ -84,7 +85,8 @@ class _Bias:
     """A bias of the running model.
 
     y : what it is in, with channels along ``axis``. bias : its value; None for that of an activation y of ``u``.
-    scattered : the positions of y are no rows and columns of the image.
+    scattered : the positions of y are no rows and columns of the image. lone : y has one channel, and no axis for it.
+    ahead : it is a part of a normalisation of the image.
     """
 
     y: Tensor
@@ -92,6 +94,8 @@ class _Bias:
     bias: Tensor | None
     u: Tensor | None = None
     scattered: bool = False
+    lone: bool = False
+    ahead: bool = False
 
     @property
     def value(self) -> Tensor:
@@ -111,25 +115,37 @@ class _Biases(ImageTrace):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.found: list[_Bias] = []
+        self.begin = NetworkInput(self.records)
 
-    def note(self, y: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+    def note(self, y: Tensor, bias: Tensor | None, axis: int, ahead: bool = False) -> Tensor:
         """``y``, to which ``bias`` was added; a copy, as what follows may overwrite it."""
         if bias is None or not y.requires_grad:
             return y
-        self.found.append(_Bias(y, axis, bias, scattered=self.records[y].scattered))
-        return self.channels.put(self._like([y], y.clone()), axis)
+        known = self.records[y]
+        self.found.append(_Bias(y, axis, bias, None, known.scattered, known.lone, ahead))
+        return self._with_channels(self._like([y], y.clone()), axis, known.lone)
+
+    def _with_channels(self, t: Tensor, axis: int, lone: bool) -> Tensor:
+        if not lone:
+            return self.channels.put(t, axis)
+        self.records.note(t, lone=True)
+        return t
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         axis = self.channels.of(x)
-        return self.channels.put(self._like([x], self._activated(call, x, inplace, axis)), axis)
+        self.begin.reads(x)
+        lone = self.records[x].lone
+        return self._with_channels(self._like([x], self._activated(call, x, inplace, axis)), axis, lone)
 
     def _like(self, maps: list[Tensor], out: Tensor, moved: bool = False) -> Tensor:
         """``out``, whose positions are where those of any of ``maps`` are, unless they were moved."""
         scattered = moved or all(self.records[t].scattered for t in maps)
-        self.records.note(out, scattered=scattered)
+        lone = out.dim() == maps[0].dim() and self.records[maps[0]].lone
+        self.records.note(out, scattered=scattered, lone=lone or self.records[out].lone)
         return out
 
     def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
+        self.begin.called(function, args, maps, out)
         for made in out if isinstance(out, tuple | list) else (out,):
             if isinstance(made, Tensor):
                 x = max(maps, key=Tensor.dim)
@@ -140,19 +156,29 @@ class _Biases(ImageTrace):
             return call.original(x)
         u = x.clone()
         v = call.function(u)
-        self.found.append(_Bias(v, axis, None, u, self.records[x].scattered))
+        self.found.append(_Bias(v, axis, None, u, self.records[x].scattered, self.records[x].lone))
         return x.copy_(v) if inplace else v.clone()
 
     def convolution(self, conv: Convolution) -> Tensor:
+        self.begin.reads(conv.x)
         y = conv.apply(conv.x, conv.weight, conv.bias)
         return self.note(y, None if conv.bias is None else conv.bias.view(-1, 1, 1), 1)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.begin.reads(x)
         y = self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
         return self.note(self._like([x], y), bias, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        return self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1)
+        ahead = self.begin.is_ahead([norm.x])
+        y = self.note(run(), norm.shift.view(-1, *[1] * (norm.x.dim() - 2)), 1, ahead)
+        if not self.begin.normalised(norm.x, y):
+            self.begin.reads(norm.x)
+        return y
+
+    def max_pool(self, pool: MaxPool) -> Any:
+        self.begin.reads(pool.x)
+        return super().max_pool(pool)
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is added to a map is a bias."""
@@ -162,12 +188,13 @@ class _Biases(ImageTrace):
         axis, bias = self.channels.of(maps[0]), constant_part(function, args, kwargs, maps)
         if bias.dim() != maps[0].dim() or not _is_vector(bias, axis):
             return super().on_maps(function, args, kwargs)
+        ahead = self.begin.is_ahead(maps)
         if overwrites(function, kwargs):
             return in_place(
                 args[0],
-                lambda u: self.note(self._like(maps, function(u, *args[1:], **kwargs)), bias, axis),
+                lambda u: self.note(self._like(maps, function(u, *args[1:], **kwargs)), bias, axis, ahead),
             )
-        return self.note(self._like(maps, function(*args, **kwargs)), bias, axis)
+        return self.note(self._like(maps, function(*args, **kwargs)), bias, axis, ahead)
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
@@ -183,15 +210,22 @@ def _products(
     product whether its positions are no rows and columns of the image."""
     with attribution(model, x) as run:
         trace = run.recording(_Biases(run.network))
-        logits = trace.run(run.given.clone())
+        fed = run.given.clone()
+        trace.begin.begin(fed)
+        logits = trace.run(fed)
         score = class_logit(logits, target)
-        terms = [_Bias(run.given, 1, run.given), *trace.found]
+        normalised = trace.begin.found
+        start = run.given if normalised is None else normalised
+        terms = [_Bias(start, 1, start), *(b for b in trace.found if normalised is None or not b.ahead)]
         values = [term.value for term in terms]
         slopes = slopes_of(score, [term.y for term in terms], differentiable=run.differentiable)
         products, scattered = [], []
         for g, value, term in zip(slopes, values, terms, strict=True):
             if g is not None:
-                products.append(run.finish((g * value).movedim(term.axis, 1)))
+                product = g * value
+                products.append(
+                    run.finish(product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1))
+                )
                 scattered.append(term.scattered)
         return products, run.finish(logits), scattered
 
