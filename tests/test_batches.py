@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from srd_lab.data import SkippedFile
-from srd_lab.errors import BadData, OtherWork
+from srd_lab.errors import BadData, OtherWork, SrdLabWarning
 from srd_lab.runs import batches
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.settings import Settings
@@ -118,6 +120,79 @@ def test_a_batch_that_was_removed_is_done_again(tmp_path: Path) -> None:
     found = parts(tmp_path, work := Work(), 5, resume=True)
     assert work.calls == [[2, 3]]
     assert joined(found)["number"].tolist() == list(range(7))
+
+
+def cut_short(batch: Path) -> None:
+    batch.write_bytes(batch.read_bytes()[:200])
+
+
+def flip_a_bit(batch: Path) -> None:
+    content = bytearray(batch.read_bytes())
+    content[len(content) // 2] ^= 16
+    batch.write_bytes(bytes(content))
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def change(batch: Path) -> None:
+        with np.load(batch) as arrays:
+            left = {name: array for name, array in arrays.items() if name not in names}
+        np.savez_compressed(batch, **left)
+
+    return change
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "cut short": cut_short,
+    "a bit flipped": flip_a_bit,
+    "empty": lambda batch: batch.write_bytes(b""),
+    "no archive": lambda batch: batch.write_text("hello"),
+    "of objects": lambda batch: np.savez(batch, files=np.array([{}], dtype=object)),
+    "without files": without("files"),
+    "without seconds": without("seconds"),
+    "without results": without("double"),
+    "numbers the wrong way round": lambda batch: batch.rename(batch.with_name("00002-00000.npz")),
+    "twice": lambda batch: batch.with_name("00003-00004.npz").write_bytes(batch.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("way", DAMAGE)
+def test_a_disturbed_batch_is_put_aside_and_made_again(way: str, tmp_path: Path) -> None:
+    expected = joined(parts(tmp_path, Work(), 2))
+    before = stored(tmp_path)
+    DAMAGE[way](tmp_path / "batches" / "00002-00003.npz")
+    with pytest.warns(
+        SrdLabWarning, match=r"^batches/\d+-\d+\.npz is made again, and is now called .*\.damaged: "
+    ):
+        found = joined(parts(tmp_path, work := Work(), 2, resume=True))
+    assert work.calls == ([] if way == "twice" else [[2, 3]])
+    for name in ("double", "number", "files"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    aside = [name for name in stored(tmp_path) if name.endswith(".damaged")]
+    assert len(aside) == 1  # nothing is thrown away
+    assert [name for name in stored(tmp_path) if name not in aside] == before
+    parts(tmp_path, work := Work(), 2, resume=True)  # and it is whole again
+    assert work.calls == []
+
+
+def test_other_files_beside_batches_are_left_alone(tmp_path: Path) -> None:
+    parts(tmp_path, Work(), 2)
+    strangers = ("foo.npz", "Thumbs.db", "00000-00001.npz.bak", "1-2.npz", "-.npz", "x-00001.npz")
+    for name in strangers:
+        (tmp_path / "batches" / name).write_bytes(b"mine")
+    parts(tmp_path, work := Work(), 2, resume=True)
+    assert work.calls == []
+    assert all((tmp_path / "batches" / name).read_bytes() == b"mine" for name in strangers)
+
+
+def test_what_killed_writers_left_is_removed_on_resume(tmp_path: Path) -> None:
+    parts(tmp_path, Work(), 2)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, other = (tmp_path / "batches" / f".00000-00001.npz.{pid}.part" for pid in (ended.pid, os.getpid()))
+    for part in (left, other):
+        part.write_bytes(b"half")
+    parts(tmp_path, Work(), 2, resume=True)
+    assert (left.exists(), other.exists()) == (False, True)
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_a_table_of_boxes_on_the_original(tmp_path: Path) -> None:
     assert torch.equal(by_side, by_original)
     save(painted(30, 24), tmp_path / TENCH / "a.png")
     with pytest.raises(
-        SrdLabError, match=r"no box of n01440764/a.png for an image of 30 x 24 pixels.*labels.csv"
+        SkippedFile, match=r"n01440764/a.png .* no box of it for an image of 30 x 24 pixels.*labels.csv"
     ):
         load_data(f"imagenet:{tmp_path}", size=24)[0]
 
@@ -278,7 +278,7 @@ def test_a_table_of_boxes_on_the_original(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["file,x0,y0,x1,y1", f"{TENCH}/a.png,1,2,3,many"], "not in numbers"),
+        (["file,left,top", f"{TENCH}/a.png,1,2"], "has no corners of boxes"),
         (["name,x0,y0,x1,y1", f"{TENCH}/a.png,1,2,3,4"], "names no image in some line"),
         (["file,x0,y0,x1,y1"], "names no image in some line"),
     ],
@@ -288,6 +288,96 @@ def test_tables_of_boxes_that_cannot_be_used(tmp_path: Path, lines: list[str], m
     write(tmp_path / "boxes.csv", *lines)
     with pytest.raises(BadData, match=message):
         load_data(f"imagenet:{tmp_path}")[0]
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A pipe, a socket or a device would never end."""
+    save(painted(8, 8), tmp_path / TENCH / "a.png")
+    os.mkfifo(tmp_path / TENCH / "pipe.png")
+    (tmp_path / TENCH / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / TENCH / "lost.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / TENCH / "pipe")
+    with pytest.warns(SrdLabWarning, match="1 file skipped: n01440764/pipe"):
+        data = load_data(f"imagenet:{tmp_path}")
+    assert skipped(data) == {
+        f"{TENCH}/pipe.png": "cannot be decoded: it is no regular file",
+        f"{TENCH}/zero.jpg": "cannot be decoded: it is no regular file",
+        f"{TENCH}/lost.jpg": "cannot be decoded: No such file or directory",
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((1, 65000), r"1 x 65000 pixels, of which resizing makes 256 x 16640000"),
+        ((65000, 1), r"65000 x 1 pixels, of which resizing makes 16640000 x 256"),
+        ((9500, 9400), r"9500 x 9400 pixels; at most 89000000 in all are read"),
+    ],
+)
+def test_an_image_of_too_many_pixels_is_left_out(shape: tuple[int, int], said: str, tmp_path: Path) -> None:
+    """Without being decoded: a small file may hold more than memory does."""
+    save(Image.new("RGB", shape), tmp_path / TENCH / "a.png")
+    assert said in skipped(load_data(f"imagenet:{tmp_path}"))[f"{TENCH}/a.png"]
+
+
+NO_PLACES = ("many", "nan", "inf", "-inf", "1e300", "9" * 5000)
+
+
+@pytest.mark.parametrize("corner", NO_PLACES)
+def test_a_corner_that_is_no_place_leaves_its_image_out(corner: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(painted(8, 8), tmp_path / TENCH / f"{name}.png")
+    lines = [f"{TENCH}/a.png,1,2,3,{corner}", f"{TENCH}/b.png,1,2,3,4"]
+    table = write(tmp_path / "boxes.csv", "file,x0,y0,x1,y1", *lines)
+    said = skipped(load_data(f"imagenet:{tmp_path}"))
+    assert list(said) == [f"{TENCH}/a.png"]
+    assert said[f"{TENCH}/a.png"].startswith("its box in boxes.csv cannot be used: ")
+    assert len(said[f"{TENCH}/a.png"]) < 120
+    table.unlink()
+    for name, last in (("a", corner), ("b", "4")):
+        annotation(tmp_path / "boxes" / f"{name}.xml", (8, 8), (TENCH, (1, 2, 3, last)))  # type: ignore[arg-type]
+    said = skipped(load_data(f"imagenet:{tmp_path}"))
+    assert list(said) == [f"{TENCH}/a.png"]
+    assert said[f"{TENCH}/a.png"].startswith("its boxes a.xml cannot be read: ")
+
+
+@pytest.mark.parametrize("size", ["-24,24", "0,24", "nan,24", f"{'9' * 5000},24"])
+def test_an_original_of_no_size_leaves_its_image_out(size: str, tmp_path: Path) -> None:
+    save(painted(8, 8), tmp_path / TENCH / "a.png")
+    write(tmp_path / "boxes.csv", "file,x0_orig,y0_orig,x1_orig,y1_orig", f"{TENCH}/a.png,1,2,3,4")
+    write(tmp_path / "labels.csv", "file,wnid,orig_width,orig_height", f"{TENCH}/a.png,{TENCH},{size}")
+    assert (
+        "its box in boxes.csv cannot be used" in skipped(load_data(f"imagenet:{tmp_path}"))[f"{TENCH}/a.png"]
+    )
+
+
+def test_boxes_of_other_images_are_said(tmp_path: Path) -> None:
+    for name in "abcd":
+        save(painted(8, 8), tmp_path / TENCH / f"{name}.png")
+    table = write(tmp_path / "boxes.csv", "file,x0,y0,x1,y1", "elsewhere/a.png,1,2,3,4")
+    named = ", ".join(f"{TENCH}/{name}.png" for name in "abc")
+    said = rf"none of the 4 images \({named}, \.\.\.\), so that no image has a mask"
+    with pytest.warns(SrdLabWarning, match=said):
+        load_data(f"imagenet:{tmp_path}")
+    table.unlink()
+    annotation(tmp_path / "boxes" / "z.xml", (8, 8), (TENCH, (1, 2, 3, 4)))
+    with pytest.warns(SrdLabWarning, match=said):
+        load_data(f"imagenet:{tmp_path}")
+
+
+def test_a_folder_called_as_the_table_is_refused(tmp_path: Path) -> None:
+    save(painted(8, 8), tmp_path / TENCH / "a.png")
+    (tmp_path / "boxes.csv").mkdir()
+    with pytest.raises(BadData, match=r"boxes\.csv is a folder"):
+        load_data(f"imagenet:{tmp_path}")
+
+
+def test_an_index_of_many_digits_is_no_class(tmp_path: Path) -> None:
+    save(painted(8, 8), tmp_path / "a.png")
+    write(tmp_path / "labels.csv", "file,class_index", f"a.png,{'9' * 5000}")
+    with pytest.raises(BadData, match="expected a wnid of ILSVRC 2012, or an index") as error:
+        load_data(f"imagenet:{tmp_path}")
+    assert len(str(error.value)) < 250
 
 
 # --- ImageNet: where images and labels lie --------------------------------------------------------
@@ -623,7 +713,7 @@ def test_postscript_is_not_run_whatever_it_is_called(tmp_path: Path, monkeypatch
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: called.append(a))
     write(tmp_path / "a" / "b.png", *POSTSCRIPT)
     data = load_data(f"imagefolder:{tmp_path}", size=8, non_rgb="convert")
-    assert skipped(data) == {"a/b.png": "cannot be decoded: EPS holds no pixels that can be read"}
+    assert skipped(data) == {"a/b.png": "cannot be decoded: no image"}
     assert not called
 
 
@@ -940,9 +1030,14 @@ def test_jpegs_back_to_back(tmp_path: Path) -> None:
     assert image.shape == (3, 32, 32)
     assert image[0, 8, 8] > 0.9 > 0.1 > image[0, 24, 8]
     assert 1 not in skipped(load_data(f"cifar10:{tmp_path / 'a.npz'}", non_rgb="convert"))
-    np.savez(tmp_path / "a.npz", **{**content, "offsets": content["offsets"][::-1]})
-    with pytest.raises(BadData, match="offsets do not cut jpeg into files"):
-        load_data(f"cifar10:{tmp_path / 'a.npz'}")
+    for offsets in (
+        content["offsets"][::-1],
+        content["offsets"].astype(float),
+        content["offsets"][1:].astype(bool),
+    ):
+        np.savez(tmp_path / "a.npz", **{**content, "offsets": offsets})
+        with pytest.raises(BadData, match="offsets do not cut jpeg into files"):
+            load_data(f"cifar10:{tmp_path / 'a.npz'}")
 
 
 @pytest.mark.parametrize(

@@ -578,6 +578,32 @@ def test_classes_of_imagenet_by_index_name_and_wnid() -> None:
         classes.index("1000")
 
 
+def test_explain_leaves_a_bad_picture_out_and_does_the_others(pictures: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no picture")
+    out = tmp_path / "out"
+    result = call(
+        "explain", str(pictures[0]), str(bad), str(pictures[1]), "--out", str(out), "--device", "cpu"
+    )
+    assert result.exit_code == 0
+    assert f"left out: {bad} cannot be used: cannot be decoded: no image" in result.output
+    assert {path.name for path in out.iterdir()} == {"contact_sheet.png", "photo", "photo-2"}
+
+
+@pytest.mark.parametrize("name", ["...jpg", "....png", ". .jpg"])
+def test_no_name_of_a_file_leads_out_of_the_folder(name: str, pictures: list[Path], tmp_path: Path) -> None:
+    odd = tmp_path / "in" / name
+    odd.parent.mkdir()
+    odd.write_bytes(pictures[0].read_bytes())
+    before = sorted(tmp_path.iterdir())
+    succeed("explain", str(odd), "--out", str(tmp_path / "in" / "out"), "--device", "cpu")
+    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(path.name for path in (tmp_path / "in" / "out").iterdir()) == [
+        "contact_sheet.png",
+        "picture",
+    ]
+
+
 def test_explain_names_what_is_no_picture(tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("no picture")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from attacks.settings import ManipulationSettings, ModelManipulationSettings
-from srd_lab.cli.options import steps_option
+from srd_lab.cli.options import Positive, steps_option, whole
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -36,13 +36,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 
 def positive(flag: str, default: float, meaning: str) -> Callable[[Any], Any]:
     """An option that takes a number above 0."""
-    kind = click.FloatRange(0, min_open=True)
+    kind = Positive()
     return click.option(flag, default=default, show_default=True, type=kind, help=meaning)
 
 
 def count(flag: str, default: int, meaning: str) -> Callable[[Any], Any]:
     """An option that takes a whole number, at least 1."""
-    return click.option(flag, default=default, show_default=True, type=click.IntRange(1), help=meaning)
+    return click.option(flag, default=default, show_default=True, type=whole(1), help=meaning)
 
 
 BUDGET_OPTIONS = (
@@ -116,14 +116,12 @@ MANIPULATION_OPTIONS = (
         type=click.Choice(["location", "top-k", "centre-of-mass", "active"]),
         help="Fine-tune a copy of the network until the method's maps say this (Heo et al. 2019); read others on it.",
     ),
-    click.option(
-        "--frame", type=click.IntRange(1), help="location: width of the frame, in pixels. [default: 1/8]"
-    ),
+    click.option("--frame", type=whole(1), help="location: width of the frame, in pixels. [default: 1/8]"),
     click.option(
         "--top-share",
         default=ModelManipulationSettings.top_share,
         show_default=True,
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        type=Positive(below=1),
         help="top-k: share of the pixels that the maps shall leave.",
     ),
     click.option(
@@ -131,7 +129,7 @@ MANIPULATION_OPTIONS = (
         nargs=2,
         default=ModelManipulationSettings.swap,
         show_default=True,
-        type=click.IntRange(0),
+        type=whole(0),
         help="active: the two classes.",
     ),
     positive(

@@ -17,7 +17,14 @@ from srd_lab.cli.attack_options import (
     with_options,
 )
 from srd_lab.cli.errors import command_errors
-from srd_lab.cli.options import MethodName, batch_size_option, common_options, model_option, pairs_option
+from srd_lab.cli.options import (
+    MethodName,
+    batch_size_option,
+    common_options,
+    model_option,
+    pairs_option,
+    whole,
+)
 from srd_lab.cli.tracked import Given, Study, tracked
 
 MEMBERS = ("dissimilarity", "combined", "top_k", "target", "mass_centre", "polish", "black_box", "transfer")
@@ -106,7 +113,7 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     "pairs",
     default=100,
     show_default=True,
-    type=click.IntRange(1),
+    type=whole(1),
     help="Random images to attack; each has another one, whose map is a goal.",
 )
 @model_option
@@ -118,7 +125,7 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
     "--certify",
     default=0,
     show_default=True,
-    type=click.IntRange(0),
+    type=whole(0),
     help="Draws of a certificate of the smoothed maps (Levine et al. 2019), on four images; 1000 makes sense, 0 = none.",
 )
 @positive("--sigma", 0.1, "Standard deviation of these draws, pixels in [0, 1].")

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,27 @@ from srd_lab.runs.settings import named_file
 DEFAULT_MODEL = "vgg16"
 
 DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
+
+
+MOST = 1_000_000_000  # of anything that is counted; nobody waits for more
+
+
+def whole(least: int, most: int = MOST) -> click.IntRange:
+    """The type of an option that takes a whole number within these limits."""
+    return click.IntRange(least, most)
+
+
+class Positive(click.FloatRange):
+    """A number above 0, and below 1 or another limit: no infinity, and nothing near the largest numbers there are."""
+
+    def __init__(self, below: float = 1e9) -> None:
+        super().__init__(0, below, min_open=True, max_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("nan is not a number", param, ctx)
+        return float(number)
 
 
 class WeightsFile(click.ParamType):  # type: ignore[type-arg]
@@ -40,7 +62,7 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         text = str(value)
         if text == "all":
             return text
-        if not text.isdecimal() or int(text) < 1:
+        if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) <= MOST:
             self.fail(f"{text!r} is not how many; expected a number from 1 on, or all", param, ctx)
         return int(text)
 
@@ -93,12 +115,12 @@ pairs_option = click.option(
     "--pairs",
     default=100,
     show_default=True,
-    type=click.IntRange(1),
+    type=whole(1),
     help="Random pairs of images to attack.",
 )
 
 steps_option = click.option(
-    "--steps", default=100, show_default=True, type=click.IntRange(1), help="eq10: Adam steps at most."
+    "--steps", default=100, show_default=True, type=whole(1), help="eq10: Adam steps at most."
 )
 
 baseline_option = click.option(
@@ -111,7 +133,7 @@ baseline_option = click.option(
 )
 
 batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1), help="Images or pairs at once. [default: by image size]"
+    "--batch-size", type=whole(1), help="Images or pairs at once. [default: by image size]"
 )
 
 
@@ -146,14 +168,14 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--workers",
-            type=click.IntRange(0),
+            type=whole(0),
             help="Processes that decode images; 0 = none. [default: by data and cores]",
         ),
         click.option(
             "--seed",
             default=0,
             show_default=True,
-            type=click.IntRange(0),
+            type=whole(0, 2**63 - 1),
             help="Decides everything that is drawn.",
         ),
         click.option(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -17,20 +18,20 @@ from xml.etree import ElementTree
 import numpy as np
 
 from srd_lab.data.pictures import Picture, SkippedFile, complaint
-from srd_lab.errors import BadData
+from srd_lab.errors import BadData, SrdLabWarning
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 Size = tuple[int, int]  # width, height
-BoxSource = Callable[[Picture, Size], Iterable[Box]]  # an image and its stored size -> edges in stored pixels
 
+FARTHEST = 1e9  # pixels
 CORNERS = ("x0", "y0", "x1", "y1")
 XML_PLACES = ("Annotations/CLS-LOC/val", "ILSVRC/Annotations/CLS-LOC/val", "Annotations", "boxes")
 
 
-def boxes_of(root: Path, given: str | Path | None, wnids: tuple[str, ...]) -> BoxSource | None:
+def boxes_of(root: Path, given: str | Path | None, wnids: tuple[str, ...]) -> XmlBoxes | TableBoxes | None:
     """The boxes for the images in ``root``: a file or folder ``given``, else what lies there; None without any.
 
     wnids : the WordNet number of every class index.
@@ -39,6 +40,8 @@ def boxes_of(root: Path, given: str | Path | None, wnids: tuple[str, ...]) -> Bo
 
     Raises BadData where what is given is not there, or a table cannot be used.
     """
+    if given is None and (root / "boxes.csv").is_dir():
+        raise BadData(f"{root / 'boxes.csv'} is a folder; expected a table, so name or move it otherwise")
     if given is not None:
         place = Path(given).expanduser()
         if not place.exists():
@@ -78,6 +81,27 @@ def _edges(box: Box, drawn_on: Size, size: Size) -> Box:
     return x0 * across, y0 * down, (x1 + 1) * across, (y1 + 1) * down
 
 
+def _corner(text: str) -> float:
+    """The number in ``text``; ValueError for one that is no place in an image."""
+    if not math.isfinite(number := float(text)) or abs(number) > FARTHEST:
+        raise ValueError(f"a corner at {text[:20]}{'...' * (len(text) > 20)}")
+    return number
+
+
+def warn_of_strangers(boxes: XmlBoxes | TableBoxes, pictures: Iterable[Picture]) -> None:
+    """Warn where boxes are there, but not for one of the pictures: they have other names, or are of other images."""
+    pictures = list(pictures)
+    if any(boxes.has(picture) for picture in pictures):
+        return
+    named = ", ".join(picture.name for picture in pictures[:3])
+    warnings.warn(
+        f"the boxes in {boxes.place} are of none of the {len(pictures)} images ({named}{', ...' * (len(pictures) > 3)}), so "
+        "that no image has a mask; name the images as they are named here",
+        SrdLabWarning,
+        stacklevel=4,
+    )
+
+
 class XmlBoxes:
     """``folder/NAME.xml`` or ``folder/nXXXXXXXX/NAME.xml`` for NAME.JPEG, as ImageNet distributes them.
 
@@ -88,25 +112,37 @@ class XmlBoxes:
     """
 
     def __init__(self, folder: Path, wnids: tuple[str, ...]) -> None:
-        self.folder, self.wnids = folder, wnids
+        self.folder = self.place = folder
+        self.wnids = wnids
 
     def __call__(self, picture: Picture, size: Size) -> list[Box]:
-        wnid, name = self.wnids[picture.label], f"{picture.file.stem}.xml"
-        file = next((f for f in (self.folder / name, self.folder / wnid / name) if f.is_file()), None)
+        wnid, file = self.wnids[picture.label], self._file(picture)
         if file is None:
             return []
         try:
             root = ElementTree.parse(file).getroot()
             drawn_on = int(root.findtext("size/width", "0")), int(root.findtext("size/height", "0"))
+            if min(drawn_on) < 0:
+                raise ValueError(f"an image of {drawn_on[0]} x {drawn_on[1]} pixels")
             boxes = [
-                tuple(float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+                tuple(_corner(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
                 for thing in root.iter("object")
                 for box in thing.iter("bndbox")
                 if thing.findtext("name", "").strip() == wnid
             ]
         except Exception as error:  # damaged XML fails in many ways
-            raise SkippedFile(picture.name, f"its boxes {name} cannot be read: {complaint(error)}") from None
+            raise SkippedFile(
+                picture.name, f"its boxes {file.name} cannot be read: {complaint(error)}"
+            ) from None
         return [_edges(box, drawn_on if all(drawn_on) else size, size) for box in boxes]  # type: ignore[arg-type]
+
+    def _file(self, picture: Picture) -> Path | None:
+        wnid, name = self.wnids[picture.label], f"{picture.file.stem}.xml"
+        return next((f for f in (self.folder / name, self.folder / wnid / name) if f.is_file()), None)
+
+    def has(self, picture: Picture) -> bool:
+        """Whether there is a file for this picture."""
+        return self._file(picture) is not None
 
 
 class TableBoxes:
@@ -118,16 +154,22 @@ class TableBoxes:
 
     Called with a picture and its stored size (width, height), it gives the edges of its boxes in stored pixels.
 
-    Raises BadData for a table that cannot be read or names no image in a line, and when called for a line without corners.
+    Raises BadData for a table that cannot be read, has none of these columns or names no image in a line, and SkippedFile
+    when called for an image whose line has no corners, or none that are numbers.
     """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file = self.place = file
         self.rows: dict[str, list[dict[str, str]]] = {}
         for row in read_table(file):
             self.rows.setdefault(row.get("file") or "", []).append(row)
         if "" in self.rows or not self.rows:
             raise BadData(f"{file} names no image in some line; expected columns file, x0, y0, x1, y1")
+        columns = next(iter(self.rows.values()))[0]
+        if not any(
+            column.startswith(f"{CORNERS[0]}_") or column == CORNERS[0] for column in columns if column
+        ):
+            raise BadData(f"{file} has no corners of boxes; expected columns file, x0, y0, x1, y1")
         labels = file.with_name("labels.csv")
         sizes = read_table(labels) if labels.is_file() else []
         self.originals: Mapping[str, tuple[str, str]] = {
@@ -148,14 +190,24 @@ class TableBoxes:
                 (f"_{size[0]}", size if size[0] == size[1] else None),
             ):
                 if drawn_on and all(row.get(corner + suffix) for corner in CORNERS):
-                    x0, y0, x1, y1 = (float(row[corner + suffix]) for corner in CORNERS)
-                    return _edges((x0, y0, x1, y1), (int(drawn_on[0]), int(drawn_on[1])), size)
-        except (ValueError, ZeroDivisionError):
-            raise BadData(f"{self.file} has a box of {name} that is not in numbers; mend it") from None
-        raise BadData(
-            f"{self.file} has no box of {name} for an image of {size[0]} x {size[1]} pixels; expected columns x0, y0, "
-            "x1, y1, or x0_orig, ... and the original's size in labels.csv"
+                    x0, y0, x1, y1 = (_corner(row[corner + suffix]) for corner in CORNERS)
+                    width, height = int(drawn_on[0]), int(drawn_on[1])
+                    if min(width, height) < 1:
+                        raise ValueError(f"an original of {width} x {height} pixels")
+                    return _edges((x0, y0, x1, y1), (width, height), size)
+        except ValueError as error:
+            raise SkippedFile(
+                name, f"its box in {self.file.name} cannot be used: {complaint(error)}"
+            ) from None
+        raise SkippedFile(
+            name,
+            f"{self.file.name} has no box of it for an image of {size[0]} x {size[1]} pixels",
+            "expected columns x0, y0, x1, y1, or x0_orig, ... and the original's size in labels.csv",
         )
+
+    def has(self, picture: Picture) -> bool:
+        """Whether there is a line for this picture."""
+        return picture.name in self.rows
 
 
 def read_table(file: Path) -> list[dict[str, str]]:

@@ -258,7 +258,8 @@ class _Jpegs:
     """JPEG files back to back, decoded on access."""
 
     def __init__(self, jpeg: np.ndarray, offsets: np.ndarray, non_rgb: str) -> None:
-        ascending = offsets.ndim == 1 and len(offsets) > 1 and bool((np.diff(offsets) > 0).all())
+        whole = np.issubdtype(offsets.dtype, np.integer) and offsets.ndim == 1 and len(offsets) > 1
+        ascending = whole and bool((offsets[1:] > offsets[:-1]).all())
         if jpeg.dtype != np.uint8 or not ascending or offsets[0] < 0 or offsets[-1] > jpeg.size:
             raise ValueError("offsets do not cut jpeg into files")
         self.jpeg, self.offsets, self.non_rgb = jpeg, offsets, non_rgb
@@ -321,8 +322,8 @@ class Cifar:
     limit : so many of the images, evenly spread over all; None = all.
     non_rgb : "skip" or "convert", for JPEGs in an .npz that are not RGB.
 
-    Raises BadValue for an unknown split, limit or ``non_rgb``, BadData for files that are not what the module says, and
-    SkippedFile on access for a JPEG in an .npz that cannot be decoded (or is not RGB, unless ``non_rgb`` is "convert").
+    Raises BadValue for an unknown kind, split, limit or ``non_rgb``, BadData for files that are not what the module says,
+    and SkippedFile on access for a JPEG in an .npz that cannot be decoded (or is not RGB, unless ``non_rgb`` is "convert").
     """
 
     def __init__(
@@ -335,6 +336,8 @@ class Cifar:
         non_rgb: str = "skip",
     ) -> None:
         self.path, self.kind, self.split = Path(path).expanduser(), kind, split
+        if kind not in KINDS:
+            raise BadValue(f"there is no CIFAR data set {kind!r}; choose one of {', '.join(KINDS)}")
         if split not in SPLITS:
             raise BadValue(f"{kind} has no split {split!r}; choose one of {', '.join(SPLITS)}")
         if limit is not None and limit < 1:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srd_lab.data.boxes import boxes_of, rasterise, read_table
+from srd_lab.data.boxes import boxes_of, rasterise, read_table, warn_of_strangers
 from srd_lab.data.pictures import Picture, PictureFolder, complaint, images_in, kinds
 from srd_lab.errors import BadData
 
@@ -171,10 +171,10 @@ def _collect(file: Path, pairs: Pairs) -> dict[str, int]:
     """The class index of every image that ``file`` names; BadData for what is no class, or two at once."""
     labels: dict[str, int] = {}
     for name, found in pairs:
-        label = int(found) if found.isdecimal() else index_of().get(found, -1)
+        label = int(found) if found.isdecimal() and len(found) < 10 else index_of().get(found, -1)
         if not 0 <= label < len(wnids()):
             raise BadData(
-                f"{file} gives {name} the class {found!r}; expected a wnid of ILSVRC 2012, or an index in 0..999"
+                f"{file} gives {name} the class {found[:20]!r}; expected a wnid of ILSVRC 2012, or an index in 0..999"
             )
         if labels.setdefault(name, label) != label:
             raise BadData(f"{file} gives {name} two classes, {labels[name]} and {label}; mend it")
@@ -233,6 +233,8 @@ class ImageNetFolder(PictureFolder):
     ) -> None:
         super().__init__(folder, size, limit=limit, non_rgb=non_rgb)
         self.boxes = boxes_of(self.folder, boxes, wnids())
+        if self.boxes is not None:
+            warn_of_strangers(self.boxes, self.pictures)
 
     def _find(self) -> list[Picture]:
         root = self.folder

@@ -8,7 +8,6 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -33,8 +32,12 @@ SYSTEM_NAMES = {
     *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-# Pillow opens these, but would start another program to draw them, or has no decoder.
-NO_PIXELS = ("EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR")
+# What is decoded, whatever a file is called: Pillow knows more, some of which it has other programs draw.
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "JPEG2000"),
+    *("BMP", "DIB", "PPM", "TGA", "PCX", "SGI", "ICO", "QOI"),
+)
+MOST_PIXELS = 89_000_000  # of an image as it is stored, and as resizing makes it; Pillow warns above that
 NON_RGB = ("skip", "convert")
 ORIENTATION = 0x0112  # of EXIF, and what undoes it
 TURNS = {
@@ -64,17 +67,21 @@ class SkippedFile(BadData):
 # --- one picture ------------------------------------------------------------------------------------------
 
 
-def decode(source: Path | IO[bytes], name: str, non_rgb: str = "skip") -> tuple[Image.Image, int]:
+def decode(
+    source: Path | IO[bytes], name: str, non_rgb: str = "skip", side: int | None = None
+) -> tuple[Image.Image, int]:
     """The image in RGB as it is stored, and its EXIF orientation, which :func:`upright` takes.
 
     source : a file, or an open one. name : what the sample is called in errors.
+    side : in pixels, of the square that :func:`fit` is to make of it; None for none.
     non_rgb : "skip" refuses all but 8-bit RGB: grey, palette, CMYK, transparency, 16 bits; "convert" makes RGB of these, as
         torchvision does.
 
-    Raises SkippedFile for what cannot be decoded or is refused.
+    Raises SkippedFile for what cannot be decoded or is refused, and for images of too many pixels.
     """
     try:
         with _opened(source) as image:
+            _check_pixels(image.size, side)
             strange = _strangeness(image)
             if strange and non_rgb == "skip":
                 raise SkippedFile(name, strange, 'replace the file, or give non_rgb="convert" for all such')
@@ -86,14 +93,24 @@ def decode(source: Path | IO[bytes], name: str, non_rgb: str = "skip") -> tuple[
 
 
 def _opened(source: Path | IO[bytes]) -> Image.Image:
-    """The image with its header read; ValueError for one whose pixels Pillow does not decode by itself."""
+    """The image with its header read; ValueError for what is no regular file, UnidentifiedImageError for no image."""
     from PIL import Image
 
-    image = Image.open(source)
-    if image.format in NO_PIXELS:
-        image.close()
-        raise ValueError(f"{image.format} holds no pixels that can be read")
-    return image
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("it is no regular file")  # a pipe would never end
+    Image.init()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _check_pixels(stored: tuple[int, int], side: int | None) -> None:
+    """ValueError for an image of too many pixels, as it is or once it is resized for a square of this side."""
+    if stored[0] * stored[1] > MOST_PIXELS:
+        raise ValueError(f"{stored[0]} x {stored[1]} pixels; at most {MOST_PIXELS} in all are read")
+    width, height = (side and _resized(stored, side)) or stored
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"{stored[0]} x {stored[1]} pixels, of which resizing makes {width} x {height}; at most {MOST_PIXELS} are made"
+        )
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -142,6 +159,7 @@ def decode_mask(file: Path, name: str) -> Image.Image:
     """The image ``file`` in its own mode. Raises SkippedFile, for the sample ``name``, if it cannot be read."""
     try:
         with _opened(file) as mask:
+            _check_pixels(mask.size, None)
             mask.load()
             return mask
     except MemoryError:
@@ -169,16 +187,22 @@ def fit(image: Image.Image, size: int, *, mask: bool = False) -> Image.Image:
     """
     from PIL import Image
 
-    shorter = round(size * 256 / 224)
-    width, height = image.size
-    if width != height or not size <= width <= shorter:
-        scale = shorter / min(width, height)
-        shape = max(shorter, int(width * scale)), max(shorter, int(height * scale))
+    shape = _resized(image.size, size)
+    if shape is not None:
         image = image.resize(shape, Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR)
-        left, top = (round((side - size) / 2) for side in image.size)  # as torchvision's CenterCrop
+        left, top = (round((side - size) / 2) for side in shape)  # as torchvision's CenterCrop
     else:
-        left = top = (width - size) // 2  # as Caffe, whose convention such sets follow
+        left = top = (image.width - size) // 2  # as Caffe, whose convention such sets follow
     return image.crop((left, top, left + size, top + size))
+
+
+def _resized(stored: tuple[int, int], size: int) -> tuple[int, int] | None:
+    """Width and height that :func:`fit` resizes an image of these sides to, for a square of ``size``; None = not at all."""
+    shorter, (width, height) = round(size * 256 / 224), stored
+    if width == height and size <= width <= shorter:
+        return None
+    scale = shorter / min(stored)
+    return max(shorter, int(width * scale)), max(shorter, int(height * scale))
 
 
 # --- a set of them ----------------------------------------------------------------------------------------
@@ -223,8 +247,8 @@ def images_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[Path]:
 def _is_image(file: Path) -> bool:
     """Whether Pillow knows the content of ``file``, whatever it is called."""
     try:
-        with _opened(file) if file.is_file() else nullcontext(None) as image:  # a pipe would never end
-            return image is not None
+        with _opened(file):
+            return True
     except Exception:  # as in ``decode``
         return False
 
@@ -309,7 +333,7 @@ class PictureFolder(ABC):
 
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[operator.index(index)]
-        image, orientation = decode(picture.file, picture.name, self.non_rgb)
+        image, orientation = decode(picture.file, picture.name, self.non_rgb, self.size)
         mask = self._mask(picture, image.size)
         pixels = np.array(fit(upright(image, orientation), self.size))
         tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)

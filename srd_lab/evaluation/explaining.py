@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
-from srd_lab.data.pictures import decode, fit, upright
+from srd_lab.data.pictures import SkippedFile, decode, fit, upright
 from srd_lab.errors import BadValue, Refused
 from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 from srd_lab.evaluation.settings import ExplainSettings
@@ -63,15 +63,25 @@ class Explaining:
     def run(self, files: Sequence[Path]) -> None:
         """Explain every picture; write overlays, raw maps and a contact sheet, and print the likeliest classes.
 
-        Raises BadValue where a file is there already, SkippedFile for a picture that cannot be decoded, and Refused
+        A picture that cannot be decoded is named, and the others are explained.
+
+        Raises BadValue where a file is there already, SkippedFile if no picture can be decoded, and Refused
         where no method explains a picture.
         """
         folders = [self.out / stem for stem in _stems(files)]
         refuse_taken(file for folder in folders for file in self._files(folder))
-        images = [self._read(file) for file in files]
-        rows = []
-        for file, folder, image in zip(files, folders, images, strict=True):
-            rows.append(self._explain(file, folder, image))
+        images, bad = list[tuple[Path, Path, Tensor]](), list[SkippedFile]()
+        for file, folder in zip(files, folders, strict=True):
+            try:
+                images.append((file, folder, self._read(file)))
+            except SkippedFile as error:
+                bad.append(error)
+        if not images:
+            raise bad[0]
+        for left_out in bad:
+            click.echo(f"left out: {left_out}\n", err=True)
+        rows = [self._explain(*image) for image in images]
+        folders = [folder for _, folder, _ in images]
         sheet = self.out / SHEET
         drawn = io.BytesIO()
         render.method_sheet(rows, f"{len(rows)} pictures").savefig(drawn)
@@ -89,7 +99,7 @@ class Explaining:
         return f"{method}-{self.classes.file_label(target)}" if len(self.targets) > 1 else method
 
     def _read(self, file: Path) -> Tensor:
-        picture, orientation = decode(file, str(file), "convert")
+        picture, orientation = decode(file, str(file), "convert", self.size)
         square = fit(upright(picture, orientation), self.size)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
 
@@ -238,8 +248,11 @@ def _stems(files: Sequence[Path]) -> list[str]:
     """A folder's name for every file, none twice."""
     stems: list[str] = []
     for file in files:
-        stem, k = file.stem, 2
+        own = (
+            file.stem if file.stem.strip(". ") else "picture"
+        )  # of "...jpg" it is "..", which is another folder
+        stem, k = own, 2
         while stem in (*stems, SHEET):
-            stem, k = f"{file.stem}-{k}", k + 1
+            stem, k = f"{own}-{k}", k + 1
         stems.append(stem)
     return stems

@@ -14,7 +14,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -22,7 +25,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from srd_lab.data import Loaded, load_batches, skipped_report
-from srd_lab.errors import BadData, OtherWork
+from srd_lab.errors import BadData, BadRun, OtherWork, SrdLabWarning
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import Run
@@ -32,6 +35,7 @@ from srd_lab.types import Dataset, Sample
 Arrays = dict[str, np.ndarray]
 Advance = Callable[[int], None]
 ADDED = ("files", "skipped", "seconds")
+_NAME = re.compile(r"(\d{5,10})-(\d{5,10})\.npz")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def in_batches(
 ) -> Iterator[Arrays]:
     """The arrays of every batch, in order: those that an interrupted session stored, and fresh ones, which are stored.
 
-    run : where batches are stored, as ``batches/FIRST-LAST.npz``.
+    run : where batches are stored, as ``batches/FIRST-LAST.npz``. Other files there are left alone; a batch that is
+        damaged, incomplete or out of place is put aside, which a warning says, and made again.
     items : what is worked on: indices of ``dataset``, or tuples of indices that belong together.
     settings : of which ``resumed`` (whether there may be stored batches) and ``workers`` (that decode ahead) count.
     work : makes arrays of some items, whose first axis is the item, and tells ``advance`` the steps that it did;
@@ -85,10 +90,8 @@ def in_batches(
     is left; Unavailable where memory does not suffice for one item.
     """
     groups = [item if isinstance(item, tuple) else (int(item),) for item in items]
-    stored = _stored(run) if settings.resumed else {}
+    stored = _stored(run, len(groups)) if settings.resumed else {}
     plan = _plan(len(groups), batcher.size, stored)
-    if strange := set(stored) - {first for first, _ in plan}:
-        raise _other(run, stored[min(strange)])
     to_read = [
         [index for group in groups[first:last] for index in group]
         for first, last in plan
@@ -102,9 +105,9 @@ def in_batches(
             part, bar = groups[first:last], _Bar(move, len(groups[first:last]) * steps)
             files = np.array([dataset.name(index) for group in part for index in group])
             if first in stored:
-                arrays = run.load_arrays(stored[first])
+                arrays = run.load_arrays(stored[first].path)
                 if not np.array_equal(arrays.get("files", []), files):
-                    raise _other(run, stored[first])
+                    raise _other(run, stored[first].path)
             else:
                 began = time.perf_counter()
                 loaded = next(arriving)
@@ -161,17 +164,60 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     )
 
 
-def _stored(run: Run) -> dict[int, str]:
-    """The paths of the stored batches by their first item."""
-    return {int(PurePosixPath(path).stem.partition("-")[0]): path for path in run.list("batches")}
+@dataclass(frozen=True)
+class _Batch:
+    """A stored batch: its path, one past its last item, and the names of its arrays."""
+
+    path: str
+    last: int
+    arrays: frozenset[str]
 
 
-def _plan(count: int, size: int, stored: dict[int, str]) -> list[tuple[int, int]]:
+def _stored(run: Run, count: int) -> dict[int, _Batch]:
+    """The stored batches of ``count`` items by their first item; those that are of no use are put aside.
+
+    Raises OtherWork for one of more items.
+    """
+    run.tidy()
+    found: dict[int, _Batch] = {}
+    done = 0
+    for path in run.list("batches"):
+        name = _NAME.fullmatch(PurePosixPath(path).name)
+        if name is None:  # somebody else's
+            continue
+        first, last = int(name[1]), int(name[2]) + 1
+        try:
+            arrays = run.load_arrays(path)
+        except BadRun as error:
+            _put_aside(run, path, str(error))
+            continue
+        if not done <= first < last:
+            _put_aside(run, path, "its numbers are not in order")
+        elif not set(ADDED) <= set(arrays) or len(arrays["files"]) < last - first:
+            _put_aside(run, path, "it is incomplete")
+        elif last > count:
+            raise _other(run, path)
+        else:
+            found[first], done = _Batch(path, last, frozenset(arrays)), last
+    usual = Counter(batch.arrays for batch in found.values() if batch.arrays > set(ADDED)).most_common(1)
+    for first, batch in list(found.items()):
+        if batch.arrays > set(ADDED) and batch.arrays < usual[0][0]:
+            _put_aside(run, batch.path, f"it lacks {', '.join(sorted(usual[0][0] - batch.arrays))}")
+            del found[first]
+    return found
+
+
+def _put_aside(run: Run, path: str, why: str) -> None:
+    aside = run.put_aside(path)
+    warnings.warn(f"{path} is made again, and is now called {aside}: {why}", SrdLabWarning, stacklevel=4)
+
+
+def _plan(count: int, size: int, stored: dict[int, _Batch]) -> list[tuple[int, int]]:
     """First and one past the last item of every batch: the stored ones, and between them parts of at most ``size``."""
     plan, first = [], 0
     while first < count:
         if first in stored:
-            last = int(PurePosixPath(stored[first]).stem.partition("-")[2]) + 1
+            last = stored[first].last
         else:
             last = min([first + size, count, *(start for start in stored if start > first)])
         plan.append((first, last))

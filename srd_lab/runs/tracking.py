@@ -21,7 +21,6 @@ import os
 import re
 import tempfile
 import time
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 _LONGEST_PARAM = 6000
 _NOT_FINITE = "not_finite"
 _AS_BEFORE = "as before"
+_ASIDE = ".damaged"
 
 Params = Mapping[str, object]
 Traces = Mapping[str, tuple[Sequence[int] | np.ndarray, Sequence[float] | np.ndarray]]
@@ -64,6 +64,14 @@ class Files(Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Paths of the files directly in ``folder`` ("" = the top), sorted; empty if there is no such folder."""
+        ...
+
+    def put_aside(self, path: str) -> str:
+        """Give the file ``path`` a name under which nobody looks for it; that name."""
+        ...
+
+    def tidy(self) -> None:
+        """Remove what killed writers left."""
         ...
 
 
@@ -98,6 +106,21 @@ class FolderFiles:
         found = (self.folder / folder).glob("[!.]*")
         return sorted(item.relative_to(self.folder).as_posix() for item in found if item.is_file())
 
+    def put_aside(self, path: str) -> str:
+        """See :meth:`Files.put_aside`."""
+        place = self.folder / path
+        try:
+            return place.rename(place.with_name(f"{place.name}{_ASIDE}")).name
+        except OSError as error:
+            raise StoreTrouble(f"cannot rename {place}: {error.strerror}") from None
+
+    def tidy(self) -> None:
+        """See :meth:`Files.tidy`; the files of writers that still run stay."""
+        for part in self.folder.rglob(".*.part"):
+            writer = part.name.split(".")[-2]
+            if not (writer.isdecimal() and _runs(int(writer))):
+                part.unlink(missing_ok=True)
+
 
 @dataclass(frozen=True)
 class ServerFiles:
@@ -128,6 +151,26 @@ class ServerFiles:
         with self.store.errors():
             found = self.store.client.list_artifacts(self.run_id, folder or None)
         return sorted(item.path for item in found if not item.is_dir)
+
+    def put_aside(self, path: str) -> str:
+        """See :meth:`Files.put_aside`: a copy, as servers rename nothing; the file itself is written anew."""
+        aside = f"{path}{_ASIDE}"
+        self.write(aside, self.read(path))
+        return PurePosixPath(aside).name
+
+    def tidy(self) -> None:
+        """See :meth:`Files.tidy`: a server sees a write whole or not at all."""
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 # --- runs ---------------------------------------------------------------------------------------------
@@ -243,8 +286,18 @@ class Run(ABC):
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file fails in any way
             raise BadRun(f"file {path} of run {self.id} is damaged ({error}); remove it") from None
+
+    def put_aside(self, path: str) -> str:
+        """Rename file ``path``, which is damaged or none of ours, so that it is neither read nor lost; its new name."""
+        return self._files.put_aside(_checked(path))
+
+    def tidy(self) -> None:
+        """Remove what writers that were killed left behind."""
+        self._files.tidy()
 
     def list(self, folder: str = "") -> Names:
         """Paths of the files directly in ``folder``, sorted; empty if there is no such folder."""
@@ -277,6 +330,7 @@ class MlflowRun(Run):
         self._store = store
         self._start = stored.info.start_time
         self._before = stored.info.status
+        self._metrics = dict(stored.data.metrics)  # what is stored already is not stored again on resume
         self._not_finite = set(filter(None, stored.data.tags.get(_NOT_FINITE, "").split(", ")))
 
     def add_params(self, params: Params) -> None:
@@ -295,7 +349,9 @@ class MlflowRun(Run):
     def log_metrics(self, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         points = [(metric_name(name), float(value), now, 0) for name, value in values.items()]
-        self._log(points)
+        new = [point for point in points if self._metrics.get(point[0]) != point[1]]
+        self._log(new)
+        self._metrics |= {name: value for name, value, *_ in new}
 
     def log_traces(self, traces: Traces) -> None:
         # MLflow drops a point that repeats one in key, step, value and time: hence no clock here.
@@ -408,7 +464,13 @@ def open_run(
         return FolderRun(command, name, params, out)
     store = open_store(store_uri(tracking_uri), experiment, command)
     stored = store.get_run(resume) if resume else store.create_run(name)
-    return _started(MlflowRun(store, stored, store.where(stored)), params)
+    if resume and not stored.data.params:
+        raise BadRun(
+            f"run {resume} was interrupted before its settings were stored, and holds nothing; start a new run"
+        )
+    run = _started(MlflowRun(store, stored, store.where(stored)), params)
+    run.tidy()
+    return run
 
 
 def _started(run: MlflowRun, params: Params) -> MlflowRun:
