@@ -7,7 +7,7 @@ import gc
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,15 @@ from srd_lab.errors import Unavailable
 _NO_MEMORY = (
     "out of memory",
     "can't allocate memory",  # the CPU's allocator
-    "Cannot allocate memory",  # the system
+    "cannot allocate memory",  # the system
     "not enough memory",  # the CPU's allocator on Windows
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "could not create a primitive",  # oneDNN
+    "could not create a memory",  # oneDNN
+    "bad_alloc",  # C++
+    "unable to allocate",  # NumPy
+    "status_alloc_failed",  # cuBLAS, cuDNN
+    "out_of_host_memory",  # Level Zero
+    "out_of_device_memory",
 )
 
 Item = TypeVar("Item")
@@ -116,7 +121,8 @@ class Batcher:
     def run(self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
         """The results of ``work`` on consecutive parts of ``items``, in order.
 
-        Raises Unavailable if memory does not suffice for a single item; other errors of ``work`` are passed on.
+        Raises Unavailable if memory does not suffice for a single item, by the name that it or its ``sample`` has; other
+        errors of ``work`` are passed on.
         """
         results: list[Result] = []
         first = 0
@@ -124,7 +130,7 @@ class Batcher:
             part = items[first : first + self.size]
             done = self._tried(work, part)
             if done is None:
-                self._halve(len(part))
+                self._halve(part)
                 continue
             results.append(done[0])
             first += len(part)
@@ -138,12 +144,14 @@ class Batcher:
                 raise
             return None  # what the failed work held goes with the traceback, before the next try
 
-    def _halve(self, tried: int) -> None:
-        if tried == 1:
+    def _halve(self, tried: Sequence[Any]) -> None:
+        if len(tried) == 1:
+            name = getattr(getattr(tried[0], "sample", tried[0]), "name", "")
+            alone = f" ({name})" if isinstance(name, str) and name else ""
             raise Unavailable(
-                "not even one image fits into memory; take a smaller network or image, or another --device"
+                f"not even one image{alone} fits into memory; take a smaller network or image, or another --device"
             )
-        self.size = tried // 2
+        self.size = len(tried) // 2
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -151,7 +159,7 @@ class Batcher:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on whatever device: most allocators say so in words only."""
-    said = str(error)
+    said = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in said for words in _NO_MEMORY
     )

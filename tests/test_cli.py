@@ -327,7 +327,7 @@ def test_what_does_not_fit_into_memory_at_all_is_one_line(monkeypatch: pytest.Mo
     monkeypatch.setattr(study, "attack_batch", nothing_fits)
     result = call(*TINY, "--no-track")
     assert result.exit_code == 1
-    assert result.output.startswith("Error: not even one image fits into memory; take ")
+    assert result.output.startswith("Error: not even one image (scenes/test/1979) fits into memory; take ")
     assert result.output.count("\n") == 1
 
 
@@ -453,25 +453,84 @@ def test_weights_and_numbers_that_make_no_sense_are_one_line(
 
 
 @pytest.mark.usefixtures("unseen")
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("track", ["--no-track", "--track"])
+def test_a_folder_with_another_runs_files_is_left_as_it_is(track: str, tmp_path: Path, store: str) -> None:
+    """The same batches by name would be there, of another seed."""
+    apop = ("apop", "--images", "3", "--inputs", "zeros", "--no-binarize", "--device", "cpu")
+    out = tmp_path / "out"
+    where = ("--tracking-uri", store) if track == "--track" else ()
+    assert call(*apop, "--seed", "0", track, *where, "--out", str(out)).exit_code == 0
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert out / "run.json" in before
+    result = call(*apop, "--seed", "1", track, *where, "--out", str(out))
+    assert result.exit_code == 1
+    assert f"{out} holds another run's run.json; give another --out" in result.output
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_tracked_run_leaves_its_tables_and_figures_in_a_folder_too(tmp_path: Path, store: str) -> None:
+    attack = (
+        "attack",
+        "--attack",
+        "eq10",
+        "--pairs",
+        "1",
+        "--steps",
+        "1",
+        "--method",
+        "gradient",
+        "--device",
+        "cpu",
+    )
+    tracked, plain = tmp_path / "tracked", tmp_path / "plain"
+    assert call(*attack, "--tracking-uri", store, "--out", str(tracked)).exit_code == 0
+    assert call(*attack, "--no-track", "--out", str(plain)).exit_code == 0
+    files = {p.relative_to(plain) for p in plain.rglob("*") if p.is_file()}
+    assert {p.relative_to(tracked) for p in tracked.rglob("*") if p.is_file()} >= {
+        file
+        for file in files
+        if file.name != "traces.csv"  # curves, which MLflow has as metrics
+    }
+    for table in ("gradient/pairs.csv", "summary.csv"):
+        if (plain / table).exists():
+            assert (tracked / table).read_text() == (plain / table).read_text()
+    assert json.loads((tracked / "run.json").read_text())["metrics"].keys()
+
+
 @pytest.mark.parametrize(
-    ("command", "table"),
+    ("options", "said"),
     [
-        (("apop", "--images", "3", "--inputs", "zeros", "--no-binarize"), "vgg16/images.csv"),
-        (
-            ("attack", "--attack", "eq10", "--pairs", "1", "--steps", "1", "--method", "gradient"),
-            "gradient/pairs.csv",
-        ),
+        (("--resume", ""), "--resume is empty"),
+        (("--tracking-uri", " "), "--tracking-uri is empty"),
+        (("--tracking-uri", "sqlite:///a.db", "--no-track"), "leave one of them out"),
     ],
-    ids=["apop", "attack"],
 )
-def test_a_folder_with_another_runs_files_gives_none_of_its_numbers(
-    command: tuple[str, ...], table: str, tmp_path: Path
-) -> None:
-    """The same batches by name, stored there by another seed."""
-    for seed, out in (("1", "fresh"), ("0", "used"), ("1", "used")):
-        arguments = ("--seed", seed, "--device", "cpu", "--no-track", "--out", str(tmp_path / out))
-        assert call(*command, *arguments).exit_code == 0
-    assert (tmp_path / "used" / table).read_text() == (tmp_path / "fresh" / table).read_text()
+def test_options_that_contradict_each_other_are_refused(options: tuple[str, ...], said: str) -> None:
+    result = call("apop", "--images", "1", *options)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("attack", "--steps", "1" + "0" * 30),
+        ("attack", "--pairs", "9" * 5000),
+        ("attack", "--lr", "inf"),
+        ("attack", "--lr", "nan"),
+        ("attack", "--stop-mse", "1e308"),
+        ("robustness", "--sigma", "1e308"),
+        ("apop", "--images", "9" * 5000),
+        ("evaluate", "--images", "0"),
+        ("apop", "--seed", "1" + "0" * 30),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused(options: tuple[str, ...]) -> None:
+    result = call(*options)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
 
 
 # --- going on with a run --------------------------------------------------------------------------------------------

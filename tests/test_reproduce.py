@@ -857,21 +857,6 @@ def test_a_network_that_the_paper_does_not_have(photos: Photos, tmp_path: Path) 
     assert found[-1] == BOTH_SKIPPED
 
 
-@pytest.mark.usefixtures("unseen")
-def test_figure_7_takes_nothing_from_another_run_in_its_folder(photos: Photos, tmp_path: Path) -> None:
-    """The same images by another network."""
-    other = tmp_path / "other.pth"
-    state = torch.load(photos.weights)
-    state["features.0.weight"] = state["features.0.weight"].flip(0)
-    torch.save(state, other)
-    command = (*COMMANDS["fig7"], *photos.subject()[:-2], "--images", "3", "--no-track")
-    tables = []
-    for weights, out in ((photos.weights, "fresh"), (other, "used"), (photos.weights, "used")):
-        succeed(*command, "--weights", str(weights), "--out", str(tmp_path / out))
-        tables.append((tmp_path / out / "squeezenet1_1" / "images.csv").read_text())
-    assert tables[0] == tables[2] != tables[1]
-
-
 # --- real networks and photographs, where they are at hand -------------------------------------------------
 
 

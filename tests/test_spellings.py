@@ -482,7 +482,7 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
     "masked": (between(lambda s, t: t.masked_fill(t < 0, 0)), DECOMPOSED, "chooses by a comparison of maps"),
     "where": (between(lambda s, t: torch.where(t > 0, t, 0)), DECOMPOSED, "chooses by a comparison of maps"),
     "times": (between(lambda s, t: t * (t > 0).double()), DECOMPOSED, "chooses by a comparison of maps"),
-    "an operator": (between(lambda s, t: torch.ops.aten.relu(t)), DECOMPOSED, "aten.relu in"),
+    "an operator": (between(lambda s, t: torch.ops.aten.sin(t)), DECOMPOSED, "torch.sin in"),
     "logaddexp": (between(lambda s, t: torch.logaddexp(t, 0 * t)), DECOMPOSED, "torch.logaddexp in"),
     "a method": (
         between(lambda s, t: (t.abs() + 1).log2()),

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from srd_lab.cli.printing import forgiving
 from srd_lab.errors import SrdLabError, SrdLabWarning
 
 _SAID_IN_A_LINE = (SrdLabError, KeyboardInterrupt, MemoryError, OSError, RuntimeError, ImportError)
@@ -25,7 +26,7 @@ def command_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         debug = click.get_current_context().find_root().params.get("debug", False)
-        with _terminated_like_interrupted(), _warnings_in_a_line():
+        with forgiving(), _terminated_like_interrupted(), _warnings_in_a_line():
             try:
                 return function(*args, **kwargs)
             except _SAID_IN_A_LINE as error:

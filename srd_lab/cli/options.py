@@ -191,7 +191,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--out",
             type=click.Path(file_okay=False, path_type=Path),
-            help="With --no-track: folder for tables and figures.",
+            help="Folder for tables and figures, besides those of the run. [default: none]",
         ),
         click.option(
             "--resume", metavar="RUN_ID", help="Go on with a run that was interrupted; its settings apply."

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import click
 
-from srd_lab.errors import OtherWork
+from srd_lab.errors import BadValue, OtherWork
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
 # options that no study knows
@@ -65,6 +65,7 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
     from srd_lab.runs import tracking
     from srd_lab.runtime import full_precision, keep_freed_memory
 
+    _check_options(ctx.params)
     keep_freed_memory()
     full_precision()
     resume = ctx.params["resume"]
@@ -82,6 +83,7 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
     try:
         with run:
             if study is None:
+                _check_whole(run)
                 study = study_of(Given(ctx.params, run.params))
                 _check_same(run, study)
                 _note_what_changed(run, study)
@@ -92,6 +94,15 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
         error.add_note(_what_is_left(ctx, command, run))
         raise
     click.echo(f"\n{run.where}")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other, or that an empty variable of a script has made."""
+    for name in ("resume", "tracking_uri"):
+        if options[name] is not None and not options[name].strip():
+            raise BadValue(f"--{name.replace('_', '-')} is empty; leave it out, or say which")
+    if options["tracking_uri"] and not options["track"]:
+        raise BadValue("--tracking-uri says where to track and --no-track not to; leave one of them out")
 
 
 def typed(ctx: click.Context) -> dict[str, str]:
@@ -126,6 +137,12 @@ def _check_same(run: Any, study: Study) -> None:
     run.add_params({name: value for name, value in _decisive(study).items() if name != PACE})
 
 
+def _check_whole(run: Any) -> None:
+    """Refuse a run that a kill has left without its settings: the options' defaults would take their place."""
+    if "weights_sha256" not in run.params:
+        raise OtherWork(f"run {run.id} was interrupted before its settings were stored; start a new run")
+
+
 def _note_what_changed(run: Any, study: Study) -> None:
     """Other code, libraries or hardware than the run began with may go on; the user is told, and the run says so."""
     none = "(none)"
@@ -141,6 +158,8 @@ def _note_what_changed(run: Any, study: Study) -> None:
 def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
     if not run.id:
         return str(run.where)
+    from srd_lab.runs.store import shown
+
     uri = ctx.params["tracking_uri"]
-    place = f" --tracking-uri {shlex.quote(uri)}" if uri else ""
+    place = f" --tracking-uri {shlex.quote(shown(uri))}" if uri else ""
     return f"what was finished is stored; go on with: srd-lab {command} --resume {run.id}{place}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from srd_lab.data import Loaded, load_batches
-from srd_lab.errors import BadValue
+from srd_lab.errors import BadValue, SrdLabWarning
 from srd_lab.logits import class_logits
 from srd_lab.runtime import Batcher, generator
 from srd_lab.types import Dataset, Sample
@@ -88,6 +89,8 @@ def draw_images(dataset: Dataset, count: int | str, seed: int) -> list[int]:
 
     count : >= 1, or "all". With the same seed, a smaller subset is part of a larger one.
 
+    Warns where there are fewer than ``count``. Raises BadValue for a count below 1.
+
     Example
     -------
     >>> from srd_lab.data import load_data
@@ -96,5 +99,13 @@ def draw_images(dataset: Dataset, count: int | str, seed: int) -> list[int]:
     (3, 2000)
     """
     count = len(dataset) if isinstance(count, str) else count
+    if count < 1:
+        raise BadValue(f"{count} images cannot be drawn; expected 1 or more")
+    if count > len(dataset):
+        warnings.warn(
+            f"{count} images were asked for, and the data have {len(dataset)}: all are taken",
+            SrdLabWarning,
+            stacklevel=2,
+        )
     order = torch.randperm(len(dataset), generator=generator(seed, "images"))
     return sorted(order[:count].tolist())

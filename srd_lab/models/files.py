@@ -53,7 +53,8 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
     It may lie under ``state_dict`` or ``model``, where training scripts put it. Nothing is unpickled but tensors and
     plain data, so that a file cannot run code.
 
-    Raises BadWeights where the file is missing, damaged, of another kind, or does not hold a state dict of tensors.
+    Raises BadWeights where the file is missing, damaged, of another kind, or does not hold a state dict of tensors: plain
+    ones with finite numbers.
     """
     file = Path(file).expanduser()
     if file.suffix not in READERS:
@@ -118,9 +119,26 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
         if re.match(r"(aux\d|AuxLogits)\.", key):
             continue
+        if reason := _no_weight(value):
+            raise ValueError(f"{key} {reason}")
         key = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1", key)
         plain[key] = value.float() if value.is_floating_point() else value
     return plain
+
+
+def _no_weight(value: Tensor) -> str:
+    """Why a tensor cannot be one of a network's; empty where it can."""
+    if value.is_meta:
+        return "has a shape and no numbers"
+    if value.is_sparse or value.layout != torch.strided:
+        return "is sparse"
+    if value.is_quantized:
+        return "is quantised"
+    if value.is_complex():
+        return "holds complex numbers"
+    if value.is_floating_point() and not value.isfinite().all():
+        return "holds NaN or infinite values"
+    return ""
 
 
 def _some(what: str, keys: list[str], shown: int = 3) -> str:
@@ -137,7 +155,18 @@ def _complaints(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
         for key, value in expected.items()
         if key in found and found[key].shape != value.shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    whole = [
+        f"{key} {str(found[key].dtype).removeprefix('torch.')}"
+        for key, value in expected.items()
+        if key in found and not key.endswith("num_batches_tracked")
+        if found[key].is_floating_point() != value.is_floating_point()
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": reshaped,
+        "of another kind of numbers": whole,
+    }
     return [_some(what, keys) for what, keys in kinds.items() if keys]
 
 

@@ -57,19 +57,21 @@ class Finding:
 
 
 def against_value(what: str, value: float, measured: float, low: float, high: float, n: int) -> Finding:
-    """Whether the paper's ``value`` lies in the measured interval [low, high]; "too few" where that is NaN.
+    """Whether the paper's ``value`` lies in the measured interval [low, high]; "too few" where one of these is NaN.
 
     Example
     -------
     >>> against_value("accuracy", 0.7, 0.71, 0.69, 0.73, 100).verdict
     'inside'
     """
-    verdict = "too few" if np.isnan(low) else "inside" if low <= value <= high else "outside"
+    verdict = "inside" if low <= value <= high else "outside"
+    if np.isnan([value, measured, low, high]).any():
+        verdict = "too few"
     return Finding(what, f"{value:g}", measured, low, high, n, verdict)
 
 
 def against_claim(what: str, limit: float, measured: float, low: float, high: float, n: int) -> Finding:
-    """Whether something is larger than ``limit``: open while the measured interval [low, high] holds it.
+    """Whether something is larger than ``limit``: open while the measured interval [low, high] holds it, "too few" for NaN.
 
     Example
     -------
@@ -77,6 +79,8 @@ def against_claim(what: str, limit: float, measured: float, low: float, high: fl
     'open'
     """
     verdict = "holds" if low > limit else "does not hold" if high < limit else "open"
+    if np.isnan([measured, low, high]).any():
+        verdict = "too few"
     return Finding(what, f"> {limit:g}", measured, low, high, n, verdict)
 
 

@@ -25,6 +25,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from srd_lab.data import Loaded, load_batches, skipped_report
+from srd_lab.data.loading import useful_workers
 from srd_lab.errors import BadData, BadRun, OtherWork, SrdLabWarning
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import Settings
@@ -97,6 +98,13 @@ def in_batches(
         for first, last in plan
         if first not in stored
     ]
+    asked, useful = settings.workers or 0, useful_workers(len(to_read))
+    if to_read and asked > useful:
+        warnings.warn(
+            f"{useful} workers decode, and not {asked}: there is no work for more",
+            SrdLabWarning,
+            stacklevel=2,
+        )
     arriving = load_batches(dataset, to_read, settings.workers)
     skipped: dict[str, str] = {}
     anything = False

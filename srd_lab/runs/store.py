@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import ipaddress
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
 
-from srd_lab.errors import BadRun, StoreTrouble, Unavailable
+from srd_lab.errors import BadRun, BadValue, StoreTrouble, Unavailable
 from srd_lab.runs.environment import git_commit
 from srd_lab.runs.guard import guarded
 
@@ -67,8 +68,8 @@ class Store:
             stored = self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise StoreTrouble(_one_line(error)) from None
-            raise BadRun(f"no run {run_id} in {self.uri}; `srd-lab ui` lists them") from None
+                raise StoreTrouble(_one_line(error, self.uri)) from None
+            raise BadRun(f"no run {run_id} in {shown(self.uri)}; `srd-lab ui` lists them") from None
         tags = stored.data.tags
         if stored.info.lifecycle_stage == "deleted":
             raise BadRun(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` undoes it")
@@ -121,9 +122,8 @@ class Store:
         """One line: how to see the run."""
         if _database(self.uri) is None:
             path = f"experiments/{stored.info.experiment_id}/runs/{stored.info.run_id}"
-            page = (
-                f"{self.uri.rstrip('/')}/#/{path}" if self.uri.startswith("http") else f"it is in {self.uri}"
-            )
+            uri = shown(self.uri)
+            page = f"{uri.rstrip('/')}/#/{path}" if uri.startswith("http") else f"it is in {uri}"
             return f"run {stored.info.run_id}: {page}"
         if self.uri == _absolute(DEFAULT_STORE):
             return f"run {stored.info.run_id}: `srd-lab ui` in this directory shows it"
@@ -136,6 +136,27 @@ def store_uri(tracking_uri: str | None = None) -> str:
     Raises StoreTrouble for an SQLite path with a "%" or "?" in it.
     """
     return _absolute(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE)
+
+
+def shown(uri: str) -> str:
+    """A store's address as it may be printed and kept: without the password in it.
+
+    Example
+    -------
+    >>> shown("postgresql://me:secret@db.example.org/runs?password=secret")
+    'postgresql://me:***@db.example.org/runs?password=***'
+    """
+    for secret in _secrets(uri):
+        uri = uri.replace(secret, "***")
+    return uri
+
+
+def _secrets(uri: str) -> list[str]:
+    """What in a store's address must not be told: passwords, as they stand there and as they are meant."""
+    own = re.search(r"//[^/?#]*?:([^/?#]*)@", uri)
+    named = re.findall(r"[?&](?:password|passwd|pwd|token|secret|[\w-]*key)=([^&#]+)", uri, re.IGNORECASE)
+    found = {secret for secret in (own[1] if own else "", *named) if secret}
+    return sorted(found | {unquote(secret) for secret in found}, key=len, reverse=True)
 
 
 def _database(uri: str) -> Path | None:
@@ -307,11 +328,13 @@ def _store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise StoreTrouble(f"the MLflow store {uri} cannot be used: {_one_line(error)}") from None
+        raise StoreTrouble(f"the MLflow store {shown(uri)} cannot be used: {_one_line(error, uri)}") from None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, uri: str = "") -> str:
     text = " ".join(str(error).split())
+    for secret in _secrets(uri):
+        text = text.replace(secret, "***")
     if network := re.search(r"\[Errno -?\d+\] ([\w ,]+)", text):
         return network[1]
     return text if len(text) <= 400 else text[:400] + "..."
@@ -344,18 +367,28 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
 
     tracking_uri : see :func:`store_uri`. port, host : where it listens; by default on this machine alone.
 
-    Raises BadRun if there is no store yet, and StoreTrouble if it is a server already or no MLflow store, if the port is
-    taken, or if the page stops by itself.
+    Raises BadValue for an empty host, BadRun if there is no store yet, and StoreTrouble if it is a server already or no
+    MLflow store, if the port is taken, or if the page stops by itself.
     """
     uri = store_uri(tracking_uri)
+    if not host.strip():
+        raise BadValue(
+            "--host is empty, which would mean all networks; give 127.0.0.1, or 0.0.0.0 for all of them"
+        )
     if uri.startswith("http"):
-        raise StoreTrouble(f"{uri} is a server already: open it in a browser")
+        raise StoreTrouble(f"{shown(uri)} is a server already: open it in a browser")
     file = _database(uri)
     if file and not file.is_file():
         raise BadRun(f"no runs yet: {file} does not exist; run a command first, or give --tracking-uri")
     _require_free(host, port)
     _quiet_mlflow()
-    print(f"{uri} will be shown at {_page(host, port, file)} (Ctrl-C ends it)", flush=True)
+    print(f"{shown(uri)} will be shown at {_page(host, port, file)} (Ctrl-C ends it)", flush=True)
+    if not _is_loopback(host):
+        print(
+            f"Note: everybody who reaches {host} port {port} over the network can read and change these runs.",
+            file=sys.stderr,
+            flush=True,
+        )
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     options = ["--host", host, "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
     calm = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
@@ -378,12 +411,21 @@ def _page(host: str, port: int, file: Path | None) -> str:
     except sqlite3.Error as error:
         raise StoreTrouble(f"{file} is not an MLflow store ({error}); see --tracking-uri") from None
     path = f"/#/experiments/{number}/runs?workflowType=machine_learning" if number else ""
-    return f"http://{host}:{port}{path}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _require_free(host: str, port: int) -> None:
     try:
-        with socket.create_server((host, port)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)

@@ -66,6 +66,10 @@ class Files(Protocol):
         """Paths of the files directly in ``folder`` ("" = the top), sorted; empty if there is no such folder."""
         ...
 
+    def everything(self) -> list[str]:
+        """Paths of all files in all folders, sorted."""
+        ...
+
     def put_aside(self, path: str) -> str:
         """Give the file ``path`` a name under which nobody looks for it; that name."""
         ...
@@ -105,6 +109,11 @@ class FolderFiles:
         """See :meth:`Files.names`; hidden files are left out."""
         found = (self.folder / folder).glob("[!.]*")
         return sorted(item.relative_to(self.folder).as_posix() for item in found if item.is_file())
+
+    def everything(self) -> list[str]:
+        """See :meth:`Files.everything`; hidden files are left out."""
+        found = (item for item in self.folder.rglob("[!.]*") if item.is_file())
+        return sorted(item.relative_to(self.folder).as_posix() for item in found)
 
     def put_aside(self, path: str) -> str:
         """See :meth:`Files.put_aside`."""
@@ -151,6 +160,15 @@ class ServerFiles:
         with self.store.errors():
             found = self.store.client.list_artifacts(self.run_id, folder or None)
         return sorted(item.path for item in found if not item.is_dir)
+
+    def everything(self) -> list[str]:
+        """See :meth:`Files.everything`."""
+        found, folders = list[str](), [""]
+        while folders:
+            with self.store.errors():
+                for item in self.store.client.list_artifacts(self.run_id, folders.pop() or None):
+                    (folders if item.is_dir else found).append(item.path)
+        return sorted(found)
 
     def put_aside(self, path: str) -> str:
         """See :meth:`Files.put_aside`: a copy, as servers rename nothing; the file itself is written anew."""
@@ -325,6 +343,8 @@ class MlflowRun(Run):
         self.id = stored.info.run_id
         folder = local_folder(stored.info.artifact_uri)
         super().__init__(FolderFiles(folder) if folder else ServerFiles(store, self.id))
+        self.name = str(stored.info.run_name)
+        self.copy_to: Path | None = None  # where its files go as well when it has finished
         self.where = where
         self.params = dict(stored.data.params)
         self._store = store
@@ -377,6 +397,22 @@ class MlflowRun(Run):
     def _end(self, status: str) -> None:
         ended = self._before if self._before != "RUNNING" else "FAILED"
         self._store.set_status(self.id, ended if status == _AS_BEFORE else status)
+        if self.copy_to is not None and status == "FINISHED":
+            self._copy(self.copy_to)
+
+    def _copy(self, folder: Path) -> None:
+        """Put all files of this run and of its parts there, and its numbers, as a run without tracking does."""
+        copy = FolderFiles(folder)
+        for path in self._files.everything():
+            copy.write(path, self._files.read(path))
+        about = {"run": self.id, "params": self.params, "metrics": self._metrics}
+        copy.write(
+            "run.json",
+            (json.dumps(about | {_NOT_FINITE: sorted(self._not_finite)}, indent=1) + "\n").encode(),
+        )
+        for child in self._children:
+            if isinstance(child, MlflowRun):
+                child._copy(folder / quote(child.name, safe=" ,+=()"))
 
 
 class FolderRun(Run):
@@ -450,7 +486,8 @@ def open_run(
 
     name : of a new run.
     params : on resume those given must equal the stored ones; the others are read from ``run.params``.
-    track : False writes to the folder ``out`` (or nowhere) and does not import mlflow.
+    track : False writes to the folder ``out`` (or nowhere) and does not import mlflow; True copies what the run has stored
+        there when it ends.
     tracking_uri : wins over MLFLOW_TRACKING_URI, which wins over ``mlflow.db`` in the working directory.
     experiment : the MLflow experiment that the run is in.
     resume : id of the run to go on with; None = a new run.
@@ -461,16 +498,28 @@ def open_run(
     if not track:
         if resume:
             raise BadValue("only a tracked run can be resumed; leave --no-track or --resume out")
+        _refuse_taken(out)
         return FolderRun(command, name, params, out)
+    _refuse_taken(out)
     store = open_store(store_uri(tracking_uri), experiment, command)
     stored = store.get_run(resume) if resume else store.create_run(name)
-    if resume and not stored.data.params:
-        raise BadRun(
-            f"run {resume} was interrupted before its settings were stored, and holds nothing; start a new run"
-        )
     run = _started(MlflowRun(store, stored, store.where(stored)), params)
     run.tidy()
+    run.copy_to = out
     return run
+
+
+def _refuse_taken(out: Path | None) -> None:
+    """Refuse a folder in which another run's files lie."""
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        raise BadValue(f"{out} is no folder; give another --out")
+    taken = [name for name in ("run.json", "summary.txt", "batches") if (out / name).exists()]
+    if taken:
+        raise BadValue(
+            f"{out} holds another run's {taken[0]}; give another --out, or move away what is there"
+        )
 
 
 def _started(run: MlflowRun, params: Params) -> MlflowRun:
