@@ -25,10 +25,9 @@ from mlflow.entities import Run as StoredRun
 
 from srd_lab.errors import BadRun, BadValue, SrdLabError, StoreTrouble, Unavailable
 from srd_lab.runs import environment as record
-from srd_lab.runs import guard, tracking
-from srd_lab.runs import store as mlflow_store
+from srd_lab.runs import guard, page, tracking
+from srd_lab.runs.addresses import store_uri
 from srd_lab.runs.environment import environment
-from srd_lab.runs.store import store_uri
 from srd_lab.runs.tracking import Run, open_run
 
 
@@ -291,7 +290,7 @@ def test_stores_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StoreTrouble, match="cannot be used: Connection refused"):
         open_run("attack", "x", {}, tracking_uri=nobody)
     (tmp_path / "bad.db").write_text("not a database, but long enough to be taken for one" * 100)
-    with pytest.raises(StoreTrouble, match=r"bad\.db cannot be used as an MLflow store"):
+    with pytest.raises(StoreTrouble, match=r"bad\.db cannot be used: file is not a database"):
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db")
     with pytest.raises(StoreTrouble, match=r"cannot be used as an MLflow store"):
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db/mlflow.db")
@@ -490,14 +489,14 @@ def test_ui_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(BadRun, match=r"no runs yet: .*mlflow\.db does not exist"):
-        mlflow_store.launch_ui()
+        page.launch_ui()
     with pytest.raises(StoreTrouble, match="open it in a browser"):
-        mlflow_store.launch_ui("http://localhost:1")
+        page.launch_ui("http://localhost:1")
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StoreTrouble, match=rf"cannot listen on 127\.0\.0\.1:{port} .*--port"):
-            mlflow_store.launch_ui(port=port)
+            page.launch_ui(port=port)
 
 
 def test_ui_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -515,7 +514,7 @@ def test_ui_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     monkeypatch.setattr(subprocess, "Popen", Server)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    mlflow_store.launch_ui(port=_free_port())
+    page.launch_ui(port=_free_port())
     assert seen[0][seen[0].index("--backend-store-uri") + 1] == store_uri()
     assert "/#/experiments/1/runs?workflowType=machine_learning" in capsys.readouterr().out
 

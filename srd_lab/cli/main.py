@@ -83,7 +83,7 @@ def methods() -> None:
 @command_errors
 def ui(port: int, host: str, tracking_uri: str | None) -> None:
     """Open the MLflow UI on the runs made here."""
-    from srd_lab.runs.store import launch_ui
+    from srd_lab.runs.page import launch_ui
 
     launch_ui(tracking_uri, port, host)
 

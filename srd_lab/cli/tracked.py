@@ -158,7 +158,7 @@ def _note_what_changed(run: Any, study: Study) -> None:
 def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
     if not run.id:
         return str(run.where)
-    from srd_lab.runs.store import shown
+    from srd_lab.runs.addresses import shown
 
     uri = ctx.params["tracking_uri"]
     place = f" --tracking-uri {shlex.quote(shown(uri))}" if uri else ""
