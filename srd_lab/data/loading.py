@@ -166,7 +166,9 @@ def _by_workers(read: _Reader, plan: list[list[int]], workers: int) -> Iterator[
             yield Loaded(indices, [_unpacked(*sample) for sample in samples], skipped)
     except (MemoryError, RuntimeError) as error:
         # the system kills whom it has no memory for
-        if not is_out_of_memory(error) and "killed by signal" not in str(error):
+        if not is_out_of_memory(error) and not any(
+            said in str(error) for said in ("killed by", "exited unexpectedly")
+        ):
             raise
         warnings.warn(
             "memory ran out in a worker; the rest is decoded without workers", SrdLabWarning, stacklevel=2
