@@ -18,6 +18,7 @@ Example
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -49,10 +50,10 @@ class BlackBox:
     squares : share of the queries that go to random search, in [0, 1].
     pairs : opposite steps per estimate of the slope, >= 1. smooth : side in pixels of the squares that share a step's
         value, >= 1.
-    sigma, step : length of the trial steps and of the step taken, in parts of the budget's radius.
+    sigma, step : length of the trial steps and of the step taken, in parts of the budget's radius, > 0.
     seed : decides what is drawn, together with each image's key.
 
-    Raises BadValue for ``queries``, ``pairs`` or ``smooth`` below 1.
+    Raises BadValue for ``queries``, ``pairs`` or ``smooth`` below 1, and for the other numbers out of range.
     """
 
     explainer: Explainer
@@ -69,6 +70,11 @@ class BlackBox:
         for name in ("queries", "pairs", "smooth"):
             if getattr(self, name) < 1:
                 raise BadValue(f"the black-box attack needs {name} >= 1, got {getattr(self, name)}")
+        for name in ("sigma", "step"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadValue(f"the black-box attack needs a finite {name} > 0, got {getattr(self, name)}")
+        if not 0 <= self.squares <= 1:
+            raise BadValue(f"the black-box attack needs squares in [0, 1], got {self.squares}")
 
     def run(
         self,

@@ -26,7 +26,7 @@ from attacks.ensemble import WHITE_BOX, Ensemble
 from attacks.probe import Probe
 from attacks.scores import SCORES
 from attacks.surrogate import Surrogate
-from srd_lab.errors import SrdLabError
+from srd_lab.errors import SrdLabError, Unavailable
 from srd_lab.types import Explainer
 
 Arrays = Mapping[str, np.ndarray]
@@ -197,6 +197,8 @@ def planted_missed(
     """
     try:
         planted = Backdoor(explainer, budget, softness=SOFT, seed=seed).plant(model, x, clean=clean)
+    except Unavailable:  # memory says nothing of the method
+        raise
     except SrdLabError as error:
         return {"not_planted": f"the planted test could not be made: {error}"}
     known = check(planted, explainer, x)

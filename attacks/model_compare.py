@@ -80,9 +80,11 @@ def compare(
 def save_weights(model: nn.Module, file: str | Path) -> None:
     """Write the network's state dict to a .pth, .npz or .safetensors file, which ``load_model(..., weights=FILE)`` reads.
 
-    Raises BadWeights for another suffix.
+    Folders on the way are made. Raises BadWeights for another suffix.
     """
     file, state = Path(file), weights_of(model)
+    if file.suffix in (".npz", ".safetensors", ".pth"):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".npz":
         arrays: dict[str, Any] = {name: value.numpy() for name, value in state.items()}
         np.savez_compressed(file, **arrays)

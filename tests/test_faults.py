@@ -20,9 +20,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from attacks.black_box import BlackBox
+from attacks.model_compare import save_weights
 from srd_lab.cli.main import main
-from srd_lab.data import load_batches
+from srd_lab.data import load_batches, load_data
+from srd_lab.data.draw import draw_images
 from srd_lab.errors import BadValue, BadWeights, SrdLabWarning, StoreTrouble, Unavailable
+from srd_lab.methods.gradient import Gradient
+from srd_lab.metrics.robustness import under_noise
 from srd_lab.models import load_model
 from srd_lab.models.files import read_state
 from srd_lab.reproduce.paper import against_claim, against_value
@@ -369,3 +374,47 @@ def test_a_store_of_corrupt_pages_is_one_line(tmp_path: Path) -> None:
     assert result.output.count("\n") == 1
     assert "cannot be used" in result.output
     assert "SELECT" not in result.output
+
+
+# --- numbers given in Python --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sigma": 0.0},
+        {"sigma": float("nan")},
+        {"step": float("inf")},
+        {"step": -1.0},
+        {"squares": 1.5},
+        {"squares": -0.1},
+    ],
+)
+def test_numbers_of_a_black_box_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(BadValue, match=f"the black-box attack needs .*{next(iter(options))}"):
+        BlackBox(Gradient(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("noise", [0.0, -0.1, float("nan"), float("inf")])
+def test_noise_of_a_metric_is_checked(noise: float) -> None:
+    with pytest.raises(BadValue, match="noise of standard deviation"):
+        under_noise(None, noise, 1, 0)  # type: ignore[arg-type]
+
+
+def test_weights_are_written_into_a_folder_that_is_made(tmp_path: Path) -> None:
+    for name in ("w.pth", "w.npz", "w.safetensors"):
+        save_weights(load_model("vgg16"), file := tmp_path / "new" / "er" / name)
+        assert read_state(file)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_images_cannot_be_drawn(count: int) -> None:
+    with pytest.raises(BadValue, match="images cannot be drawn"):
+        draw_images(load_data("scenes"), count, 0)
+
+
+def test_more_images_than_there_are_is_said() -> None:
+    with pytest.warns(
+        SrdLabWarning, match="3000 images were asked for, and the data have 2000: all are taken"
+    ):
+        assert len(draw_images(load_data("scenes"), 3000, 0)) == 2000

@@ -7,6 +7,7 @@ scored.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.catalogue import metric
-from srd_lab.errors import Refused
+from srd_lab.errors import BadValue, Refused
 from srd_lab.metrics.explained import Explained, check_counts, unscorable
 from srd_lab.metrics.similarity import PCC, SSIM, float64
 from srd_lab.runtime import derived_seed
@@ -221,8 +222,12 @@ def _new_weights(module: nn.Module) -> Callable[[], None] | None:
 def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Per draw, the prepared maps (N, H, W) of images with Gaussian noise, and the length (N,) float64 of that noise.
 
-    noise : standard deviation in normalised units, as the length is. draws : how many. seed : decides the noise.
+    noise : standard deviation in normalised units, as the length is, > 0. draws : how many. seed : decides the noise.
+
+    Raises BadValue for another ``noise``.
     """
+    if not 0 < noise < math.inf:
+        raise BadValue(f"noise of standard deviation {noise} makes no sense; expected a finite one > 0")
 
     def compute() -> list[tuple[Tensor, Tensor]]:
         images, found = explained.images, []
