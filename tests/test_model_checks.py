@@ -41,6 +41,10 @@ def explain(name: str, model: nn.Module, x: Tensor) -> Tensor:
     return make_explainer(name, **OPTIONS.get(name, {})).explain(model, x, 1)
 
 
+def found_of(model: nn.Module) -> set[str]:
+    return set().union(*model_checks._passed[model].values())
+
+
 @pytest.fixture
 def x() -> Tensor:
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -76,8 +80,9 @@ def test_a_surrogate_of_a_model_that_mixes_is_refused_too(x: Tensor) -> None:
 
 def test_a_model_is_tried_once_whatever_is_asked_of_it(x: Tensor) -> None:
     model, sizes = Stepped(lambda y: y), []
-    explain("srd", model, x)
     model.register_forward_hook(lambda module, inputs, out: sizes.append(len(out)))
+    explain("srd", model, x)
+    sizes.clear()
     explain("srd", model, x)
     explain("srd", SmoothModel(model, 10.0), x)
     assert sizes == [3, 3]
@@ -89,9 +94,28 @@ def test_a_model_that_tells_no_images_apart_is_tried_three_times(x: Tensor) -> N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             explain("gradient", model, x)
-    said = model_checks._passed[model]
+    said = found_of(model)
     assert sum(one.startswith("asked") for one in said) == 2
     assert model_checks._APART in said
+
+
+def test_a_model_that_was_changed_is_tried_again(x: Tensor) -> None:
+    model = Stepped(lambda y: y)
+    explain("gradient", model, x)
+    handle = model.b.register_forward_hook(lambda module, inputs, out: out.roll(1, 0))
+    with pytest.raises(Refused, match="mixes the images"):
+        explain("gradient", model, x)
+    handle.remove()
+    explain("gradient", model, x)
+
+
+def test_numbers_beside_the_way_do_not_count_as_rounding(x: Tensor) -> None:
+    def step(y: Tensor) -> Tensor:
+        _ = torch.zeros(1) + 0  # float32
+        return y + 1e-4 * (y.mean(0, keepdim=True) - y)
+
+    with pytest.raises(Refused, match="mixes the images"):
+        explain("gradient", Stepped(step).double(), x.double())
 
 
 # --- a gradient that is the slope ----------------------------------------------------------------------------------
@@ -142,6 +166,29 @@ def test_methods_without_gradients_say_nothing_of_them(name: str, x: Tensor) -> 
     assert warned(name, Stepped(step, front=front), x) == []
 
 
+def test_a_false_slope_is_said_again(x: Tensor) -> None:
+    """Of every map, also where the first call was refused."""
+    step, front = FALSE["changed through .data"]
+    model = Stepped(step, front=front)
+    assert "did not arrive" in warned("srd", model, x)[0]
+    for _ in range(2):
+        assert warned("gradient", model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kink_between_the_steps_is_no_false_slope(dtype: torch.dtype, x: Tensor) -> None:
+    class Largest(Stepped):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.b(F.relu(self.a(x)))).amax((2, 3)))
+
+    for seed in range(12):
+        model = Largest(lambda y: y)
+        torch.manual_seed(seed)
+        for module in (model.a, model.b, model.fc):
+            module.reset_parameters()
+        assert warned("gradient", model.to(dtype), x.to(dtype)) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_honest_model_is_not_warned_of(dtype: torch.dtype, x: Tensor) -> None:
     for seed in range(20):
@@ -178,5 +225,5 @@ def test_the_output_is_compared_for_every_way_of_following(x: Tensor) -> None:
     model = Stepped(lambda y: y)
     for name in RUN:
         explain(name, model, x)
-    followers = {said.split()[2] for said in model_checks._passed[model] if said.startswith("followed")}
+    followers = {said.split()[2] for said in found_of(model) if said.startswith("followed")}
     assert {"SRDTrace", "ModifiedTrace", "Gated", "LayerTrace", "_Biases"} <= followers

@@ -73,17 +73,23 @@ class Channels:
                 found = _dim(args, kwargs) if function in _NEW_AXES else None
                 if found is None and out.dim() == x.dim():
                     self._records.note(out, lone=True)
-            elif (
-                out.dim() == x.dim() - 1
-                and function in _REDUCTIONS
-                and _dim(args, kwargs) in (axis, axis - x.dim())
-            ):
+            elif out.dim() == x.dim() - 1 and _takes_off(function, args, kwargs, x, axis, out):
                 self._records.note(out, lone=True)
                 return
             else:
                 found = _followed(function, args, kwargs, x, axis, out)
             if found is not None:
                 self.put(out, found)
+
+
+def _takes_off(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int, out: Tensor
+) -> bool:
+    """Whether ``out`` is ``x`` with the channels summed up, or one of its channels."""
+    if function in _REDUCTIONS:
+        return _dim(args, kwargs) in (axis, axis - x.dim())
+    strides = _probed(function, args, kwargs, x, axis) if _memory(out) is _memory(x) else None
+    return strides is not None and not any(strides)
 
 
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -171,6 +177,14 @@ def _behind_einsum(args: tuple[Any, ...], x: Tensor, axis: int) -> int | None:
     return out.index(brought[0]) if len(brought) == 1 else None
 
 
+def sums_nothing(function: Function, args: tuple[Any, ...]) -> bool:
+    """Whether a call is an ``einsum`` that multiplies entries and adds none up."""
+    if function is not torch.einsum or not args or not isinstance(args[0], str) or "->" not in args[0]:
+        return False
+    inputs, _, result = args[0].replace(" ", "").partition("->")
+    return set(inputs) - {","} <= set(result)
+
+
 def _spelt_out(letters: str, dims: int) -> str:
     """The letters of one operand, with a point for every axis that the ellipsis stands for."""
     return letters.replace("...", "." * (dims - len(letters.replace("...", ""))))
@@ -197,12 +211,19 @@ def _behind_view(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
 ) -> int | None:
     """The same view of a tensor that has a stride along its channels only shows where they went."""
+    moved = [i for i, stride in enumerate(_probed(function, args, kwargs, x, axis) or ()) if stride]
+    return moved[-1] if moved else None
+
+
+def _probed(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
+) -> tuple[int, ...] | None:
+    """The strides of a view of what has a stride along ``axis`` only; None where they cannot be told."""
     strides = [int(i == axis) for i in range(x.dim())]
     probe = torch.empty(1, device="meta").as_strided(x.shape, strides)
     try:
         args, kwargs = exchanged(args, kwargs, {id(x): probe})
-        strides = function(*args, **kwargs).stride()
+        found: tuple[int, ...] = function(*args, **kwargs).stride()
     except (RuntimeError, TypeError):  # axes that this probe cannot merge, or complex numbers
         return None
-    moved = [i for i, stride in enumerate(strides) if stride]
-    return moved[-1] if moved else None
+    return found

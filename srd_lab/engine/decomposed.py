@@ -26,7 +26,7 @@ from srd_lab.engine.affine import (
     is_affine,
     overwrites,
 )
-from srd_lab.engine.geometry import Convolution
+from srd_lab.engine.geometry import Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.live_pass import Absorb, Gate, LiveConstant, LivePass, Refuse, ShareBias
 from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
@@ -75,6 +75,16 @@ class Gated(ImageTrace):
         refuse_checkpoint(self.where())
         return conv.apply(conv.x, conv.weight, conv.bias)
 
+    def max_pool(self, pool: MaxPool) -> Any:
+        out = super().max_pool(pool)
+        # behind a ReLU a zero that was put beside a map is never larger than the map
+        if not self.records[pool.x].filled or not bool((pool.x.detach() < 0).any()):
+            return out
+        why = "chooses between a map and a constant, as an activation does"
+        if isinstance(out, Tensor):
+            return self._guarded(out, torch.max_pool2d, why)
+        return (self._guarded(out[0], torch.max_pool2d, why), *out[1:])
+
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         """The activation's output ``v`` behind a gate; ``u`` is its pre-activation, both of one shape."""
         return Gate.apply(u, v, self.live_pass, call.index)
@@ -101,7 +111,9 @@ class Gated(ImageTrace):
         if compared:
             why = "chooses by a comparison of maps"
         elif filled and function in SELECTIONS:
-            why = "chooses between a map and a constant, as an activation does,"
+            why = "chooses between a map and a constant, as an activation does"
+        elif self._pointwise.bends(function, args, kwargs):
+            why = "is an activation by another name"
         else:
             why = self._not_constant(args, kwargs)
         filled |= bool(maps) and fills(function, args, kwargs, maps)
@@ -130,7 +142,7 @@ class Gated(ImageTrace):
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         maps = self.maps_in(args, kwargs)
-        if function in KINKS or self._pointwise.bends(function, args, kwargs):
+        if function in KINKS:
             return self.refused(function, args, kwargs, "is an activation by another name")
         out = super().on_maps(function, args, kwargs)
         if function in NORMS and isinstance(out, Tensor) and out.numel() == maps[0].numel():

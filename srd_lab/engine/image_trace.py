@@ -103,6 +103,7 @@ class ImageTrace(Interceptor):
         if (written_out := self._pointwise.self_gated(func, args, given)) is not None:
             self.events += 1
             out = self._self_gated(written_out)
+            self.records.note(out, pointwise=(written_out.made,))
         else:
             made = self._pointwise.made_by(func, args, given)  # before the call, which may be in place
             out = super().__torch_function__(func, types, args, given)

@@ -29,6 +29,7 @@ from srd_lab.engine.affine import (
     is_affine,
     overwrites,
 )
+from srd_lab.engine.channels import sums_nothing
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
 from srd_lab.engine.layers import Place, high
@@ -252,7 +253,8 @@ class ModifiedTrace(Decomposed):
         tensors, name = tensors_in(args, kwargs), getattr(function, "__name__", "")
         if any(self.records[t].overwritten for t in tensors):
             raise self._unfollowed("reads a tensor of which a part was overwritten")
-        out = super().on_maps(function, args, kwargs) if name in _MATRIX_PRODUCTS | _LAYERS else None
+        layer = name in _MATRIX_PRODUCTS | _LAYERS and not sums_nothing(function, args)
+        out = super().on_maps(function, args, kwargs) if layer else None
         if out is None:
             return self._box.follow(
                 function, args, kwargs, lambda: super(ModifiedTrace, self).on_maps(function, args, kwargs)

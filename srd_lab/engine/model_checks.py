@@ -12,24 +12,27 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from srd_lab.engine.affine import LIKE, overwrites
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.spellings import Function
+from srd_lab.engine.spellings import Function, tensors_in
 from srd_lab.errors import Refused
 from srd_lab.overflow import refuse_overflow
 
 _APART = "its images are apart"
-_SLOPE = "its output changes as its gradient says"
+_SLOPE = "of its slope: "
 _SHARES = (1, 0.3, 0.1, 0.03, 0.01)  # of the longest step
 _TRIES = 3  # with images that the model tells apart too little to say
 _BYTES = 2.0**-8
 _TENSOR_CORES = 2.0**-10  # relative rounding of products there, of float32 numbers too
-_passed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_passed: WeakKeyDictionary[nn.Module, dict[str, set[str]]] = WeakKeyDictionary()
 
 
 def passes_as(surrogate: nn.Module, original: nn.Module) -> None:
     """``surrogate`` need not be asked what ``original`` was asked: it differs in its activations alone."""
-    _passed[surrogate] = _of(original)
+    _of(original)
+    _passed[surrogate] = _passed[original]
 
 
 def check_images_apart(model: nn.Module, x: Tensor) -> None:
@@ -86,28 +89,37 @@ class SameOutput:
 
 
 def false_slope(model: nn.Module, x: Tensor) -> str:
-    """What is to be said of a model whose output does not change as autograd's gradient says; empty for all others, and
-    for one that was asked before.
+    """What is to be said of a model whose output does not change as autograd's gradient says; empty for all others.
 
     x : images (N, C, H, W), of which the first is taken some small steps up and down its gradient.
     """
-    if _SLOPE in _of(model):
-        return ""
+    known = next((said for said in _of(model) if said.startswith(_SLOPE)), None)
+    if known is not None:
+        return known.removeprefix(_SLOPE)
     if not x.detach()[:1].any():
         return ""
-    watch, one = _Rounding(model), _off_the_kinks(x.detach()[:1]).requires_grad_()
+    found = _false_slope_at(model, x, 0)
+    if found:  # unless a kink lies between the steps, it is so beside the place as well
+        found = found if _false_slope_at(model, x, 1) else ""
+    if found is not None:
+        _of(model).add(_SLOPE + found)
+    return found or ""
+
+
+def _false_slope_at(model: nn.Module, x: Tensor, place: int) -> str | None:
+    """The same at one place near the first image; None where the model cannot be asked."""
+    watch, one = _Rounding(model), _off_the_kinks(x.detach()[:1], place).requires_grad_()
     with torch.enable_grad():
         logits = _logits(watch, one)
         if logits is None or not logits.requires_grad:
-            return ""
+            return None
         top = int(logits[0].argmax())
         try:
             (slope,) = torch.autograd.grad(logits[0, top], one, allow_unused=True)
         except RuntimeError:  # what is overwritten cannot be differentiated; not all methods have to
-            return ""
+            return None
     if slope is None or not slope.isfinite().all():
-        return ""
-    _of(model).add(_SLOPE)
+        return None
     size, steep = float(logits.detach().abs().amax()), float(slope.double().norm())
     if not steep and _overflows(model, one.detach()):
         return ""
@@ -141,22 +153,34 @@ def false_slope(model: nn.Module, x: Tensor) -> str:
 class _Rounding(Watch):
     """Runs a model as it is, and knows how far two of its outputs may be apart that are the same but for rounding.
 
-    eps : relative rounding of the coarsest numbers on the way.
+    eps : relative rounding of the coarsest numbers of what was made of the image.
     """
 
-    eps = 0.0
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.eps = 0.0
+        self._of_image = WeakTensorKeyDictionary()
+
+    def run(self, x: Tensor) -> Any:
+        self._of_image[x] = True
+        return super().run(x)
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = super().__torch_function__(func, types, args, kwargs)
+        if func in LIKE or not any(t in self._of_image for t in tensors_in(args, kwargs)):
+            return out
         if (
             type(func).__module__ == "torch._ops"
-        ):  # the only way to call quantised layers, and what else is made of few bits
+        ):  # the way to quantised layers, and to what else has few bits
             self.eps = max(self.eps, _BYTES)
-        if isinstance(out, Tensor) and out.is_floating_point():
-            eps = torch.finfo(out.dtype).eps
-            self.eps = max(self.eps, eps if out.device.type == "cpu" or eps < 1e-8 else _TENSOR_CORES)
+        written = args[:1] if func is Tensor.__setitem__ or overwrites(func, kwargs or {}) else ()
+        for t in tensors_in((out, *written)):
+            self._of_image[t] = True
+            if t.is_floating_point():
+                eps = torch.finfo(t.dtype).eps
+                self.eps = max(self.eps, eps if t.device.type == "cpu" or eps < 1e-8 else _TENSOR_CORES)
         return out
 
     @property
@@ -174,19 +198,24 @@ def _overflows(model: nn.Module, x: Tensor) -> bool:
     return False
 
 
-def _off_the_kinks(x: Tensor) -> Tensor:
+def _off_the_kinks(x: Tensor, place: int) -> Tensor:
     """``x`` changed a little: black pixels may make activations of exactly 0, where a ReLU has no slope."""
-    return x + 0.01 * x.abs().amax() * _drawn(x)
+    return x + 0.01 * x.abs().amax() * _drawn(x, place)
 
 
-def _drawn(x: Tensor) -> Tensor:
+def _drawn(x: Tensor, seed: int = 0) -> Tensor:
     """Numbers from -0.5 to 0.5, like ``x``, that are always the same."""
-    drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (drawn - 0.5).to(x.detach())
 
 
 def _of(model: nn.Module) -> set[str]:
-    return _passed.setdefault(model, set())
+    """What was found of the model as it is: a hook or another ``forward`` may change all of it."""
+    hooks = (
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+    )
+    state = f"{sum(hooks)} hooks, forward {id(vars(model).get('forward'))}"
+    return _passed.setdefault(model, {}).setdefault(state, set())
 
 
 def _logits(watch: Watch, x: Tensor) -> Tensor | None:

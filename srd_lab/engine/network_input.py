@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srd_lab.engine.affine import COPIES, DIVISIONS, LIKE, SHIFTS, overwrites, spelled
+from srd_lab.engine.affine import CASTS, COPIES, DIVISIONS, LIKE, SHIFTS, overwrites, spelled
 from srd_lab.engine.record import Records, original_of
 from srd_lab.engine.spellings import Function, tensors_in
 
 _NORMALISING = (
     SHIFTS
     | DIVISIONS
+    | CASTS
     | COPIES
     | spelled("mul multiply __mul__ __rmul__ __imul__ cat concat concatenate stack copy index_copy")
-    | spelled("slice_scatter select_scatter __setitem__")
+    | spelled("slice_scatter select_scatter __setitem__ addcmul lerp")
 )
 _SLICING = spelled("__getitem__ unsqueeze select narrow chunk split unbind")  # of colours, to normalise each
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ _TIMES = spelled("mul multiply __mul__ __rmul__ __imul__")
 _CASTS = spelled("to type type_as float double half bfloat16") | COPIES
 _SCALES = _TIMES | DIVISIONS | _CASTS | spelled("neg negative positive __neg__ __pos__")
 _SQUASHES = spelled(  # these make a gate of a map
-    "sigmoid expit hardsigmoid logsigmoid log_sigmoid tanh erf erfc exp expm1 relu6 hardtanh clamp clip",
+    "sigmoid expit hardsigmoid logsigmoid log_sigmoid tanh erf erfc ndtr exp expm1 relu6 hardtanh clamp clip",
 )
 _BENDS = spelled(
-    "exp expm1 erf erfc log log1p pow __pow__ __rpow__ square __rdiv__ __rtruediv__ sqrt rsqrt reciprocal",
+    "exp expm1 erf erfc ndtr logit log log1p pow __pow__ __rpow__ square __rdiv__ __rtruediv__ sqrt rsqrt reciprocal",
 )
 _POINTWISE = (
     _SCALES
@@ -47,14 +47,16 @@ _MOST = 12  # calls that are followed back
 class Pointwise:
     """How a tensor was made of another one, its source, value by value.
 
-    source, version : the source, as it was then. function : makes the tensor again of the source's values.
+    source, place : the source, and what tells it, as it was then, from all other tensors: two equal views are one source.
+    function : makes the tensor again of the source's values.
     scaled : it is the source times a constant. squashed : a function that makes gates had a part in it.
-    bent : so had one that is neither affine nor an activation: a root, a power, the map times itself.
+    bent : so had one that is neither affine nor an activation: a root, a power, the map times itself; or an activation
+        that is written out.
     calls : how many calls that took.
     """
 
     source: weakref.ref[Tensor]
-    version: int
+    place: tuple[Any, ...]
     function: Callable[[Tensor], Tensor]
     scaled: bool
     squashed: bool
@@ -63,22 +65,27 @@ class Pointwise:
 
     def is_of(self, other: Pointwise) -> bool:
         """Whether both are made of the same source."""
-        return self.source() is other.source() is not None and self.version == other.version
+        # while one of two equal views is there, nothing else lies where the other was
+        return self.place == other.place and (self.known is not None or other.known is not None)
 
     @property
     def known(self) -> Tensor | None:
         """The source, unless it was given up or changed in place."""
         source = self.source()
-        return source if source is not None and source._version == self.version else None
+        return source if source is not None and _place(source) == self.place else None
 
 
 @dataclass(frozen=True)
 class SelfGated:
-    """An activation that is written out: ``function`` of the map ``source``. written : what the call overwrites, or None."""
+    """An activation that is written out: ``function`` of the map ``source``.
+
+    written : what the call overwrites, or None. made : how what it puts out is made of the source.
+    """
 
     source: Tensor
     function: Callable[[Tensor], Tensor]
     written: Tensor | None
+    made: Pointwise
 
 
 class PointwiseCalls:
@@ -130,7 +137,8 @@ class PointwiseCalls:
                         continue
                     pair = [a, b] if one == 0 else [b, a]
                     made = _composed(function, args, kwargs, list(args), pair)
-                    return SelfGated(u, made.function, args[0] if overwrites(function, kwargs) else None)
+                    written = args[0] if overwrites(function, kwargs) else None
+                    return SelfGated(u, made.function, written, replace(made, bent=True))
         return None
 
     def bends(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -155,7 +163,7 @@ class PointwiseCalls:
         if not self._records.is_map(t):
             return known
         original = original_of(t)
-        itself = Pointwise(weakref.ref(original), original._version, _same, True, False, False, 0)
+        itself = Pointwise(weakref.ref(original), _place(original), _same, True, False, False, 0)
         return (itself, *known)
 
 
@@ -180,7 +188,7 @@ def _composed(
 
     return Pointwise(
         ways[0].source,
-        ways[0].version,
+        ways[0].place,
         made,
         scaled=function in _SCALES
         and len(ways) == 1
@@ -197,6 +205,10 @@ def _composed(
 def _divides_by(function: Function, args: tuple[Any, ...], holes: dict[int, Tensor]) -> bool:
     """Whether a call divides by an operand that moves."""
     return function in DIVISIONS and any(t is hole for t in args[1:] for hole in holes.values())
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t._version
 
 
 def _same(u: Tensor) -> Tensor:
