@@ -327,6 +327,9 @@ RELUS_BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
     "the larger so far": lambda y: torch.stack([torch.zeros_like(y), y]).cummax(0)[0][1],
     "the median": lambda y: torch.stack([y, torch.zeros_like(y), torch.full_like(y, 1e9)]).median(0)[0],
     "pooled": lambda y: F.max_pool3d(F.pad(y[:, :, None], (0, 0, 0, 0, 0, 1)), (2, 1, 1))[:, :, 0],
+    "pooled in two dimensions": lambda y: F.max_pool2d(
+        F.pad(y.flatten(2)[:, :, :, None], (0, 1)), (1, 2)
+    ).view_as(y),
     "an operator": lambda y: torch.ops.aten.relu(y),
     "an overload": lambda y: torch.ops.aten.relu.default(y),
     "below functional": lambda y: torch._C._nn.leaky_relu(y, 0.0),

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import normalize
 
-from srd_lab.errors import Refused
+from srd_lab.errors import Refused, SrdLabWarning
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.models import Classifier
 from srd_lab.registry import EXPLAINERS, make_explainer
@@ -194,6 +194,14 @@ def scattered(x: Tensor) -> Tensor:
     return out
 
 
+def in_one_call(x: Tensor) -> Tensor:
+    return torch.addcmul(-(MEANS / DEVIATIONS).view(3, 1, 1), x, 1 / DEVIATIONS.view(3, 1, 1))
+
+
+def by_einsum(x: Tensor) -> Tensor:
+    return torch.einsum("nchw,c->nchw", x - MEANS.view(3, 1, 1), 1 / DEVIATIONS)
+
+
 def by_batch_norm(x: Tensor) -> Tensor:
     return F.batch_norm(x, MEANS, DEVIATIONS**2, eps=0)
 
@@ -203,9 +211,15 @@ def by_torchvision(x: Tensor) -> Tensor:
 
 
 NORMALISING = (
-    *(by_batch_norm, by_torchvision),
+    *(by_batch_norm, by_torchvision, in_one_call, by_einsum),
     *(into_a_buffer, into_a_copy, in_views, in_the_image, whole_in_place, concatenated, stacked, scattered),
 )
+
+
+def gated_copy(u: Tensor) -> Tensor:
+    gate, out = torch.sigmoid(u), u.clone()
+    out *= gate
+    return out
 
 
 # an activation, and how models write it out
@@ -216,6 +230,9 @@ WRITTEN_OUT: dict[str, tuple[Callable[[Tensor], Tensor], list[Callable[[Tensor],
             lambda u: u * torch.sigmoid(u),
             lambda u: u.sigmoid() * u,
             lambda u: u.mul_(u.sigmoid()),
+            lambda u: u[:] * u.sigmoid(),
+            lambda u: (u.permute(0, 2, 3, 1) * u.permute(0, 2, 3, 1).sigmoid()).permute(0, 3, 1, 2),
+            gated_copy,
             lambda u: u / (1 + torch.exp(-u)),
             lambda u: u * (1 / (1 + (-u).exp())),
             lambda u: torch.mul(input=u, other=torch.sigmoid(u)),
@@ -226,6 +243,7 @@ WRITTEN_OUT: dict[str, tuple[Callable[[Tensor], Tensor], list[Callable[[Tensor],
         [
             lambda u: 0.5 * u * (1 + torch.erf(u / math.sqrt(2))),
             lambda u: u * 0.5 * (1 + (u * 0.5**0.5).erf_()),
+            lambda u: u * torch.special.ndtr(u),
         ],
     ),
     "gelu by tanh": (lambda u: F.gelu(u, approximate="tanh"), [tanh_gelu, tanh_gelu_by_products]),
@@ -358,6 +376,38 @@ def test_an_activation_that_is_written_out_has_the_map_of_the_activation(
     )
     assert expected.any() or name in CAMS
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+SUMS: list[Callable[[Tensor], Tensor]] = [
+    lambda u: u - u * torch.sigmoid(-u),
+    lambda u: u + u * (u.sigmoid() - 1),
+    lambda u: 0.5 * (u + u * torch.erf(u / math.sqrt(2))),
+]
+
+
+@pytest.mark.parametrize("name", ["srd", "lrp_epsilon", "guided_backprop", "deconvnet"])
+@pytest.mark.parametrize("sum_", SUMS)
+def test_an_activation_that_is_written_as_a_sum_is_refused(
+    sum_: Callable[[Tensor], Tensor], name: str, x: Tensor
+) -> None:
+    """As a residual of the map and what gates it, it would have another map."""
+    with pytest.raises(Refused, match="is an activation by another name"):
+        maps(acting(sum_), name, x)
+
+
+def test_stacked_colours_are_an_image(x: Tensor) -> None:
+    """Not a map of colours by columns, in which "high" would be looked for."""
+    colours = [
+        maps(way, "layercam_low", x)
+        for way in (plain, lambda s, x: plain(s, torch.stack([x[:, i] for i in range(3)], 1)))
+    ]
+    torch.testing.assert_close(*colours)
+    with pytest.warns(SrdLabWarning):
+        found = [
+            make_explainer("srd_high").explain(Net(way), x, 1)
+            for way in (plain, lambda s, x: plain(s, torch.stack([x[:, i] for i in range(3)], 1)))
+        ]
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -170,6 +170,8 @@ def _by_workers(read: _Reader, plan: list[list[int]], workers: int) -> Iterator[
             said in str(error) for said in ("killed by", "exited unexpectedly")
         ):
             raise
+        with suppress(RuntimeError):  # the news of a killed worker comes again while they are ended
+            arriving._shutdown_workers()
         warnings.warn(
             "memory ran out in a worker; the rest is decoded without workers", SrdLabWarning, stacklevel=2
         )

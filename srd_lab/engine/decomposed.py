@@ -77,13 +77,16 @@ class Gated(ImageTrace):
 
     def max_pool(self, pool: MaxPool) -> Any:
         out = super().max_pool(pool)
-        # behind a ReLU a zero that was put beside a map is never larger than the map
-        if not self.records[pool.x].filled or not bool((pool.x.detach() < 0).any()):
+        if not self.pools_constants(pool):
             return out
         why = "chooses between a map and a constant, as an activation does"
         if isinstance(out, Tensor):
             return self._guarded(out, torch.max_pool2d, why)
         return (self._guarded(out[0], torch.max_pool2d, why), *out[1:])
+
+    def pools_constants(self, pool: MaxPool) -> bool:
+        """Whether a pool may take a constant that was put beside a map for the map's largest value: not behind a ReLU."""
+        return self.records[pool.x].filled and bool((pool.x.detach() < 0).any())
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         """The activation's output ``v`` behind a gate; ``u`` is its pre-activation, both of one shape."""

@@ -50,6 +50,7 @@ _LAYERS = {
     *("ger", "kron", "vdot", "vecdot", "linalg_vecdot", "cross", "linalg_cross"),
     *("multi_dot", "linalg_multi_dot", "chain_matmul"),
 }
+_ENTRY_BY_ENTRY = {"addcmul", "addcmul_", "lerp", "lerp_"}
 _CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
 _IN_ANY_LAYOUT: dict[Function, Function] = {T.view: T.reshape, T.view_as: T.reshape_as}
@@ -200,6 +201,8 @@ class ModifiedTrace(Decomposed):
 
     def max_pool(self, pool: MaxPool) -> Any:
         out = super().max_pool(pool)
+        if self.pools_constants(pool):  # refused, and so without a part that the live pass could go through
+            return out
         self._note_winners(out, pool.x, lambda x: pool.apply(x, True)[1])
         return out
 
@@ -253,7 +256,7 @@ class ModifiedTrace(Decomposed):
         tensors, name = tensors_in(args, kwargs), getattr(function, "__name__", "")
         if any(self.records[t].overwritten for t in tensors):
             raise self._unfollowed("reads a tensor of which a part was overwritten")
-        layer = name in _MATRIX_PRODUCTS | _LAYERS and not sums_nothing(function, args)
+        layer = name in (_MATRIX_PRODUCTS | _LAYERS) - _ENTRY_BY_ENTRY and not sums_nothing(function, args)
         out = super().on_maps(function, args, kwargs) if layer else None
         if out is None:
             return self._box.follow(

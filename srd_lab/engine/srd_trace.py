@@ -17,6 +17,7 @@ from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.layers import Place, call_index, high
 from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.norms_and_attention import affine_form
+from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
 
 
@@ -177,12 +178,20 @@ class SRDTrace(Decomposed):
         axis = self.channels.of(x)
         vectors = x.clone() if overwrites(function, kwargs) else x
         shift = constant_part(function, args, kwargs, [x])
+        if self.records[x].lone and shift.shape == x.shape:  # one channel, whose axis was taken away
+
+            def shared(u: Tensor) -> Tensor:
+                return self.share_bias((u + shift).unsqueeze(1), u.unsqueeze(1), shift.unsqueeze(1)).squeeze(
+                    1
+                )
+
+            if overwrites(function, kwargs):  # what shifts in place keeps the sign of the map
+                return in_place(x, shared)
+            out = super().on_maps(function, args, kwargs).unsqueeze(1).clone()
+            return self.share_bias(out, x.unsqueeze(1), shift.unsqueeze(1)).squeeze(1)
         out = super().on_maps(function, args, kwargs)
         if out.dim() > x.dim():
             return self.absorb(out, shift)
-        if self.records[x].lone:
-            one, axis = vectors.expand(out.shape).unsqueeze(1), 1
-            return self.share_bias(out.unsqueeze(1).clone(), one, shift.unsqueeze(1), axis=axis).squeeze(1)
         return self.share_bias(out, vectors.expand(out.shape), shift.movedim(axis, 1), axis=axis)
 
     # where things begin and end --------------------------------------------------------------------------
