@@ -48,6 +48,7 @@ class Gated(ImageTrace):
 
     follows_channels = False
     sees_all = True
+    refuses_roots = False  # and powers, wherever relevance arrives at them
 
     def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
         super().__init__(model)
@@ -115,7 +116,7 @@ class Gated(ImageTrace):
             why = "chooses by a comparison of maps"
         elif filled and function in SELECTIONS:
             why = "chooses between a map and a constant, as an activation does"
-        elif self._pointwise.bends(function, args, kwargs):
+        elif self._pointwise.bends(function, args, kwargs, roots=not self.refuses_roots):
             why = "is an activation by another name"
         else:
             why = self._not_constant(args, kwargs)
@@ -192,6 +193,7 @@ class Decomposed(Gated):
     """
 
     follows_channels = True
+    refuses_roots = True
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

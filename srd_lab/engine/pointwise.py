@@ -50,8 +50,8 @@ class Pointwise:
     source, place : the source, and what tells it, as it was then, from all other tensors: two equal views are one source.
     function : makes the tensor again of the source's values.
     scaled : it is the source times a constant. squashed : a function that makes gates had a part in it.
-    bent : so had one that is neither affine nor an activation: a root, a power, the map times itself; or an activation
-        that is written out.
+    bent : so had one that is neither affine nor an activation: a root, a power, the map times itself.
+    written_out : so had an activation that is written out.
     calls : how many calls that took.
     """
 
@@ -61,6 +61,7 @@ class Pointwise:
     scaled: bool
     squashed: bool
     bent: bool
+    written_out: bool
     calls: int
 
     def is_of(self, other: Pointwise) -> bool:
@@ -138,15 +139,21 @@ class PointwiseCalls:
                     pair = [a, b] if one == 0 else [b, a]
                     made = _composed(function, args, kwargs, list(args), pair)
                     written = args[0] if overwrites(function, kwargs) else None
-                    return SelfGated(u, made.function, written, replace(made, bent=True))
+                    return SelfGated(u, made.function, written, replace(made, written_out=True))
         return None
 
-    def bends(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call adds up what was made of one map value by value, and bent: ``y + sqrt(y * y)``, which is a ReLU."""
+    def bends(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], *, roots: bool = True
+    ) -> bool:
+        """Whether a call adds up what was made of one map value by value, and bent: ``u - u * sigmoid(-u)``, which is SiLU.
+
+        roots : whether roots and powers count too: ``y + sqrt(y * y)`` is a ReLU.
+        """
         if function not in SHIFTS or len(moving := self._moving(args, kwargs)) < 2:
             return False
         first, *others = (self._of(t) for t in moving)
-        return any((a.bent or b.bent) and a.is_of(b) for a in first for ways in others for b in ways)
+        pairs = [(a, b) for a in first for ways in others for b in ways if a.is_of(b)]
+        return any(one.written_out or (roots and one.bent) for pair in pairs for one in pair)
 
     def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The operands that are made of the image; none where one of them is cut off from it."""
@@ -163,7 +170,7 @@ class PointwiseCalls:
         if not self._records.is_map(t):
             return known
         original = original_of(t)
-        itself = Pointwise(weakref.ref(original), _place(original), _same, True, False, False, 0)
+        itself = Pointwise(weakref.ref(original), _place(original), _same, True, False, False, False, 0)
         return (itself, *known)
 
 
@@ -198,6 +205,7 @@ def _composed(
         bent=function in _BENDS
         or (function in _COMPLETING and len(ways) > 1)
         or any(way.bent for way in ways),
+        written_out=any(way.written_out for way in ways),
         calls=1 + max(way.calls for way in ways),
     )
 
