@@ -30,6 +30,12 @@ from srd_lab.runtime import Batcher
 from srd_lab.types import Sample
 
 TINY = ("attack", "--attack", "eq10", "--pairs", "4", "--steps", "3", "--batch-size", "2", "--device", "cpu")
+ONE_PAIR = (
+    "attack",
+    "--attack",
+    "eq10",
+    *["--pairs", "1", "--steps", "1", "--method", "gradient", "--device", "cpu"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -470,22 +476,9 @@ def test_a_folder_with_another_runs_files_is_left_as_it_is(track: str, tmp_path:
 
 
 def test_a_tracked_run_leaves_its_tables_and_figures_in_a_folder_too(tmp_path: Path, store: str) -> None:
-    attack = (
-        "attack",
-        "--attack",
-        "eq10",
-        "--pairs",
-        "1",
-        "--steps",
-        "1",
-        "--method",
-        "gradient",
-        "--device",
-        "cpu",
-    )
     tracked, plain = tmp_path / "tracked", tmp_path / "plain"
-    assert call(*attack, "--tracking-uri", store, "--out", str(tracked)).exit_code == 0
-    assert call(*attack, "--no-track", "--out", str(plain)).exit_code == 0
+    assert call(*ONE_PAIR, "--tracking-uri", store, "--out", str(tracked)).exit_code == 0
+    assert call(*ONE_PAIR, "--no-track", "--out", str(plain)).exit_code == 0
     files = {p.relative_to(plain) for p in plain.rglob("*") if p.is_file()}
     assert {p.relative_to(tracked) for p in tracked.rglob("*") if p.is_file()} >= {
         file
@@ -695,22 +688,7 @@ def test_pairs_that_hardly_moved_are_no_sign_of_robustness(
 
 @pytest.mark.usefixtures("unseen")
 def test_one_pair_has_no_interval() -> None:
-    result = call(
-        *(
-            "attack",
-            "--attack",
-            "eq10",
-            "--pairs",
-            "1",
-            "--steps",
-            "1",
-            "--method",
-            "gradient",
-            "--device",
-            "cpu",
-            "--no-track",
-        )
-    )
+    result = call(*ONE_PAIR, "--no-track")
     assert result.exit_code == 0, result.output
     (line,) = (line for line in result.output.splitlines() if line.startswith("gradient "))
     assert line.split()[2] == line.split()[6] == "[–]"

@@ -67,7 +67,7 @@ class ModifiedTrace(Decomposed):
     network : without the normalisation in front. modify : what becomes of a weight, of its shape.
     with_bias : whether biases take part, modified likewise.
     box : the pixel box (low, high) of z^B (Montavon et al. 2017), which the first layer always has; both like the image.
-    head : of the last linear layer: its output, its input (modified), its weight; None where there is none.
+    head : the last linear layer and its output; None where there is none.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ModifiedTrace(Decomposed):
         self._modify, self._with_bias = modify, with_bias
         self._ends, self._box = box, PixelBox(self.records)
         self._u: Tensor | None = None  # modified pre-activation of the running call
-        self.head: tuple[Tensor, Tensor, Tensor] | None = None
+        self.head: tuple[Tensor, Linear] | None = None
 
     def trace(self, given: Tensor) -> Tensor:
         """The logits (N, K) for the image ``given`` (N, C, H, W), which asks for a gradient.
@@ -114,8 +114,9 @@ class ModifiedTrace(Decomposed):
         weight, bias = torch.cat([-linear.weight, linear.weight]), linear.bias
         bias = None if bias is None else torch.cat([-bias, bias])
         part = linear.part(weight, self._modified_bias(bias))
-        self.records.note(logits, linear=replace(linear, weight=weight, bias=bias), part=part)
-        self.head = (logits, self.head[1], weight)  # type: ignore[index]
+        made = replace(linear, weight=weight, bias=bias)
+        self.records.note(logits, linear=made, part=part)
+        self.head = (logits, made)
 
     def modified(self, t: Tensor) -> Tensor:
         """What modified weights make of ``t``, of its shape: ``t`` itself for activations and what is pooled from them."""
@@ -173,7 +174,7 @@ class ModifiedTrace(Decomposed):
         y = super().linear(x, weight, bias)
         made = Linear(weight, bias, self._reading(x, F.linear))
         self.records.note(y, linear=made, part=made.part(weight, self._modified_bias(bias)))
-        self.head = (y, self.modified(x), weight)
+        self.head = (y, made)
         return self.channels.put(y, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
@@ -262,7 +263,7 @@ class ModifiedTrace(Decomposed):
             return self._box.follow(
                 function, args, kwargs, lambda: super(ModifiedTrace, self).on_maps(function, args, kwargs)
             )
-        moving = [t for t in tensors if self.is_map(t)]
+        moving = self.maps_in(args, kwargs)
         if name in _LAYERS or self._gated(tensors) or len(tensors) != 2 or len(moving) != 1:
             return self.refused(function, args, kwargs, "is a layer of its own")
         x, weight = moving[0], next(t for t in tensors if t is not moving[0])

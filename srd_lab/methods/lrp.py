@@ -28,7 +28,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab import maps
@@ -222,8 +221,8 @@ class ExcitationBackprop(_Modified):
                 raise Refused(
                     "contrastive excitation backprop needs a network that ends in a linear layer; use contrastive=False"
                 )
-            _, x, weight = trace.head
-            top.append(F.linear(x, (-weight).clamp_min(0)))
+            _, last = trace.head
+            top.append(last.part(-last.weight, None))
             signals.append(-rules.divide(one, top[1]))
         place = self._place(trace, ends[0], top[0])
         with trace.live() as relevance:
