@@ -118,15 +118,15 @@ def bent(step: Step, lengths: tuple[float, ...]) -> bool:
     return False
 
 
-def overridable() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Name and function, each function once."""
+def overridable(ruled: bool = False) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Name and function, each function once; with those that have a rule of their own if ``ruled``."""
     seen = set[Any]()
     for functions in get_overridable_functions().values():
         for function in functions:
             name = resolve_name(function) or ""
             if (
                 function in seen
-                or function in RULED
+                or (function in RULED and not ruled)
                 or name.rpartition(".")[2] in NOT_CALLED
                 or "dlpack" in name
             ):

@@ -413,7 +413,7 @@ def test_padding_by_name_is_padding_by_number(name: str, kernel: Any) -> None:
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
         return nn.Sequential(*layers).double().eval().requires_grad_(False)
 
-    x = pixels(2, 3, 7, 6)
+    x = pixels(2, 3, 37, 36)  # each shifts by half a pixel
     maps = [method(name).explain(build(by_name), x, 1) for by_name in (True, False)]
     assert maps[0].abs().max() > 0
     torch.testing.assert_close(*maps)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_checks import check_images_apart, false_slope
@@ -54,6 +55,11 @@ class Attribution:
         """``trace``, whose recorded tensors are released when the attribution ends, also by an error."""
         self._on_exit.callback(trace.release)
         return trace
+
+    @property
+    def alignment(self) -> Alignment:
+        """Which maps of the network lie over the image."""
+        return Alignment.of(self.network, self.given)
 
     def finish(self, t: Tensor) -> Tensor:
         """A result as the caller gets it: with its graph if and only if x asks for a gradient."""

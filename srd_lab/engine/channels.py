@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srd_lab.engine.affine import exchanged, spelled
+from srd_lab.engine.letters import WRITTEN_IN_LETTERS, in_letters
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import Function
 
@@ -110,15 +111,6 @@ def has_extent(t: Tensor, axis: int) -> bool:
     return max(places(t, axis), default=1) > 1
 
 
-def keeps_places(function: Function, x: Tensor, axis: int, out: Tensor) -> bool:
-    """Whether rows and columns of ``x`` (channels along ``axis``) are those of ``out = function(x, ...)`` too; a reshape may
-    put them elsewhere."""
-    if function not in _RESHAPES:
-        return True
-    old, new = tuple(x.shape), tuple(out.shape)
-    return all(_behind_reshape(old, i, new) is not None for i in range(1, x.dim()) if i != axis)
-
-
 def _default(dims: int) -> int:
     return 1 if dims == 4 else max(dims - 1, 0)
 
@@ -133,10 +125,8 @@ def _followed(
         summed, kept = (x.dim() - 1, x.dim() - 2) if first else (x.dim() - 2, x.dim() - 1)
         along_rows = (axis == kept) if first else (axis == summed)
         found = out.dim() - (2 if along_rows and out.dim() > 1 else 1)
-    elif function is torch.einsum:
-        found = _behind_einsum(args, x, axis)
-    elif function is torch.tensordot:
-        found = _behind_tensordot(*args, **kwargs, x=x, axis=axis)
+    elif function in WRITTEN_IN_LETTERS:
+        found = _behind_letters(function, args, kwargs, x, axis)
     elif function is F.unfold:  # (N, C k k, positions)
         found = out.dim() - 2
     elif function in _RESHAPES:
@@ -162,49 +152,18 @@ def _behind_reshape(old: tuple[int, ...], axis: int, new: tuple[int, ...]) -> in
     return next((j for j in fitting if j > 0 or axis == 0), None)
 
 
-def _behind_einsum(args: tuple[Any, ...], x: Tensor, axis: int) -> int | None:
-    """Where the letter of the channels went; if it is summed over, the one letter that the other operand brings."""
-    if not args or not isinstance(args[0], str) or "->" not in args[0]:
-        return None
-    operands = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
-    inputs, _, result = args[0].replace(" ", "").partition("->")
-    letters = [_spelt_out(part, t.dim()) for part, t in zip(inputs.split(","), operands, strict=True)]
-    mine = next(row for row, t in zip(letters, operands, strict=True) if t is x)
-    out = _spelt_out(result, len(result.replace("...", "")) + max(row.count(".") for row in letters))
-    if mine[axis] in out:
-        return out.index(mine[axis])
-    brought = [letter for letter in out if letter not in mine]
-    return out.index(brought[0]) if len(brought) == 1 else None
-
-
-def sums_nothing(function: Function, args: tuple[Any, ...]) -> bool:
-    """Whether a call is an ``einsum`` that multiplies entries and adds none up."""
-    if function is not torch.einsum or not args or not isinstance(args[0], str) or "->" not in args[0]:
-        return False
-    inputs, _, result = args[0].replace(" ", "").partition("->")
-    return set(inputs) - {","} <= set(result)
-
-
-def _spelt_out(letters: str, dims: int) -> str:
-    """The letters of one operand, with a point for every axis that the ellipsis stands for."""
-    return letters.replace("...", "." * (dims - len(letters.replace("...", ""))))
-
-
-def _behind_tensordot(
-    a: Tensor, b: Tensor, dims: Any = 2, *other: Any, x: Tensor, axis: int, **others: Any
+def _behind_letters(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
 ) -> int | None:
-    """What is left of the first comes first, then what is left of the second."""
-    if isinstance(dims, int):
-        dims = (list(range(a.dim() - dims, a.dim())), list(range(dims)))
-    if isinstance(dims, Tensor):
-        dims = dims.tolist()
-    summed = [[d % t.dim() for d in of] for t, of in zip((a, b), dims, strict=True)]
-    free = [[d for d in range(t.dim()) if d not in of] for t, of in zip((a, b), summed, strict=True)]
-    mine = 0 if x is a else 1
-    start = (0, len(free[0]))
-    if axis in free[mine]:
-        return start[mine] + free[mine].index(axis)
-    return start[1 - mine] if len(free[1 - mine]) == 1 else None
+    """Where the letter of the channels went; if it is summed over, the one letter that the other operands bring."""
+    if (written := in_letters(function, args, kwargs)) is None:
+        return None
+    operands, letters, result = written
+    mine = next(row for row, t in zip(letters, operands, strict=True) if t is x)
+    if mine[axis] in result:
+        return result.index(mine[axis])
+    brought = [letter for letter in result if letter not in mine]
+    return result.index(brought[0]) if len(brought) == 1 else None
 
 
 def _behind_view(

@@ -114,6 +114,7 @@ class ImageTrace(Interceptor):
             if eps > self._eps:
                 self.rounding = min(self.rounding + _COARSE * eps, 0.02)
         if self.keeps_maps and isinstance(out, Tensor) and out.dim() == 4 and self.is_map(out):
+            self.records.note(out, event=self.events)
             self.maps.append((out, out._version))
         return out
 

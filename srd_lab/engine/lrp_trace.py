@@ -29,10 +29,10 @@ from srd_lab.engine.affine import (
     is_affine,
     overwrites,
 )
-from srd_lab.engine.channels import sums_nothing
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
 from srd_lab.engine.layers import Place, high
+from srd_lab.engine.letters import sums_nothing
 from srd_lab.engine.pixel_box import PixelBox
 from srd_lab.engine.record import Linear
 from srd_lab.engine.spellings import Call, Function, tensors_in

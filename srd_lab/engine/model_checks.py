@@ -209,13 +209,17 @@ def _drawn(x: Tensor, seed: int = 0) -> Tensor:
     return (drawn - 0.5).to(x.detach())
 
 
-def _of(model: nn.Module) -> set[str]:
-    """What was found of the model as it is: a hook or another ``forward`` may change all of it."""
+def state_of(model: nn.Module) -> str:
+    """What tells a model as it is from what hooks, or another ``forward``, make of it."""
     hooks = (
         len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
     )
-    state = f"{sum(hooks)} hooks, forward {id(vars(model).get('forward'))}"
-    return _passed.setdefault(model, {}).setdefault(state, set())
+    return f"{sum(hooks)} hooks, forward {id(vars(model).get('forward'))}"
+
+
+def _of(model: nn.Module) -> set[str]:
+    """What was found of the model as it is."""
+    return _passed.setdefault(model, {}).setdefault(state_of(model), set())
 
 
 def _logits(watch: Watch, x: Tensor) -> Tensor | None:

@@ -61,7 +61,6 @@ class Record:
     channels : the axis of its channels. lone : it has one channel, whose axis a sum took away.
     ahead : it is the image, or what normalising makes of it.
     seen : an intercepted call made it, or wrote into it.
-    scattered : a reshape has put its positions elsewhere, as into windows, so that they are no rows and columns (FullGrad).
 
     About its value:
     role : None for a map; "gate" for what multiplies maps and no more, "constant" for what is made of parameters alone.
@@ -80,7 +79,6 @@ class Record:
     channels: int | None = _stays(None)
     lone: bool = _stays(False)
     ahead: bool = _stays(False)
-    scattered: bool = _stays(False)
     seen: bool = _stays(False)
     role: Literal["gate", "constant"] | None = None
     compared: bool = False

@@ -32,13 +32,12 @@ from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
-from srd_lab.engine.channels import keeps_places
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
+from srd_lab.engine.layers import check_rows
 from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
-from srd_lab.errors import Refused
 from srd_lab.logits import class_logit
 from srd_lab.types import Explainer
 
@@ -61,14 +60,8 @@ class FullGrad(Explainer):
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Full-gradient saliency (N, H, W), >= 0; the model's output, from one forward pass."""
-        products, logits, scattered = _products(model, x, target)
+        products, logits = _products(model, x, target, laid_over_image=True)
         size = (x.shape[2], x.shape[3])
-        for p, elsewhere in zip(products, scattered, strict=True):
-            if p.dim() == 4 and (elsewhere or len(p) != len(x)):
-                raise Refused(
-                    f"a bias is on maps of shape {tuple(p.shape)} for {len(x)} images, cut into patches or windows, so that "
-                    "it has no place in the image; use another method on this network"
-                )
         shown = [maps.upsample(_unit_range(p).sum(1), size) for p in products if p.dim() == 4]
         return torch.stack(shown).sum(0), logits
 
@@ -85,7 +78,7 @@ class _Bias:
     """A bias of the running model.
 
     y : what it is in, with channels along ``axis``. bias : its value; None for that of an activation y of ``u``.
-    scattered : the positions of y are no rows and columns of the image. lone : y has one channel, and no axis for it.
+    event : which torch function of the model made y. lone : y has one channel, and no axis for it.
     ahead : it is a part of a normalisation of the image.
     """
 
@@ -93,7 +86,7 @@ class _Bias:
     axis: int
     bias: Tensor | None
     u: Tensor | None = None
-    scattered: bool = False
+    event: int = 0
     lone: bool = False
     ahead: bool = False
 
@@ -121,9 +114,9 @@ class _Biases(ImageTrace):
         """``y``, to which ``bias`` was added; a copy, as what follows may overwrite it."""
         if bias is None or not y.requires_grad:
             return y
-        known = self.records[y]
-        self.found.append(_Bias(y, axis, bias, None, known.scattered, known.lone, ahead))
-        return self._with_channels(self._like([y], y.clone()), axis, known.lone)
+        lone = self.records[y].lone
+        self.found.append(_Bias(y, axis, bias, None, self.events, lone, ahead))
+        return self._with_channels(y.clone(), axis, lone)
 
     def _with_channels(self, t: Tensor, axis: int, lone: bool) -> Tensor:
         if not lone:
@@ -135,28 +128,26 @@ class _Biases(ImageTrace):
         axis = self.channels.of(x)
         self.begin.reads(x)
         lone = self.records[x].lone
-        return self._with_channels(self._like([x], self._activated(call, x, inplace, axis)), axis, lone)
+        return self._with_channels(self._activated(call, x, inplace, axis), axis, lone)
 
-    def _like(self, maps: list[Tensor], out: Tensor, moved: bool = False) -> Tensor:
-        """``out``, whose positions are where those of any of ``maps`` are, unless they were moved."""
-        scattered = moved or all(self.records[t].scattered for t in maps)
-        lone = out.dim() == maps[0].dim() and self.records[maps[0]].lone
-        self.records.note(out, scattered=scattered, lone=lone or self.records[out].lone)
+    def _like(self, x: Tensor, out: Tensor) -> Tensor:
+        """``out``, which is made of ``x`` and has one channel if ``x`` has."""
+        if out.dim() == x.dim() and self.records[x].lone:
+            self.records.note(out, lone=True)
         return out
 
     def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
         self.begin.called(function, args, maps, out)
         for made in out if isinstance(out, tuple | list) else (out,):
             if isinstance(made, Tensor):
-                x = max(maps, key=Tensor.dim)
-                self._like(maps, made, not keeps_places(function, x, self.channels.of(x), made))
+                self._like(maps[0], made)
 
     def _activated(self, call: Call, x: Tensor, inplace: bool, axis: int) -> Tensor:
         if call.kind in _WITHOUT_BIAS:
             return call.original(x)
         u = x.clone()
         v = call.function(u)
-        self.found.append(_Bias(v, axis, None, u, self.records[x].scattered, self.records[x].lone))
+        self.found.append(_Bias(v, axis, None, u, self.events, self.records[x].lone))
         return x.copy_(v) if inplace else v.clone()
 
     def convolution(self, conv: Convolution) -> Tensor:
@@ -167,7 +158,7 @@ class _Biases(ImageTrace):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.begin.reads(x)
         y = self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
-        return self.note(self._like([x], y), bias, y.dim() - 1)
+        return self.note(self._like(x, y), bias, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
         ahead = self.begin.is_ahead([norm.x])
@@ -192,9 +183,9 @@ class _Biases(ImageTrace):
         if overwrites(function, kwargs):
             return in_place(
                 args[0],
-                lambda u: self.note(self._like(maps, function(u, *args[1:], **kwargs)), bias, axis, ahead),
+                lambda u: self.note(self._like(maps[0], function(u, *args[1:], **kwargs)), bias, axis, ahead),
             )
-        return self.note(self._like(maps, function(*args, **kwargs)), bias, axis, ahead)
+        return self.note(self._like(maps[0], function(*args, **kwargs)), bias, axis, ahead)
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
@@ -204,10 +195,12 @@ def _is_vector(t: Tensor, axis: int) -> bool:
 
 
 def _products(
-    model: nn.Module, x: Tensor, target: Tensor | int | None
-) -> tuple[list[Tensor], Tensor, list[bool]]:
-    """Gradient times value of the (normalised) input and of every bias, channels along dimension 1; the logits; and of each
-    product whether its positions are no rows and columns of the image."""
+    model: nn.Module, x: Tensor, target: Tensor | int | None, *, laid_over_image: bool = False
+) -> tuple[list[Tensor], Tensor]:
+    """Gradient times value of the (normalised) input and of every bias, channels along dimension 1; the logits.
+
+    laid_over_image : whether the maps among them have to lie over the image.
+    """
     with attribution(model, x) as run:
         trace = run.recording(_Biases(run.network))
         fed = run.given.clone()
@@ -219,15 +212,18 @@ def _products(
         terms = [_Bias(start, 1, start), *(b for b in trace.found if normalised is None or not b.ahead)]
         values = [term.value for term in terms]
         slopes = slopes_of(score, [term.y for term in terms], differentiable=run.differentiable)
-        products, scattered = [], []
+        products = []
         for g, value, term in zip(slopes, values, terms, strict=True):
             if g is not None:
                 product = g * value
                 products.append(
                     run.finish(product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1))
                 )
-                scattered.append(term.scattered)
-        return products, run.finish(logits), scattered
+                if laid_over_image and term.event and products[-1].dim() == 4:
+                    check_rows("a bias", products[-1].shape, len(x), "use another method on this network")
+                    axis = None if term.lone else term.axis
+                    run.alignment.check(term.event, axis, "the output of a layer with a bias")
+        return products, run.finish(logits)
 
 
 def _unit_range(product: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.attribution import ON_LEAK, attribution, check_conserved, slope_of, slopes_of
+from srd_lab.engine.attribution import ON_LEAK, Attribution, attribution, check_conserved, slope_of, slopes_of
 from srd_lab.engine.layers import call_index, check_rows
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.record import original_of
@@ -73,7 +73,7 @@ class _Modified(Explainer, ABC):
             trace.keeps_maps = self.keeps_maps
             logits = trace.trace(run.given)
             classes = check_target(target, logits)[:, None]
-            map_ = self.propagate(trace, logits, classes, (run.given, low, high), run.differentiable)
+            map_ = self.propagate(run, trace, logits, classes, (run.given, low, high))
             return run.finish(map_), run.finish(logits)
 
     with_bias = False
@@ -87,11 +87,11 @@ class _Modified(Explainer, ABC):
     @abstractmethod
     def propagate(
         self,
+        run: Attribution,
         trace: ModifiedTrace,
         logits: Tensor,
         classes: Tensor,
         ends: tuple[Tensor, ...],
-        differentiable: bool,
     ) -> Tensor:
         """The map (N, h, w), from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
 
@@ -124,16 +124,16 @@ class LRPZPlus(_Modified):
 
     def propagate(
         self,
+        run: Attribution,
         trace: ModifiedTrace,
         logits: Tensor,
         classes: Tensor,
         ends: tuple[Tensor, ...],
-        differentiable: bool,
     ) -> Tensor:
         relevance = torch.zeros_like(logits).scatter(1, classes, logits.gather(1, classes))
         top = trace.modified(logits)
         with trace.live():
-            attribution = _to_input([top], [rules.divide(relevance, top)], ends, differentiable)
+            attribution = _to_input([top], [rules.divide(relevance, top)], ends, run.differentiable)
         if self.conserves:
             check_conserved(
                 relevance * (top != 0), attribution, trace.live_pass.leaks, self.on_leak, trace.rounding
@@ -207,11 +207,11 @@ class ExcitationBackprop(_Modified):
 
     def propagate(
         self,
+        run: Attribution,
         trace: ModifiedTrace,
         logits: Tensor,
         classes: Tensor,
         ends: tuple[Tensor, ...],
-        differentiable: bool,
     ) -> Tensor:
         top = [trace.modified(logits)]
         one = torch.zeros_like(logits).scatter(1, classes, 1)
@@ -224,11 +224,13 @@ class ExcitationBackprop(_Modified):
             _, last = trace.head
             top.append(last.part(-last.weight, None))
             signals.append(-rules.divide(one, top[1]))
-        place = self._place(trace, ends[0], top[0])
+        place = self._place(run, trace, top[0])
         with trace.live() as relevance:
             if isinstance(place, Tensor):
-                map_ = _at_tensor(trace, place, top, signals, differentiable)
-            attribution = _to_input(top, signals, ends, differentiable)
+                event, axis = trace.records[place].event or 0, trace.channels.of(place)
+                run.alignment.check(event, axis, f"level {self.level!r}")
+                map_ = _at_tensor(trace, place, top, signals, run.differentiable)
+            attribution = _to_input(top, signals, ends, run.differentiable)
             found = dict(relevance)
         started = sum(t.detach() * signal.detach() for t, signal in zip(top, signals, strict=True))
         check_conserved(
@@ -240,15 +242,16 @@ class ExcitationBackprop(_Modified):
             if place not in found or found[place].dim() != 3:
                 raise Refused(f"no map of relevance is at {trace.calls[place].name!r}; choose another level")
             check_rows(f"layer {trace.calls[place].name!r}", found[place].shape, len(logits))
+            run.alignment.check_call(place, f"level {self.level!r}")
             map_ = found[place]
         return torch.relu(map_) if self.contrastive else map_
 
-    def _place(self, trace: ModifiedTrace, image: Tensor, top: Tensor) -> int | Tensor | None:
+    def _place(self, run: Attribution, trace: ModifiedTrace, top: Tensor) -> int | Tensor | None:
         """Where the map is read: at an activation call, another tensor, or the input."""
         if self.level == "input":
             return None
         if self.level == "high":
-            return trace.high(image.shape, top)
+            return trace.high(run.given.shape, top)
         level = self.level.removeprefix("network.") if isinstance(self.level, str) else self.level
         return call_index(trace.calls, level)  # the network of a classifier runs by itself
 

@@ -1,0 +1,182 @@
+"""Which maps of a network lie over the image.
+
+The map of a layer is stretched over the image as if its rows and columns were the image's. A network that flips, rolls,
+transposes, crops or samples its maps on the way makes that false, and no shape shows it. So the model is run once with the
+coordinates of every entry beside it, see :mod:`srd_lab.engine.coordinates`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from srd_lab.engine.affine import overwrites
+from srd_lab.engine.coordinates import CallOnPlaces, Coordinates, thin, written_into
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.model_checks import state_of
+from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
+from srd_lab.errors import Refused
+
+_SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
+_found: WeakKeyDictionary[nn.Module, dict[Any, Alignment]] = WeakKeyDictionary()
+
+
+class Alignment:
+    """Which maps of a model lie over the image, by what made them.
+
+    Example
+    -------
+    >>> Alignment.of(model, x).check(3, 1, "the first activation")
+    """
+
+    def __init__(self, over_image: dict[int, dict[int | None, bool]], events: list[int]) -> None:
+        self._over_image, self._events = over_image, events
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor) -> Alignment:
+        """That of ``model``, run on the first two of images x (N, C, H, W); remembered as long as it lives."""
+        known = _found.setdefault(model, {})
+        key = (state_of(model), tuple(x.shape[1:]), len(x) > 1)
+        if key not in known:
+            run = CoordinateTrace(model)
+            with torch.enable_grad():  # without, torch calls other functions
+                run.run(x.detach()[:2].clone().requires_grad_())
+            known[key] = cls(run.over_image, run.events_of_calls)
+        return known[key]
+
+    def check_call(self, call: int, what: str) -> None:
+        """:meth:`check` for the output of activation call number ``call``, from 0, along whatever axis its channels lie."""
+        event = self._events[call] if call < len(self._events) else 0
+        axis = next((axis for axis, lies in self._over_image.get(event, {}).items() if lies), None)
+        self.check(event, axis, what)
+
+    def check(self, event: int, axis: int | None, what: str) -> None:
+        """Refuse (SrdLabError) what the model's torch function number ``event`` (from 1) put out if its rows and columns are
+        not known to be those of the image.
+
+        axis : of its channels; None for a map (N, h, w). what : its name, for the message.
+        """
+        if not self._over_image.get(event, {}).get(axis, False):
+            raise Refused(
+                f"the rows and columns of {what} are not known to be those of the image: the model flips, rolls, "
+                "transposes, crops, cuts up or samples its maps on the way, so that this one cannot be laid over the image; "
+                "name another layer, or use a method whose map is made at the image, such as srd or grad_input"
+            )
+
+
+class CoordinateTrace(Watch):
+    """Runs a model and follows where its maps lie in the image.
+
+    coordinates : of every tensor that has some.
+    over_image : whether the output of a torch function lies over the image, by event and by the axis of its channels.
+    events_of_calls : of every activation call, which torch function it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.over_image: dict[int, dict[int | None, bool]] = {}
+        self.events_of_calls: list[int] = []
+        self.coordinates = WeakTensorKeyDictionary()
+        self._images = 0
+        self._judged: tuple[Coordinates | None, dict[int | None, bool]] = (None, {})
+
+    def run(self, x: Tensor) -> Any:
+        self._images = len(x)
+        fed = x.clone()  # the model may overwrite it
+        self.coordinates[fed] = Coordinates.of_image(x)
+        return super().run(fed)
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func, given, calls = plain_spelling(func), kwargs or {}, len(self.calls)
+        tensors = tensors_in(args, given)
+        known = {id(t): self.coordinates[t] for t in tensors if t in self.coordinates}
+        out = super().__torch_function__(func, types, args, given)
+        self.events_of_calls += [self.events] * (len(self.calls) - calls)
+        if known:
+            with torch.no_grad():
+                self._follow(func, args, given, known, out)
+        return out
+
+    def _follow(
+        self,
+        func: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        known: dict[int, Coordinates],
+        out: Any,
+    ) -> None:
+        if func is Tensor.__setitem__:
+            self._note(args[0], written_into(args[0], args[1], args[2], known))
+            self._forget_base(args[0])
+            return
+        outs = out if isinstance(out, tuple | list) else (out,)
+        call = CallOnPlaces(func, args, kwargs, known, outs)
+        for made, coordinates in zip(outs, call.coordinates(), strict=True):
+            if isinstance(made, Tensor) and made.dim():
+                self._note(made, coordinates)
+        if overwrites(func, kwargs) and not call.stays and isinstance(args[0], Tensor):
+            self._forget_base(args[0])
+
+    def _forget_base(self, written: Tensor) -> None:
+        if written._base is not None:
+            self.coordinates.pop(written._base, None)
+
+    def _note(self, t: Tensor, coordinates: Coordinates | None) -> None:
+        if coordinates is None:
+            self.coordinates.pop(t, None)
+            return
+        self.coordinates[t] = coordinates
+        if t.dim() in (3, 4):
+            if self._judged[0] is not coordinates:
+                self._judged = coordinates, self._by_axis(coordinates)
+            known = self.over_image.get(
+                self.events, self._judged[1]
+            )  # of a call that puts out several maps, all
+            self.over_image[self.events] = {
+                axis: ok and known.get(axis, False) for axis, ok in self._judged[1].items()
+            }
+
+    def _by_axis(self, of: Coordinates) -> dict[int | None, bool]:
+        """Whether a tensor lies over the image, by the axis that its channels may lie along; None for (N, h, w)."""
+        if len(of.rows) != self._images:
+            return {}
+        if of.rows.dim() == 3:
+            return {None: lies_over_image(of.each(lambda t: t.unsqueeze(1)))}
+        channels_first = (
+            (axis, replace(of, rows=of.rows.movedim(axis, 1), columns=of.columns.movedim(axis, 1)))
+            for axis in (1, 2, 3)
+        )
+        return {axis: lies_over_image(laid) for axis, laid in channels_first}
+
+
+def lies_over_image(of: Coordinates) -> bool:
+    """Whether entries (N, C, h, w) lie where those of a map do that is stretched over the image, in at least one channel
+    everywhere and in none elsewhere.
+
+    Strides shift a map by half the distance of its cells, and windows without padding shrink it towards the middle.
+    """
+    for t, size, axis in zip((of.rows, of.columns), of.image, (2, 3), strict=True):
+        cells = t.shape[axis]
+        if cells == 1:  # all of the image
+            continue
+        middles = ((torch.arange(float(cells), device=t.device) + 0.5) * size / cells - 0.5).view(
+            -1, *[1] * (3 - axis)
+        )
+        off = thin(t) - middles
+        if bool(off.isnan().all(1).any()):
+            return False
+        known = ~off.isnan()
+        across = (t - t.narrow(axis, 0, 1)).narrow(axis, -1, 1)
+        apart = float(across.nanmean()) / (cells - 1)
+        near = _SHIFT * max(apart, 0)
+        shift = (off.nansum((2, 3)) / known.sum((2, 3)).clamp_min(1)).abs().amax()
+        if float(shift) > max(near, size / 24) or float(off.nan_to_num().abs().amax()) > max(near, size / 5):
+            return False
+    return True
