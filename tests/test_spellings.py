@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import normalize
 
+from srd_lab.engine.hidden_activations import check_no_hidden_activation
 from srd_lab.errors import Refused, SrdLabWarning
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.models import Classifier
@@ -376,6 +377,61 @@ def test_an_activation_that_is_written_out_has_the_map_of_the_activation(
     )
     assert expected.any() or name in CAMS
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+def by_identity(u: Tensor) -> Tensor:
+    return F.conv2d(u, torch.eye(u.shape[1], dtype=u.dtype)[:, :, None, None])
+
+
+# SiLU through calls that are not followed
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "flattened": lambda u: (u.flatten(1) * torch.sigmoid(u).flatten(1)).view_as(u),
+    "softmax": lambda u: u * torch.stack([u, torch.zeros_like(u)]).softmax(0)[0],
+    "einsum": lambda u: torch.einsum("nchw,nchw->nchw", u, torch.sigmoid(u)),
+    "einsum turned": lambda u: torch.einsum("nchw,nhwc->nchw", u, torch.sigmoid(u).permute(0, 2, 3, 1)),
+    "addcmul": lambda u: torch.addcmul(torch.zeros_like(u), u, torch.sigmoid(u)),
+    "addcdiv": lambda u: torch.zeros_like(u).addcdiv(u, 1 + torch.exp(-u)),
+    "glu": lambda u: F.glu(torch.cat([u, u], 1), 1),
+    "prod": lambda u: torch.stack([u, torch.sigmoid(u)]).prod(0),
+    "prod by name": lambda u: torch.stack([u, torch.sigmoid(u)], 1).prod(dim=1),
+    "identity": lambda u: u * torch.sigmoid(by_identity(u)),
+    "mirrored": lambda u: (u.flip(3) * torch.sigmoid(u).flip(3)).flip(3),
+    "shifted": lambda u: (u + 0.0) * (torch.cat([u[:, :3], u[:, 3:]], 1).sigmoid()),
+}
+
+
+@pytest.mark.parametrize("way", HIDDEN)
+@pytest.mark.parametrize(
+    "name", ["srd", "lrp_epsilon", "lrp_zplus", "guided_backprop", "deconvnet", "fullgrad"]
+)
+def test_an_activation_in_disguise_is_refused(way: str, name: str, x: Tensor) -> None:
+    torch.testing.assert_close(HIDDEN[way](x), F.silu(x))
+    with pytest.raises(Refused, match="multiplies a map by what is made of it entry by entry"):
+        maps(lambda s, x: head(s, HIDDEN[way](s.d(F.relu(s.c(x))))), name, x)
+
+
+def deviations(u: Tensor) -> Tensor:
+    return ((u - u.mean(1, keepdim=True)) * (u - u.mean(1, keepdim=True))).mean(1, keepdim=True)
+
+
+# products that are no activations
+PRODUCTS: dict[str, Way] = {
+    "channels": lambda s, u: u * s.d(u.mean((2, 3), keepdim=True)).sigmoid(),
+    "places": lambda s, u: u * u.mean(1, keepdim=True).sigmoid(),
+    "large kernel": lambda s, u: u * s.d(u).sigmoid(),
+    "gated linear unit": lambda s, u: F.glu(torch.cat([s.d(u), s.c(u[:, :3])], 1), 1),
+    "halves": lambda s, u: torch.cat([u[:, :3] * u[:, 3:].sigmoid(), u[:, 3:]], 1),
+    "square": lambda s, u: u * u,
+    "cube": lambda s, u: u * u * u,
+    "layer norm": lambda s, u: (u - u.mean(1, keepdim=True)) * torch.rsqrt(deviations(u) + 1e-3),
+    "neighbours": lambda s, u: u * u.roll(1, 3).sigmoid(),
+    "one place": lambda s, u: F.adaptive_avg_pool2d(u, 1) * s.d(F.adaptive_avg_pool2d(u, 1)).sigmoid(),
+}
+
+
+@pytest.mark.parametrize("way", PRODUCTS)
+def test_other_products_are_no_activations(way: str, x: Tensor) -> None:
+    check_no_hidden_activation(Net(lambda s, x: head(s, PRODUCTS[way](s, F.relu(s.c(x))))), x)
 
 
 SUMS: list[Callable[[Tensor], Tensor]] = [

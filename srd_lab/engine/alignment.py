@@ -40,12 +40,12 @@ class Alignment:
     @classmethod
     def of(cls, model: nn.Module, x: Tensor) -> Alignment:
         """That of ``model``, run on the first two of images x (N, C, H, W); remembered as long as it lives."""
-        known = _found.setdefault(model, {})
-        key = (state_of(model), tuple(x.shape[1:]), len(x) > 1)
+        known, some = _found.setdefault(model, {}), x.detach()[:2]
+        key = state_of(model), tuple(some.shape)
         if key not in known:
             run = CoordinateTrace(model)
             with torch.enable_grad():  # without, torch calls other functions
-                run.run(x.detach()[:2].clone().requires_grad_())
+                run.run(some.clone().requires_grad_())
             known[key] = cls(run.over_image, run.events_of_calls)
         return known[key]
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine.alignment import Alignment
+from srd_lab.engine.hidden_activations import check_no_hidden_activation
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_checks import check_images_apart, false_slope
@@ -54,6 +55,8 @@ class Attribution:
     def recording(self, trace: Trace) -> Trace:
         """``trace``, whose recorded tensors are released when the attribution ends, also by an error."""
         self._on_exit.callback(trace.release)
+        if trace.sees_all:
+            check_no_hidden_activation(self.network, self.given)
         return trace
 
     @property

@@ -393,6 +393,10 @@ def _unfolded(
     return taken.each(lambda t: t.flatten(-2).expand(shape))
 
 
+def _glu(of: Coordinates, shape: torch.Size, dim: int = -1) -> Coordinates:
+    return of.each(lambda t: t.chunk(2, dim)[0])
+
+
 def _resized(of: Coordinates, shape: torch.Size, *args: Any, **kwargs: Any) -> Coordinates:
     """Adaptive pooling and interpolation."""
     axes = 2
@@ -437,6 +441,7 @@ _RULES: dict[Function, Callable[..., Coordinates | None]] = {
         )
     },
     F.unfold: _unfolded,
+    F.glu: _glu,
     **dict.fromkeys(
         spelled(
             "adaptive_avg_pool2d adaptive_max_pool2d interpolate upsample upsample_nearest upsample_bilinear"

@@ -110,7 +110,7 @@ class PointwiseCalls:
         by_operand = [self._of(t) for t in moving]
         found = []
         for first in by_operand[0]:
-            same = [next((p for p in ways if p.is_of(first)), None) for ways in by_operand]
+            same = [next((p for p in ways if p is first or p.is_of(first)), None) for ways in by_operand]
             if first.calls < _MOST and all(p is not None for p in same):
                 found.append(_composed(function, args, kwargs, moving, [p for p in same if p is not None]))
         return tuple(found)

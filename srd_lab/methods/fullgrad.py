@@ -36,6 +36,7 @@ from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.layers import check_rows
 from srd_lab.engine.network_input import NetworkInput
+from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function
 from srd_lab.logits import class_logit
@@ -125,6 +126,7 @@ class _Biases(ImageTrace):
         return t
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        check_traceable(call.name, x)
         axis = self.channels.of(x)
         self.begin.reads(x)
         lone = self.records[x].lone
