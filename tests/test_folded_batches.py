@@ -298,7 +298,8 @@ class Partitioned(nn.Module):
 def test_fullgrad_refuses_biases_on_windows_that_look_like_an_image() -> None:
     x = torch.rand(2, 3, SIDE, SIDE, dtype=torch.float64)
     with pytest.raises(
-        Refused, match=r"maps of shape \(2, 6, 16, 16\) for 2 images, cut into patches or windows"
+        Refused,
+        match=r"rows and columns of the output of a layer with a bias are not known to be those of the image",
     ):
         FullGrad().explain(drawn(Partitioned(inside=True)), x)
     beside = drawn(Partitioned(inside=False))

@@ -42,7 +42,7 @@ def before(step: Callable[[Tensor], Tensor]) -> Net:
 
 def added_up(s: Net, y: Tensor) -> Tensor:
     total = torch.zeros_like(y)
-    for branch in (s.d(y), s.d(0.5 - y)):
+    for branch in (s.d(y), s.d(y / 2)):
         total += F.relu(branch)
     return total
 
@@ -60,7 +60,7 @@ def shifted_half(s: Net, y: Tensor) -> Tensor:
 
 
 IN_PLACE: dict[str, tuple[Step, Step]] = {
-    "zeros +=": (added_up, lambda s, y: F.relu(s.d(y)) + F.relu(s.d(0.5 - y))),
+    "zeros +=": (added_up, lambda s, y: F.relu(s.d(y)) + F.relu(s.d(y / 2))),
     "ones *=": (scaled_ones, lambda s, y: y * 1),
     "half +=": (shifted_half, lambda s, y: y + 0.5),
 }

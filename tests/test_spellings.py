@@ -410,6 +410,13 @@ def test_an_activation_in_disguise_is_refused(way: str, name: str, x: Tensor) ->
         maps(lambda s, x: head(s, HIDDEN[way](s.d(F.relu(s.c(x))))), name, x)
 
 
+def test_biases_of_single_images_are_refused(x: Tensor) -> None:
+    """FullGrad left them out, as it does what has no place."""
+    by_image: Way = lambda s, x: head(s, torch.stack([F.gelu(v) for v in s.d(F.gelu(s.c(x)))]))  # noqa: E731
+    with pytest.raises(Refused, match="expected the batch first"):
+        maps(by_image, "fullgrad", x)
+
+
 def deviations(u: Tensor) -> Tensor:
     return ((u - u.mean(1, keepdim=True)) * (u - u.mean(1, keepdim=True))).mean(1, keepdim=True)
 

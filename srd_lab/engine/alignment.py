@@ -55,13 +55,16 @@ class Alignment:
         axis = next((axis for axis, lies in self._over_image.get(event, {}).items() if lies), None)
         self.check(event, axis, what)
 
-    def check(self, event: int, axis: int | None, what: str) -> None:
-        """Refuse (SrdLabError) what the model's torch function number ``event`` (from 1) put out if its rows and columns are
-        not known to be those of the image.
+    def lies(self, event: int, axis: int | None) -> bool:
+        """Whether what the model's torch function number ``event`` (from 1) put out is known to lie over the image.
 
-        axis : of its channels; None for a map (N, h, w). what : its name, for the message.
+        axis : of its channels; None for three dimensions: a map (N, h, w) of one channel, or (C, h, w) of one image.
         """
-        if not self._over_image.get(event, {}).get(axis, False):
+        return self._over_image.get(event, {}).get(axis, False)
+
+    def check(self, event: int, axis: int | None, what: str) -> None:
+        """Refuse (SrdLabError) what does not (:meth:`lies`) lie over the image; ``what`` is its name, for the message."""
+        if not self.lies(event, axis):
             raise Refused(
                 f"the rows and columns of {what} are not known to be those of the image: the model flips, rolls, "
                 "transposes, crops, cuts up or samples its maps on the way, so that this one cannot be laid over the image; "
@@ -144,11 +147,11 @@ class CoordinateTrace(Watch):
             }
 
     def _by_axis(self, of: Coordinates) -> dict[int | None, bool]:
-        """Whether a tensor lies over the image, by the axis that its channels may lie along; None for (N, h, w)."""
-        if len(of.rows) != self._images:
-            return {}
+        """Whether a tensor lies over the image, by the axis that its channels may lie along; None for three dimensions."""
         if of.rows.dim() == 3:
             return {None: lies_over_image(of.each(lambda t: t.unsqueeze(1)))}
+        if len(of.rows) != self._images:
+            return {}
         channels_first = (
             (axis, replace(of, rows=of.rows.movedim(axis, 1), columns=of.columns.movedim(axis, 1)))
             for axis in (1, 2, 3)

@@ -23,7 +23,7 @@ def in_letters(
     -------
     >>> a, b = torch.zeros(2, 3), torch.zeros(3, 4)
     >>> in_letters(torch.tensordot, (a, b), {"dims": 1})[1:]
-    (['ab', 'bc'], 'ac')
+    (['ab', 'bd'], 'ad')
     """
     if function is torch.einsum:
         return _of_einsum(*args)

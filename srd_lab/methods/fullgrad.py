@@ -34,7 +34,7 @@ from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.layers import check_rows
+from srd_lab.engine.layers import check_rows, not_by_rows
 from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.softplus import in_place
@@ -221,6 +221,15 @@ def _products(
                 products.append(
                     run.finish(product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1))
                 )
+                if (
+                    laid_over_image
+                    and term.y.dim() == 3
+                    and not term.lone
+                    and run.alignment.lies(term.event, None)
+                ):
+                    raise not_by_rows(
+                        "a layer with a bias", term.y.shape, len(x), "use another method on this network"
+                    )
                 if laid_over_image and term.event and products[-1].dim() == 4:
                     check_rows("a bias", products[-1].shape, len(x), "use another method on this network")
                     axis = None if term.lone else term.axis
