@@ -174,6 +174,8 @@ class _Run:
                 self._look(active[~finite], i)
                 on_step(int((~finite).sum()) * (how.steps - i))
                 active = active[finite]
+                if len(active) == 0:
+                    break
             ended = how.budget.spent(self.adversarial[active], self.x[active], self.scale)
             if last or (not free and (i + 1) % every == 0):
                 self._look(active, i + 1)
@@ -209,10 +211,11 @@ class _Run:
         self.stuck[moving] += (slope[finite] == 0).flatten(1).all(1).to(x.dtype) / self.how.steps
         total = total / self.how.draws
         self.loss[moving, i] = total[finite]
-        self.adversarial[moving] = self.moves.move(
-            moving, x.detach()[finite], slope[finite] / self.how.draws, total[finite], i
-        )
-        self.steps[moving] = i + 1
+        if len(moving):
+            self.adversarial[moving] = self.moves.move(
+                moving, x.detach()[finite], slope[finite] / self.how.draws, total[finite], i
+            )
+            self.steps[moving] = i + 1
         return finite
 
     def _look(self, some: Tensor, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from attacks.experiment import attack_explainer
 from attacks.settings import PairSettings
 from srd_lab.data.draw import draw_pairs
 from srd_lab.methods.smoothed import plain_name
@@ -18,13 +19,15 @@ class PairStudy:
 
     methods : names, wrapped or not; those of SRD are attacked once for each of ``settings.starts``.
 
-    Raises BadValue for methods that cannot be read and for more pairs than the data gives; else the errors are those of
+    Raises BadValue for methods that are not known and for more pairs than the data gives; else the errors are those of
     :func:`srd_lab.runs.inputs.data_for` and :func:`srd_lab.runs.inputs.network_for`.
     """
 
     def __init__(self, settings: PairSettings, methods: Sequence[str]) -> None:
         self.settings: PairSettings = settings
         self.variants = variants(methods, settings.starts)
+        for method, start in self.variants.values():
+            attack_explainer(method, start)  # whether it is known
         self.device = pick_device(settings.device)
         name = settings.model
         self.dataset = data_for(settings, name)

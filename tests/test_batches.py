@@ -17,6 +17,7 @@ from srd_lab.data import SkippedFile
 from srd_lab.errors import BadData, OtherWork, SrdLabWarning
 from srd_lab.runs import batches
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.files import FolderFiles
 from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import FolderRun
 from srd_lab.runtime import Batcher
@@ -171,6 +172,23 @@ def test_a_disturbed_batch_is_put_aside_and_made_again(way: str, tmp_path: Path)
     assert len(aside) == 1  # nothing is thrown away
     assert [name for name in stored(tmp_path) if name not in aside] == before
     parts(tmp_path, work := Work(), 2, resume=True)  # and it is whole again
+    assert work.calls == []
+
+
+def test_what_a_server_keeps_under_its_old_name_is_put_aside_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copied(files: FolderFiles, path: str) -> str:
+        aside = f"{path}.damaged"
+        files.write(aside, files.read(path))
+        return aside
+
+    monkeypatch.setattr(FolderFiles, "put_aside", copied)
+    parts(tmp_path, Work(), 2)
+    DAMAGE["twice"](tmp_path / "batches" / "00002-00003.npz")
+    with pytest.warns(SrdLabWarning, match="its numbers are not in order"):
+        parts(tmp_path, Work(), 2, resume=True)
+    parts(tmp_path, work := Work(), 2, resume=True)  # warnings are errors
     assert work.calls == []
 
 

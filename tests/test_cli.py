@@ -459,7 +459,6 @@ def test_weights_and_numbers_that_make_no_sense_are_one_line(
 
 
 @pytest.mark.usefixtures("unseen")
-@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("track", ["--no-track", "--track"])
 def test_a_folder_with_another_runs_files_is_left_as_it_is(track: str, tmp_path: Path, store: str) -> None:
     """The same batches by name would be there, of another seed."""
@@ -488,7 +487,11 @@ def test_a_tracked_run_leaves_its_tables_and_figures_in_a_folder_too(tmp_path: P
     for table in ("gradient/pairs.csv", "summary.csv"):
         if (plain / table).exists():
             assert (tracked / table).read_text() == (plain / table).read_text()
-    assert json.loads((tracked / "run.json").read_text())["metrics"].keys()
+    about = json.loads((tracked / "run.json").read_text())
+    assert about["metrics"].keys()
+    resumed = ("attack", "--resume", about["run"], "--tracking-uri", store)
+    assert call(*resumed, "--out", str(tracked)).exit_code == 0  # its own files
+    assert call(*resumed, "--out", str(plain)).exit_code == 1
 
 
 @pytest.mark.parametrize(

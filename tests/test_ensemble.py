@@ -368,6 +368,17 @@ def test_a_batch_is_its_images(surrogate: str) -> None:
         torch.testing.assert_close(together.loss[i], alone.loss[0], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("norm", ["legacy", "l2", "linf"])
+def test_all_images_may_have_gradients_that_are_not_finite(norm: str) -> None:
+    """Weights of 1e30, say: this ended in an IndexError."""
+    x, ticks = images(2), list[int]()
+    x[:, 0, 0, 0] = 50 / 255
+    outcome = Attack(Broken(), budget=Budget.named(norm), steps=5).run(small_model(), x, on_step=ticks.append)
+    assert outcome.diverged.all()
+    assert torch.equal(outcome.adversarial, x)
+    assert sum(ticks) == 10
+
+
 def test_an_image_whose_gradient_is_not_finite_ends_alone() -> None:
     model, x = small_model(), images(3)
     x[:, 0, 0, 0] = torch.tensor([200.0, 50.0, 200.0]) / 255

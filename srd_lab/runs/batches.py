@@ -27,6 +27,7 @@ import numpy as np
 from srd_lab.data import Loaded, load_batches, skipped_report
 from srd_lab.data.loading import useful_workers
 from srd_lab.errors import BadData, BadRun, OtherWork, SrdLabWarning
+from srd_lab.runs.files import ASIDE
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import Run
@@ -188,8 +189,8 @@ def _stored(run: Run, count: int) -> dict[int, _Batch]:
     """
     run.tidy()
     found: dict[int, _Batch] = {}
-    done = 0
-    for path in run.list("batches"):
+    done, paths = 0, run.list("batches")
+    for path in paths:
         name = _NAME.fullmatch(PurePosixPath(path).name)
         if name is None:  # somebody else's
             continue
@@ -200,7 +201,8 @@ def _stored(run: Run, count: int) -> dict[int, _Batch]:
             _put_aside(run, path, str(error))
             continue
         if not done <= first < last:
-            _put_aside(run, path, "its numbers are not in order")
+            if f"{path}{ASIDE}" not in paths:  # a server keeps what was put aside under its old name, too
+                _put_aside(run, path, "its numbers are not in order")
         elif not set(ADDED) <= set(arrays) or len(arrays["files"]) < last - first:
             _put_aside(run, path, "it is incomplete")
         elif last > count:

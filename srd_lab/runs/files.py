@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from srd_lab.errors import StoreTrouble
+from srd_lab.errors import BadRun, StoreTrouble
 from srd_lab.runs.store import Store
 
-_ASIDE = ".damaged"
+ASIDE = ".damaged"
 
 
 class Files(Protocol):
@@ -22,7 +22,7 @@ class Files(Protocol):
         ...
 
     def read(self, path: str) -> bytes:
-        """What is stored under ``path``; StoreTrouble if nothing is."""
+        """What is stored under ``path``; BadRun if nothing is."""
         ...
 
     def names(self, folder: str) -> list[str]:
@@ -65,6 +65,8 @@ class FolderFiles:
         """See :meth:`Files.read`."""
         try:
             return (self.folder / path).read_bytes()
+        except FileNotFoundError:
+            raise BadRun(f"the run has no file {path} ({self.folder / path} is not there)") from None
         except OSError as error:
             raise StoreTrouble(f"cannot read {self.folder / path}: {error.strerror}") from None
 
@@ -82,7 +84,7 @@ class FolderFiles:
         """See :meth:`Files.put_aside`."""
         place = self.folder / path
         try:
-            return place.rename(place.with_name(f"{place.name}{_ASIDE}")).name
+            return place.rename(place.with_name(f"{place.name}{ASIDE}")).name
         except OSError as error:
             raise StoreTrouble(f"cannot rename {place}: {error.strerror}") from None
 
@@ -135,7 +137,7 @@ class ServerFiles:
 
     def put_aside(self, path: str) -> str:
         """See :meth:`Files.put_aside`: a copy, as servers rename nothing; the file itself is written anew."""
-        aside = f"{path}{_ASIDE}"
+        aside = f"{path}{ASIDE}"
         self.write(aside, self.read(path))
         return PurePosixPath(aside).name
 

@@ -148,11 +148,11 @@ class Run(ABC):
         self._files.write(_checked(path), buffer.getvalue())
 
     def load_text(self, path: str) -> str:
-        """What :meth:`save_text` stored. Raises StoreTrouble if there is no such file."""
+        """What :meth:`save_text` stored. Raises BadRun if there is no such file."""
         return self._files.read(_checked(path)).decode()
 
     def load_arrays(self, path: str) -> dict[str, np.ndarray]:
-        """What :meth:`save_arrays` stored. Raises StoreTrouble if there is no such file, BadRun if it is damaged."""
+        """What :meth:`save_arrays` stored. Raises BadRun if there is no such file, or it is damaged."""
         content = self._files.read(_checked(path))
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -353,7 +353,7 @@ def open_run(
             raise BadValue("only a tracked run can be resumed; leave --no-track or --resume out")
         _refuse_taken(out)
         return FolderRun(command, name, params, out)
-    _refuse_taken(out)
+    _refuse_taken(out, resume)
     store = open_store(store_uri(tracking_uri), experiment, command)
     stored = store.get_run(resume) if resume else store.create_run(name)
     run = _started(MlflowRun(store, stored, store.where(stored)), params)
@@ -362,9 +362,9 @@ def open_run(
     return run
 
 
-def _refuse_taken(out: Path | None) -> None:
-    """Refuse a folder in which another run's files lie."""
-    if out is None:
+def _refuse_taken(out: Path | None, resume: str | None = None) -> None:
+    """Refuse a folder in which another run's files lie than those of run ``resume``."""
+    if out is None or (resume and _holds(out, resume)):
         return
     if out.exists() and not out.is_dir():
         raise BadValue(f"{out} is no folder; give another --out")
@@ -373,6 +373,15 @@ def _refuse_taken(out: Path | None) -> None:
         raise BadValue(
             f"{out} holds another run's {taken[0]}; give another --out, or move away what is there"
         )
+
+
+def _holds(out: Path, run_id: str) -> bool:
+    """Whether the files in a folder are copies of those of a run."""
+    try:
+        about = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and about.get("run") == run_id
 
 
 def _started(run: MlflowRun, params: Params) -> MlflowRun:
