@@ -41,6 +41,7 @@ OBJECTIVES = ("location", "top-k", "centre-of-mass", "active")
 OTHERS = ("gradient", "guided_backprop", "grad_input", "lrp_zplus", "gradcam", "srd")
 CONTROL = "control"
 PICTURES = 6
+_SECONDS = "seconds.txt"  # that training took
 _AT_ONCE = 16
 _SPLIT = ("scenes", "cifar10", "cifar100")  # data with images to train on apart from the test images
 
@@ -119,6 +120,7 @@ class ModelStudy:
             self.manipulation(method)  # wrong settings show before a run is opened
         self.source, self.training, self.held = self._indices(name)
         self.title = f"{name} on {settings.source}"
+        self._before = 0.0  # seconds of training in earlier sessions
 
     def _indices(self, name: str) -> tuple[Dataset, list[int], list[int]]:
         """The data to train on, and which of it and of the test data are used; no image is in both."""
@@ -176,9 +178,8 @@ class ModelStudy:
                 self._log(child, method, found, untouched, accuracies)
                 child.save_figure("pictures.png", self._pictures(method, network, cases, held))
             texts.append(self._text(method, found, untouched, accuracies, len(cases.images)))
-        publish(
-            run, "\n\n".join(texts) + LEGEND.format(what=self.objective.what), time.perf_counter() - began
-        )
+        text = "\n\n".join(texts) + LEGEND.format(what=self.objective.what)
+        publish(run, text, self._before + time.perf_counter() - began)
 
     def _params(self, how: ModelManipulation) -> dict[str, Any]:
         return {"map_weight": how.weight, "objective": str(how.objective)}
@@ -187,9 +188,13 @@ class ModelStudy:
     def _network(self, child: Run, name: str, how: ModelManipulation, training: _Once) -> nn.Module:
         """The network of a child run: its stored weights where an earlier session left some, else newly made and stored."""
         if self.settings.resumed and "weights.npz" in child.list():
+            if _SECONDS in child.list():
+                self._before += float(child.load_text(_SECONDS))
             return _with_weights(self.model, child.load_arrays("weights.npz"))
+        began = time.perf_counter()
         with progress(how.steps, name) as advance:
             done = how.run(self.model, training.pool, on_step=advance)
+        child.save_text(_SECONDS, f"{time.perf_counter() - began:.3f}\n")
         child.save_arrays("weights.npz", {k: v.numpy() for k, v in weights_of(done.model).items()})
         steps = range(1, how.steps + 1)
         child.log_traces({"task": (steps, done.task.numpy()), "score": (steps, done.score.numpy())})

@@ -375,7 +375,8 @@ def test_all_images_may_have_gradients_that_are_not_finite(norm: str) -> None:
     x[:, 0, 0, 0] = 50 / 255
     outcome = Attack(Broken(), budget=Budget.named(norm), steps=5).run(small_model(), x, on_step=ticks.append)
     assert outcome.diverged.all()
-    assert torch.equal(outcome.adversarial, x)
+    assert outcome.steps.tolist() == [0, 0]  # they stay where they started
+    assert outcome.worst["pcc"].isfinite().all()
     assert sum(ticks) == 10
 
 
