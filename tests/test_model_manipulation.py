@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -515,8 +516,12 @@ def test_the_study_prints_stores_and_goes_on(
         studied(tmp_path)
     monkeypatch.setattr(model_study, "load_data", lambda *a, **k: study.source)
     capsys.readouterr()
+    for child in ("control", "gradcam"):
+        assert 0 < float((tmp_path / child / "seconds.txt").read_text()) < 100
+        (tmp_path / child / "seconds.txt").write_text("1000\n")
     studied(tmp_path, resumed=True)
     assert capsys.readouterr().out == said
+    assert 2000 < json.loads((tmp_path / "run.json").read_text())["metrics"]["seconds"] < 2100
 
 
 def test_no_image_is_trained_on_and_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
