@@ -86,7 +86,44 @@ def copied_into_a_view(y: Tensor) -> Tensor:
     return out
 
 
+def seen_through_a_view(y: Tensor) -> Tensor:
+    out = y * 1
+    view = out.view(len(y), 4, -1)
+    out.copy_(out.flip(3))
+    return view.view(y.shape)
+
+
+def written_through_a_view(y: Tensor) -> Tensor:
+    out = y * 1
+    out.view_as(y).mul_(0).add_(y.flip(3))
+    return out
+
+
+def seen_through_another_view(y: Tensor) -> Tensor:
+    out = y * 1
+    one, other = out[:, :], out[:, :]
+    one[:] = y.flip(3)
+    return other
+
+
+def behind_the_back(y: Tensor) -> Tensor:
+    out = y * 1
+    out.data = out.data.flip(3)
+    return out
+
+
+def turned_as_complex(y: Tensor, moved: bool) -> Tensor:
+    """Pairs of tokens' numbers turned by an angle, as rotary embeddings do."""
+    tokens = torch.view_as_complex(y.flatten(2).mT.reshape(len(y), -1, 2, 2).contiguous()) * torch.tensor(1j)
+    back = torch.view_as_real(tokens.flip(1) if moved else tokens).flatten(2)
+    return back.mT.reshape(y.shape)
+
+
 MOVED: dict[str, Step] = {
+    "seen through a view": seen_through_a_view,
+    "written through a view": written_through_a_view,
+    "seen through another view": seen_through_another_view,
+    "complex": lambda y: turned_as_complex(y, moved=True),
     "flip": lambda y: y.flip(3),
     "rot90": lambda y: y.rot90(2, (2, 3)),
     "roll": lambda y: y.roll(5, 2),
@@ -141,6 +178,14 @@ KEPT: dict[str, tuple[Step, Step]] = {
     "written": (lambda y: torch.stack([y[..., i] for i in range(SIDE)], 3), lambda y: y * 1),
     "padded and cut": (lambda y: F.pad(y, (2, 2, 2, 2))[..., 2:-2, 2:-2], lambda y: y * 1),
     "a pixel": (lambda y: F.pad(y, (0, 1))[..., 1:], lambda y: F.pad(y[..., 1:], (0, 1))),
+    "complex": (
+        lambda y: turned_as_complex(y, moved=False),
+        lambda y: torch.stack([-y[:, 1], y[:, 0], -y[:, 3], y[:, 2]], 1),
+    ),
+    "in place through a view": (
+        lambda y: (lambda z: (z.view(len(y), 4, -1).mul_(2).relu_(), z)[1])(y * 1),
+        lambda y: F.relu(2 * y),
+    ),
     "gate": (
         lambda y: y * y.mean((2, 3)).sigmoid()[:, :, None, None].expand_as(y),
         lambda y: y * F.adaptive_avg_pool2d(y, 1).sigmoid(),
@@ -160,9 +205,58 @@ def test_maps_whose_rows_and_columns_were_moved_are_refused(name: str, way: str)
 @pytest.mark.parametrize("way", KEPT)
 @pytest.mark.parametrize("name", OF_A_LAYER)
 def test_maps_whose_rows_and_columns_came_back_are_as_if_they_had_stayed(name: str, way: str) -> None:
+    if way == "complex" and name.endswith(("excitation", "backprop")):
+        pytest.skip("LRP has no rule for complex numbers")
     one, other = (explain(name, step) for step in KEPT[way])
     assert one.any()
     torch.testing.assert_close(one, other)
+
+
+class Loop(nn.Module):
+    """Its stem runs image by image, so that the number of its calls depends on the batch."""
+
+    def __init__(self, flips: bool) -> None:
+        super().__init__()
+        self.net, self.third_relu, self.flips = Net(lambda y: y), nn.ReLU(), flips
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net.second(torch.cat([F.relu(self.net.first(v[None])) for v in x]))
+        y = self.third_relu(y.flip(3) if self.flips else y)
+        y = y.flip(3) if self.flips else y
+        for _ in range(8):
+            y = y * 1
+        return self.net.head(F.relu(self.net.third(y)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4])
+def test_calls_whose_number_depends_on_the_batch_are_told_apart(images: int) -> None:
+    x, explainer = drawn(images, 3, SIDE, SIDE), make_explainer("gradcam", level="third_relu")
+    assert explainer.explain(Loop(flips=False).eval(), x, 1).any()
+    with pytest.raises(Refused, match="rows and columns"):
+        explainer.explain(Loop(flips=True).eval(), x, 1)
+
+
+def test_what_a_model_does_with_one_image_says_nothing_of_another() -> None:
+    net, explainer = Net(lambda y: y.flip(3) if y.mean() > 0.5 else y * 1), make_explainer("gradcam")
+    for dark in (True, False, True):
+        if dark:
+            assert explainer.explain(net, X / 100, 1).shape == (2, 4, 4)
+        else:
+            with pytest.raises(Refused, match="rows and columns"):
+                explainer.explain(net, 20 * X, 1)
+
+
+def test_a_model_that_is_changed_is_followed_again() -> None:
+    net, explainer = Net(lambda y: y * 1), make_explainer("gradcam")
+    explainer.explain(net, X, 1)
+    net.step = lambda y: y.flip(3)
+    with pytest.raises(Refused, match="rows and columns"):
+        explainer.explain(net, X, 1)
+
+
+def test_data_that_are_exchanged_have_no_place() -> None:
+    with pytest.raises(Refused):  # the slope is false as well
+        explain("gradcam", behind_the_back)
 
 
 # --- against what autograd says that an entry is made of -------------------------------------------

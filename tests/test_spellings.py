@@ -383,6 +383,10 @@ def by_identity(u: Tensor) -> Tensor:
     return F.conv2d(u, torch.eye(u.shape[1], dtype=u.dtype)[:, :, None, None])
 
 
+def paired(u: Tensor) -> Tensor:
+    return torch.stack([u, 0 * u])
+
+
 # SiLU through calls that are not followed
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
     "flattened": lambda u: (u.flatten(1) * torch.sigmoid(u).flatten(1)).view_as(u),
@@ -396,8 +400,42 @@ HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
     "prod by name": lambda u: torch.stack([u, torch.sigmoid(u)], 1).prod(dim=1),
     "identity": lambda u: u * torch.sigmoid(by_identity(u)),
     "mirrored": lambda u: (u.flip(3) * torch.sigmoid(u).flip(3)).flip(3),
+    "one axis more": lambda u: (u[None] * u.sigmoid())[0],
+    "stacked": lambda u: (paired(u) * paired(u).softmax(0)).sum(0),
+    "lerp": lambda u: torch.lerp(torch.zeros_like(u), u, u.flatten(1).sigmoid().view_as(u)),
+    "matrices": lambda u: (u.reshape(-1, 1, 1) @ u.sigmoid().reshape(-1, 1, 1)).view_as(u),
+    "diagonal": lambda u: (u.unsqueeze(-2) @ torch.diag_embed(u.sigmoid())).squeeze(-2),
+    "einsum of one": lambda u: torch.einsum("nchwk,nchwk->nchw", u[..., None], u.sigmoid()[..., None]),
+    "cumprod": lambda u: torch.stack([u, u.sigmoid()]).cumprod(0)[1],
     "shifted": lambda u: (u + 0.0) * (torch.cat([u[:, :3], u[:, 3:]], 1).sigmoid()),
 }
+
+
+# and ReLU
+CHOSEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "masked": lambda u: (u.flatten(1) * (u > 0).flatten(1).to(u)).view_as(u),
+    "filled": lambda u: u.flatten(1).masked_fill(u.flatten(1) < 0, 0).view_as(u),
+    "where": lambda u: torch.where(u.flatten(1) > 0, u.flatten(1), 0).view_as(u),
+    "largest": lambda u: paired(u).amax(0),
+    "sorted": lambda u: paired(u).sort(0).values[1],
+}
+
+
+@pytest.mark.parametrize("way", CHOSEN)
+@pytest.mark.parametrize(
+    "name", ["srd", "lrp_epsilon", "lrp_zplus", "guided_backprop", "deconvnet", "fullgrad"]
+)
+def test_a_relu_in_disguise_is_refused(way: str, name: str, x: Tensor) -> None:
+    torch.testing.assert_close(CHOSEN[way](x - 0.5), F.relu(x - 0.5))
+    with pytest.raises(Refused):
+        maps(lambda s, x: head(s, CHOSEN[way](s.d(F.relu(s.c(x))))), name, x)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 50.0])
+def test_an_activation_in_disguise_is_found_at_any_scale(scale: float, x: Tensor) -> None:
+    net = Net(lambda s, x: head(s, HIDDEN["softmax"](scale * s.d(F.relu(s.c(x)))))).float()
+    with pytest.raises(Refused, match="makes an activation by another name"):
+        check_no_hidden_activation(net, x.float())
 
 
 @pytest.mark.parametrize("way", HIDDEN)
@@ -406,7 +444,7 @@ HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
 )
 def test_an_activation_in_disguise_is_refused(way: str, name: str, x: Tensor) -> None:
     torch.testing.assert_close(HIDDEN[way](x), F.silu(x))
-    with pytest.raises(Refused, match="multiplies a map by what is made of it entry by entry"):
+    with pytest.raises(Refused, match="makes an activation by another name"):
         maps(lambda s, x: head(s, HIDDEN[way](s.d(F.relu(s.c(x))))), name, x)
 
 
@@ -430,6 +468,10 @@ PRODUCTS: dict[str, Way] = {
     "halves": lambda s, u: torch.cat([u[:, :3] * u[:, 3:].sigmoid(), u[:, 3:]], 1),
     "square": lambda s, u: u * u,
     "cube": lambda s, u: u * u * u,
+    "maxout": lambda s, u: torch.stack([s.d(u), s.c(u[:, :3])]).amax(0),
+    "largest neighbour": lambda s, u: F.max_pool3d(u[:, None], (1, 3, 3), 1, (0, 1, 1))[:, 0],
+    "sorted channels": lambda s, u: u.sort(1).values,
+    "highway": lambda s, u: s.d(u).sigmoid() * u + (1 - s.d(u).sigmoid()) * s.c(u[:, :3]),
     "layer norm": lambda s, u: (u - u.mean(1, keepdim=True)) * torch.rsqrt(deviations(u) + 1e-3),
     "neighbours": lambda s, u: u * u.roll(1, 3).sigmoid(),
     "one place": lambda s, u: F.adaptive_avg_pool2d(u, 1) * s.d(F.adaptive_avg_pool2d(u, 1)).sigmoid(),

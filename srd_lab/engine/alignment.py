@@ -18,10 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from srd_lab.engine.affine import overwrites
 from srd_lab.engine.coordinates import CallOnPlaces, Coordinates, thin, written_into
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.model_checks import state_of
 from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
 from srd_lab.errors import Refused
 
+_WRITING = (Tensor.__setitem__, Tensor.data.__set__)  # type: ignore[attr-defined]  # and what overwrites its first operand
 _SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
 _found: WeakKeyDictionary[nn.Module, dict[Any, Alignment]] = WeakKeyDictionary()
 
@@ -31,21 +31,34 @@ class Alignment:
 
     Example
     -------
-    >>> Alignment.of(model, x).check(3, 1, "the first activation")
+    >>> run = Watch(model)
+    >>> logits = run.run(x)
+    >>> Alignment.of(model, x, run.sequence).check(3, 1, "the first activation")
     """
 
     def __init__(self, over_image: dict[int, dict[int | None, bool]], events: list[int]) -> None:
         self._over_image, self._events = over_image, events
 
     @classmethod
-    def of(cls, model: nn.Module, x: Tensor) -> Alignment:
-        """That of ``model``, run on the first two of images x (N, C, H, W); remembered as long as it lives."""
-        known, some = _found.setdefault(model, {}), x.detach()[:2]
-        key = state_of(model), tuple(some.shape)
+    def of(cls, model: nn.Module, x: Tensor, sequence: int) -> Alignment:
+        """That of ``model`` when it runs on images x (N, C, H, W).
+
+        sequence : of the calls that it makes then, see :class:`srd_lab.engine.interceptor.Interceptor`; the same calls with
+            the same numbers move maps alike, and are followed once.
+
+        Raises Refused for a model that calls other functions when it runs again.
+        """
+        known = _found.setdefault(model, {})
+        key = sequence, tuple(x.shape)
         if key not in known:
             run = CoordinateTrace(model)
             with torch.enable_grad():  # without, torch calls other functions
-                run.run(some.clone().requires_grad_())
+                run.run(x.detach().clone().requires_grad_())
+            if run.sequence != sequence:
+                raise Refused(
+                    "the model calls other functions when it runs again on the same images, so that it cannot be told where "
+                    "its maps lie; use a method whose map is made at the image, such as srd or grad_input"
+                )
             known[key] = cls(run.over_image, run.events_of_calls)
         return known[key]
 
@@ -100,11 +113,15 @@ class CoordinateTrace(Watch):
         func, given, calls = plain_spelling(func), kwargs or {}, len(self.calls)
         tensors = tensors_in(args, given)
         known = {id(t): self.coordinates[t] for t in tensors if t in self.coordinates}
+        writes = func in _WRITING or overwrites(func, given)
+        before = self.coordinates.get(args[0]) if writes and args and isinstance(args[0], Tensor) else None
         out = super().__torch_function__(func, types, args, given)
         self.events_of_calls += [self.events] * (len(self.calls) - calls)
         if known:
             with torch.no_grad():
                 self._follow(func, args, given, known, out)
+        if before is not None and self.coordinates.get(args[0]) is not before:
+            self._forget_views(args[0])
         return out
 
     def _follow(
@@ -115,21 +132,21 @@ class CoordinateTrace(Watch):
         known: dict[int, Coordinates],
         out: Any,
     ) -> None:
-        if func is Tensor.__setitem__:
-            self._note(args[0], written_into(args[0], args[1], args[2], known))
-            self._forget_base(args[0])
+        if func in _WRITING:
+            self._note(args[0], None if len(args) < 3 else written_into(args[0], args[1], args[2], known))
             return
         outs = out if isinstance(out, tuple | list) else (out,)
         call = CallOnPlaces(func, args, kwargs, known, outs)
         for made, coordinates in zip(outs, call.coordinates(), strict=True):
             if isinstance(made, Tensor) and made.dim():
                 self._note(made, coordinates)
-        if overwrites(func, kwargs) and not call.stays and isinstance(args[0], Tensor):
-            self._forget_base(args[0])
 
-    def _forget_base(self, written: Tensor) -> None:
-        if written._base is not None:
-            self.coordinates.pop(written._base, None)
+    def _forget_views(self, written: Tensor) -> None:
+        """What else lies in the memory of what was written into has other entries now."""
+        place = written.untyped_storage().data_ptr()
+        for other in [t for t in self.coordinates if t is not written]:
+            if other.untyped_storage().data_ptr() == place:
+                del self.coordinates[other]
 
     def _note(self, t: Tensor, coordinates: Coordinates | None) -> None:
         if coordinates is None:

@@ -59,10 +59,9 @@ class Attribution:
             check_no_hidden_activation(self.network, self.given)
         return trace
 
-    @property
-    def alignment(self) -> Alignment:
-        """Which maps of the network lie over the image."""
-        return Alignment.of(self.network, self.given)
+    def alignment(self, trace: ImageTrace) -> Alignment:
+        """Which maps of the network lie over the image; ``trace`` has followed it."""
+        return Alignment.of(self.network, self.given, trace.sequence)
 
     def finish(self, t: Tensor) -> Tensor:
         """A result as the caller gets it: with its graph if and only if x asks for a gradient."""

@@ -441,6 +441,8 @@ _RULES: dict[Function, Callable[..., Coordinates | None]] = {
         )
     },
     F.unfold: _unfolded,
+    torch.view_as_complex: lambda of, shape: of.each(lambda t: t.select(-1, 0)),
+    torch.view_as_real: lambda of, shape: of.each(lambda t: t.unsqueeze(-1).expand(shape)),
     F.glu: _glu,
     **dict.fromkeys(
         spelled(

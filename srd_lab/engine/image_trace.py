@@ -98,10 +98,10 @@ class ImageTrace(Interceptor):
     def _called(self, func: Function, types: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         autocast_off()
         if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
-            self.events += 1
+            self.count(func, args, given)
             return self.as_factor(func(*args, **given), self.gate_in(args, given))
         if (written_out := self._pointwise.self_gated(func, args, given)) is not None:
-            self.events += 1
+            self.count(func, args, given)
             out = self._self_gated(written_out)
             self.records.note(out, pointwise=(written_out.made,))
         else:

@@ -78,6 +78,7 @@ class Interceptor(TorchFunctionMode):
 
     model : what is run; its weights, flags and hooks are left alone.
     calls : its activation calls so far, in call order. events : how many torch functions it has called.
+    sequence : a number that is the same for two runs if they called the same functions with the same numbers.
     """
 
     needs_activations = True
@@ -87,6 +88,7 @@ class Interceptor(TorchFunctionMode):
         self.model = model
         self.calls: list[Call] = []
         self.events = 0  # torch functions that the model has called; not counted: what its backward hooks do
+        self.sequence = 0  # tells which functions these were, with which numbers
         self._names = {id(module): name for name, module in model.named_modules()}
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
@@ -191,7 +193,8 @@ class Interceptor(TorchFunctionMode):
             view = func(*args)
             is_one_with(view, args[0])
             return view
-        self.events += getattr(func, "__name__", "") != "__get__" or func in _TURNED
+        if getattr(func, "__name__", "") != "__get__" or func in _TURNED:
+            self.count(func, args, kwargs)
         found = recognise(func, args, kwargs)
         if found is None:
             out = self._dispatch(func, args, kwargs)
@@ -208,6 +211,11 @@ class Interceptor(TorchFunctionMode):
             original=lambda x: func(x, *rest, **kwargs),
         )
         return self._activate(call, first, inplace)
+
+    def count(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model has called one more torch function."""
+        self.events += 1
+        self.sequence = hash((self.sequence, func, _numbers(args), _numbers(tuple(kwargs.items()))))
 
     def _activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self.calls.append(call)
@@ -263,6 +271,15 @@ def _laid_out(func: Function, out: Any) -> Any:
         if single and out.requires_grad and out.is_contiguous():
             out.register_hook(lambda g: None if g is None else g.contiguous())
     return out
+
+
+def _numbers(arg: Any) -> Any:
+    """What a call was given beside tensors."""
+    if isinstance(arg, tuple | list):
+        return tuple(map(_numbers, arg))
+    if isinstance(arg, slice):
+        return _numbers((arg.start, arg.stop, arg.step))
+    return arg if isinstance(arg, int | float | str) else type(arg)
 
 
 def autocast_off() -> None:

@@ -117,11 +117,11 @@ class BackwardPasses:
         """Relevance (N, h, w) at the last map of 1/8 of the image that all of it passes, see :meth:`SRDTrace.high`."""
         place = self.trace.high(start.call)
         if isinstance(place, int):
-            self.run.alignment.check_call(place, "level 'high'")
+            self.run.alignment(self.trace).check_call(place, "level 'high'")
             return self.at_call(start, place)
         g, _ = self._back(start, place)
         axis = self.trace.channels.of(place)
-        self.run.alignment.check(self.trace.records[place].event or 0, axis, "level 'high'")
+        self.run.alignment(self.trace).check(self.trace.records[place].event or 0, axis, "level 'high'")
         return self.run.finish(torch.zeros_like(place).sum(axis) if g is None else (place * g).sum(axis))
 
     def everywhere(self, start: Start) -> dict[str, Tensor]:

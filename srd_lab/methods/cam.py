@@ -86,7 +86,7 @@ def layer_of(
                 "name a layer that has one with level="
             )
         check_rows(f"level {level!r}", layer.output.shape, len(x))
-        run.alignment.check(layer.event, layer.channels, f"level {level!r}")
+        run.alignment(trace).check(layer.event, layer.channels, f"level {level!r}")
         yield layer
 
 

@@ -225,7 +225,7 @@ def _products(
                     laid_over_image
                     and term.y.dim() == 3
                     and not term.lone
-                    and run.alignment.lies(term.event, None)
+                    and run.alignment(trace).lies(term.event, None)
                 ):
                     raise not_by_rows(
                         "a layer with a bias", term.y.shape, len(x), "use another method on this network"
@@ -233,7 +233,7 @@ def _products(
                 if laid_over_image and term.event and products[-1].dim() == 4:
                     check_rows("a bias", products[-1].shape, len(x), "use another method on this network")
                     axis = None if term.lone else term.axis
-                    run.alignment.check(term.event, axis, "the output of a layer with a bias")
+                    run.alignment(trace).check(term.event, axis, "the output of a layer with a bias")
         return products, run.finish(logits)
 
 

@@ -228,7 +228,7 @@ class ExcitationBackprop(_Modified):
         with trace.live() as relevance:
             if isinstance(place, Tensor):
                 event, axis = trace.records[place].event or 0, trace.channels.of(place)
-                run.alignment.check(event, axis, f"level {self.level!r}")
+                run.alignment(trace).check(event, axis, f"level {self.level!r}")
                 map_ = _at_tensor(trace, place, top, signals, run.differentiable)
             attribution = _to_input(top, signals, ends, run.differentiable)
             found = dict(relevance)
@@ -242,7 +242,7 @@ class ExcitationBackprop(_Modified):
             if place not in found or found[place].dim() != 3:
                 raise Refused(f"no map of relevance is at {trace.calls[place].name!r}; choose another level")
             check_rows(f"layer {trace.calls[place].name!r}", found[place].shape, len(logits))
-            run.alignment.check_call(place, f"level {self.level!r}")
+            run.alignment(trace).check_call(place, f"level {self.level!r}")
             map_ = found[place]
         return torch.relu(map_) if self.contrastive else map_
 
