@@ -45,7 +45,8 @@ def no_rule(what: str) -> dict[str, str]:
 class Case(NamedTuple):
     """A network at ``side`` pixels, made with ``options``.
 
-    refused : by method, what its refusal says; there is a map by all others, and where it says nothing. leaks : what may be lost, besides rounding.
+    refused : by method, what its refusal says; there is a map by all others, and where that is "".
+    leaks : what may be lost, besides rounding.
     """
 
     refused: dict[str, str] = {}  # noqa: RUF012
