@@ -119,6 +119,14 @@ def turned_as_complex(y: Tensor, moved: bool) -> Tensor:
     return back.mT.reshape(y.shape)
 
 
+def cornered(y: Tensor) -> Tensor:
+    """Four convolutions that take the pixel at a corner of their windows."""
+    kernel = F.pad(torch.ones(4, 1, 1, 1, dtype=y.dtype), (0, 6, 0, 6))
+    for _ in range(4):
+        y = F.conv2d(y, kernel, padding=3, groups=4)
+    return y
+
+
 MOVED: dict[str, Step] = {
     "seen through a view": seen_through_a_view,
     "written through a view": written_through_a_view,
@@ -154,6 +162,7 @@ MOVED: dict[str, Step] = {
     "product": lambda y: y * y.flip(2).sigmoid(),
     "branch": lambda y: torch.cat([y[:, :2], y[:, 2:].flip(3)], 1),
     "average": lambda y: (y + y.roll(16, 3) + y.roll(16, 2)) / 3,
+    "corners of windows": cornered,
     "fourier": lambda y: torch.fft.fft2(y).real,
     "cumsum": lambda y: y.cumsum(3),
 }

@@ -319,10 +319,11 @@ def _convolved(
     spans = [d * (k - 1) for d, k in zip(_each(dilation, axes), weight.shape[2:], strict=True)]
     padded = {"same": [span // 2 for span in spans], "valid": [0] * axes}
     starts, steps = padded[padding] if padding in padded else _each(padding, axes), _each(stride, axes)
+    middle = [span / 2 + off for span, off in zip(spans, _off_centre(weight, spans), strict=True)]
     of = _mean(of, (-axes - 1,))
     channel = [*shape[: -axes - 1], 1, *shape[-axes:]]
     taken = _taken(
-        of, torch.Size(channel), axes, lambda n, i, size: n * steps[i] - starts[i] + spans[i] / 2
+        of, torch.Size(channel), axes, lambda n, i, size: n * steps[i] - starts[i] + middle[i]
     ).expand(shape)
     return Coordinates(taken.rows, taken.columns, of.image, of.cell * max(steps))
 
@@ -342,11 +343,21 @@ def _convolved_back(
     axes = weight.dim() - 2
     spans = [d * (k - 1) for d, k in zip(_each(dilation, axes), weight.shape[2:], strict=True)]
     starts, steps = _each(padding, axes), _each(stride, axes)
+    middle = [span / 2 + off for span, off in zip(spans, _off_centre(weight, spans), strict=True)]
     of = _mean(of, (-axes - 1,))
     channel = torch.Size([*shape[: -axes - 1], 1, *shape[-axes:]])
-    return _taken(of, channel, axes, lambda n, i, size: (n + starts[i] - spans[i] / 2) / steps[i]).expand(
-        shape
-    )
+    return _taken(of, channel, axes, lambda n, i, size: (n + starts[i] - middle[i]) / steps[i]).expand(shape)
+
+
+def _off_centre(weight: Tensor, spans: Sequence[int]) -> list[float]:
+    """How far from the middle of its window the weights of a convolution lie, along each axis; 0 if less than a quarter of it."""
+    size, off = weight.detach().abs().float().flatten(0, 1).sum(0), []
+    for axis, span in enumerate(spans):
+        along = size.sum([i for i in range(size.dim()) if i != axis]) if size.dim() > 1 else size
+        taps = torch.linspace(-span / 2, span / 2, len(along), device=along.device)
+        middle = float((along * taps).sum() / along.sum().clamp_min(1e-30))
+        off.append(middle if abs(middle) > span / 4 else 0.0)
+    return off
 
 
 def _pooled(axes: int) -> Callable[..., Coordinates]:
