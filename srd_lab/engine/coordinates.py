@@ -350,7 +350,7 @@ def _convolved_back(
 
 
 def _off_centre(weight: Tensor, spans: Sequence[int]) -> list[float]:
-    """How far from the middle of its window the weights of a convolution lie, along each axis; 0 if less than a quarter of it."""
+    """How far from the middle of its window a convolution's weights lie, along each axis; 0 if less than a quarter of it."""
     size, off = weight.detach().abs().float().flatten(0, 1).sum(0), []
     for axis, span in enumerate(spans):
         along = size.sum([i for i in range(size.dim()) if i != axis]) if size.dim() > 1 else size

@@ -165,7 +165,10 @@ class Interceptor(TorchFunctionMode):
         def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
             if threading.get_ident() == thread and id(module) in self._names:
                 self._path.pop()
-                return self.left(module, output)
+                counted = self.events, self.sequence
+                out = self.left(module, output)
+                self.events, self.sequence = counted  # what is done here is not the model's doing
+                return out
             return None
 
         handles = (

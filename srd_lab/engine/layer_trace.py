@@ -119,12 +119,8 @@ class LayerTrace(ImageTrace):
             self.encoder.call(function, args[0], out)
 
     def left(self, module: nn.Module, output: Any) -> Any:
-        events = self.events
-        out = (
-            output.clone() if self.encoder.returned(module, output) else None
-        )  # what follows may overwrite it
-        self.events = events  # what is copied here is not the model's doing
-        return out
+        # what follows may overwrite it
+        return output.clone() if self.encoder.returned(module, output) else None
 
     # what srd_lab.engine.norms_and_attention asks of a trace ---------------------------------------------
     def layer_reads(self, x: Tensor, axis: int) -> None:
