@@ -41,13 +41,15 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
     known, one = _none_in.setdefault(model, set()), x.detach()[:1]
     key = state_of(model), tuple(one.shape)
     if key not in known:
-        with torch.enable_grad():
+        for tried in (torch.cat([one, one.flip((2, 3)) / 2]), one):  # a model may be one for single images
             try:
-                _Suspects(model).run(torch.cat([one, one.flip((2, 3)) / 2]).requires_grad_().clone())
+                with torch.enable_grad():
+                    _Suspects(model).run(tried.clone().requires_grad_().clone())
+                break
             except HiddenActivation:
                 raise
-            except Exception:  # a model for single images, say
-                _Suspects(model).run(one.clone().requires_grad_().clone())
+            except Exception:  # whoever runs the model next says why
+                continue
         known.add(key)
 
 
@@ -107,9 +109,9 @@ class _Suspects(ImageTrace):
                     self._suspects[t] = found
                 if self._is_activation(t, *suspicion):
                     raise HiddenActivation(
-                        f"{function_name(function)} in {self.where()} makes an activation by another name: each entry is "
-                        "a bent function of one entry of a map, and there is no rule for it; write it as one call of torch (F.relu, "
-                        "F.silu, F.gelu), or choose a method that needs gradients only"
+                        f"{function_name(function)} in {self.where()} is an activation by another name: each entry is "
+                        "a bent function of one entry of a map, and there is no rule for it; write it as one call of torch "
+                        "(F.relu, F.silu, F.gelu), or choose a method that needs gradients only"
                     )
         return out
 
