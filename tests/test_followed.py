@@ -232,7 +232,7 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", MASKS)
 @pytest.mark.parametrize("name", [name for name in RULES if name != "fullgrad"])  # which needs gradients only
 def test_masks_do_not_lose_what_they_are(name: str, way: str, x: Tensor) -> None:
-    with pytest.raises(Refused, match="(chooses by a comparison of maps|is an activation by another name)"):
+    with pytest.raises(Refused, match=r"(chooses by a comparison of maps|is an activation by another name)"):
         explain(name, inside(lambda s, y: MASKS[way](s.d(y))), x)
 
 
@@ -247,7 +247,7 @@ DETACHED: dict[str, Step] = {
 @pytest.mark.parametrize("name", ["srd", "lrp_zplus", "lrp_gamma", "lrp_epsilon", "excitation_backprop"])
 def test_detached_parts_of_the_image_are_no_constants(name: str, way: str, x: Tensor) -> None:
     with pytest.raises(
-        Refused, match="takes a detached part of the image for a constant|is an activation by another name"
+        Refused, match=r"takes a detached part of the image for a constant|is an activation by another name"
     ):
         explain(name, inside(DETACHED[way]), x)
 
