@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from srd_lab.engine.affine import overwrites
 from srd_lab.engine.coordinates import CallOnPlaces, Coordinates, thin, written_into
 from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.model_checks import memory_of
 from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
 from srd_lab.errors import Refused
 
 _WRITING = (Tensor.__setitem__, Tensor.data.__set__)  # type: ignore[attr-defined]  # and what overwrites its first operand
 _SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
-_found: WeakKeyDictionary[nn.Module, dict[Any, Alignment]] = WeakKeyDictionary()
 
 
 class Alignment:
@@ -48,8 +47,8 @@ class Alignment:
 
         Raises Refused for a model that calls other functions when it runs again.
         """
-        known = _found.setdefault(model, {})
-        key = sequence, tuple(x.shape)
+        known = memory_of(model)
+        key = cls, sequence, tuple(x.shape)
         if key not in known:
             run = CoordinateTrace(model)
             with torch.enable_grad():  # without, torch calls other functions
@@ -60,7 +59,8 @@ class Alignment:
                     "its maps lie; use a method whose map is made at the image, such as srd or grad_input"
                 )
             known[key] = cls(run.over_image, run.events_of_calls)
-        return known[key]
+        found: Alignment = known[key]
+        return found
 
     def check_call(self, call: int, what: str) -> None:
         """:meth:`check` for the output of activation call number ``call``, from 0, along whatever axis its channels lie."""

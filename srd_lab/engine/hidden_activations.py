@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from srd_lab.engine.affine import LIKE, SELECTIONS, SHAPED, SHIFTS, spelled
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.model_checks import state_of
+from srd_lab.engine.model_checks import memory_of, state_of
 from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
 from srd_lab.errors import Refused
 
@@ -30,7 +29,6 @@ _ALONG = _HALVES | spelled("prod cumprod")
 _MOST = 12  # tensors that a call is followed back to
 _RECENT = 60  # tensors among which these are
 _DEEP = 500  # nodes of autograd's graph among which these are
-_none_in: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 
 def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
@@ -38,8 +36,8 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
 
     x : images (N, C, H, W), of which the first is tried, with another one made of it.
     """
-    known, one = _none_in.setdefault(model, set()), x.detach()[:1]
-    key = state_of(model), tuple(one.shape)
+    known, one = memory_of(model), x.detach()[:1]
+    key = _Suspects, state_of(model), tuple(one.shape)
     if key not in known:
         for tried in (torch.cat([one, one.flip((2, 3)) / 2]), one):  # a model may be one for single images
             try:
@@ -50,7 +48,7 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
                 raise
             except Exception:  # whoever runs the model next says why
                 continue
-        known.add(key)
+        known[key] = True
 
 
 class HiddenActivation(Refused):

@@ -26,6 +26,7 @@ _SHARES = (1, 0.3, 0.1, 0.03, 0.01)  # of the longest step
 _TRIES = 3  # with images that the model tells apart too little to say
 _BYTES = 2.0**-8
 _TENSOR_CORES = 2.0**-10  # relative rounding of products there, of float32 numbers too
+_memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 _passed: WeakKeyDictionary[nn.Module, dict[str, set[str]]] = WeakKeyDictionary()
 
 
@@ -33,6 +34,12 @@ def passes_as(surrogate: nn.Module, original: nn.Module) -> None:
     """``surrogate`` need not be asked what ``original`` was asked: it differs in its activations alone."""
     _of(original)
     _passed[surrogate] = _passed[original]
+    _memories[surrogate] = memory_of(original)
+
+
+def memory_of(model: nn.Module) -> dict[Any, Any]:
+    """What other modules remember of a model as long as it lives; a surrogate shares that of its original."""
+    return _memories.setdefault(model, {})
 
 
 def check_images_apart(model: nn.Module, x: Tensor) -> None:
