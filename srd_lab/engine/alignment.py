@@ -2,7 +2,7 @@
 
 The map of a layer is stretched over the image as if its rows and columns were the image's. A network that flips, rolls,
 transposes, crops or samples its maps on the way makes that false, and no shape shows it. So the model is run once with the
-coordinates of every entry beside it, see :mod:`srd_lab.engine.coordinates`.
+coordinates of every entry beside it, see :mod:`srd_lab.engine.coordinate_calls`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from srd_lab.engine.affine import overwrites
-from srd_lab.engine.coordinates import CallOnPlaces, Coordinates, thin, written_into
+from srd_lab.engine.coordinate_calls import CallOnPlaces, written_into
+from srd_lab.engine.coordinates import Coordinates, thin
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_checks import memory_of
 from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
 from srd_lab.errors import Refused
 
 _WRITING = (Tensor.__setitem__, Tensor.data.__set__)  # type: ignore[attr-defined]  # and what overwrites its first operand
+_REMEMBERED = 32  # sequences of calls of one model
 _SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
 
 
@@ -47,9 +49,11 @@ class Alignment:
 
         Raises Refused for a model that calls other functions when it runs again.
         """
-        known = memory_of(model)
-        key = cls, sequence, tuple(x.shape)
+        known: dict[Any, Alignment] = memory_of(model).setdefault(cls, {})
+        key = sequence, tuple(x.shape)
         if key not in known:
+            if len(known) >= _REMEMBERED:  # the numbers of its calls depend on the image
+                known.clear()
             run = CoordinateTrace(model)
             with torch.enable_grad():  # without, torch calls other functions
                 run.run(x.detach().clone().requires_grad_())
@@ -59,8 +63,7 @@ class Alignment:
                     "its maps lie; use a method whose map is made at the image, such as srd or grad_input"
                 )
             known[key] = cls(run.over_image, run.events_of_calls)
-        found: Alignment = known[key]
-        return found
+        return known[key]
 
     def check_call(self, call: int, what: str) -> None:
         """:meth:`check` for the output of activation call number ``call``, from 0, along whatever axis its channels lie."""
@@ -156,9 +159,8 @@ class CoordinateTrace(Watch):
         if t.dim() in (3, 4):
             if self._judged[0] is not coordinates:
                 self._judged = coordinates, self._by_axis(coordinates)
-            known = self.over_image.get(
-                self.events, self._judged[1]
-            )  # of a call that puts out several maps, all
+            # of a call that puts out several maps, all have to
+            known = self.over_image.get(self.events, self._judged[1])
             self.over_image[self.events] = {
                 axis: ok and known.get(axis, False) for axis, ok in self._judged[1].items()
             }

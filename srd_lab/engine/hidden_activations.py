@@ -2,7 +2,7 @@
 
 ``u.flatten(1) * torch.stack([u, 0 * u]).softmax(0)[0].flatten(1)`` is SiLU, and no list of spellings ends. So autograd is
 asked what a product, or a choice, is made of: whether each entry of it leads back to one entry of a map, with a slope that
-is not the same for two images.
+depends on that entry; of a choice, whether the slope is another one for another image.
 
 Tried once when a model is first followed, and remembered as long as it lives.
 """
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srd_lab.engine.affine import LIKE, SELECTIONS, SHAPED, SHIFTS, spelled
+from srd_lab.engine.affine import JOINS, LIKE, SELECTIONS, SHAPED, SHIFTS, spelled
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.model_checks import memory_of, state_of
 from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
 from srd_lab.errors import Refused
 
-_JOINING = spelled("cat concat concatenate stack hstack vstack dstack")
 _HALVES = spelled("glu")
 _ALONG = _HALVES | spelled("prod cumprod")
 _MOST = 12  # tensors that a call is followed back to
@@ -66,9 +65,7 @@ class _Suspects(ImageTrace):
         self._made = deque[Tensor](maxlen=_RECENT)
         self._activated = WeakTensorKeyDictionary()  # what calls that are followed put out
         self._cut = WeakTensorKeyDictionary()  # what is made of the image and asks for no gradient
-        self._suspects = (
-            WeakTensorKeyDictionary()
-        )  # what a product or a choice put out, and how it came about
+        self._suspects = WeakTensorKeyDictionary()  # what products and choices put out, and what of
 
     def run(self, x: Tensor) -> Any:
         self._made.append(x)
@@ -129,7 +126,7 @@ class _Suspects(ImageTrace):
         if function in _ALONG:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
             return list(moving[0].chunk(2, dim) if function in _HALVES else moving[0].unbind(dim)), False
-        return (moving, False) if len(moving) > 1 and function not in SHIFTS | _JOINING else None
+        return (moving, False) if len(moving) > 1 and function not in SHIFTS | JOINS else None
 
     def _is_activation(self, out: Tensor, parts: list[Tensor], chooses: bool) -> bool:
         """Whether each entry of ``out`` is a bent function of one entry of a map that all ``parts`` are made of."""

@@ -31,6 +31,7 @@ from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
+from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
@@ -221,20 +222,19 @@ def _products(
                 products.append(
                     run.finish(product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1))
                 )
-                if (
-                    laid_over_image
-                    and term.y.dim() == 3
-                    and not term.lone
-                    and run.alignment(trace).lies(term.event, None)
-                ):
-                    raise not_by_rows(
-                        "a layer with a bias", term.y.shape, len(x), "use another method on this network"
-                    )
-                if laid_over_image and term.event and products[-1].dim() == 4:
-                    check_rows("a bias", products[-1].shape, len(x), "use another method on this network")
-                    axis = None if term.lone else term.axis
-                    run.alignment(trace).check(term.event, axis, "the output of a layer with a bias")
+                if laid_over_image and term.event:
+                    _check_place(run.alignment(trace), term, len(x))
         return products, run.finish(logits)
+
+
+def _check_place(alignment: Alignment, term: _Bias, images: int) -> None:
+    """Refuse a bias on a map that does not lie over so many images."""
+    what, cure = "the output of a layer with a bias", "use another method on this network"
+    if term.y.dim() == (3 if term.lone else 4):
+        check_rows(what, (term.y if term.lone else term.y.movedim(term.axis, 1)).shape, images, cure)
+        alignment.check(term.event, None if term.lone else term.axis, what)
+    elif term.y.dim() == 3 and alignment.lies(term.event, None):  # a map of one image
+        raise not_by_rows(what, term.y.shape, images, cure)
 
 
 def _unit_range(product: Tensor) -> Tensor:

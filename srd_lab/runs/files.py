@@ -117,6 +117,8 @@ class ServerFiles:
 
     def read(self, path: str) -> bytes:
         """See :meth:`Files.read`."""
+        if path not in self.names("" if "/" not in path else path.rpartition("/")[0]):
+            raise BadRun(f"run {self.run_id} has no file {path}")
         with tempfile.TemporaryDirectory() as folder, self.store.errors():
             return Path(self.store.client.download_artifacts(self.run_id, path, folder)).read_bytes()
 
