@@ -39,14 +39,17 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
     key = _Suspects, state_of(model), tuple(one.shape)
     if key not in known:
         for tried in (torch.cat([one, one.flip((2, 3)) / 2]), one):  # a model may be one for single images
+            trace = _Suspects(model)
             try:
                 with torch.enable_grad():
-                    _Suspects(model).run(tried.clone().requires_grad_().clone())
+                    trace.run(tried.clone().requires_grad_().clone())
                 break
             except HiddenActivation:
                 raise
             except Exception:  # whoever runs the model next says why
                 continue
+            finally:
+                trace.release()
         known[key] = True
 
 
