@@ -610,7 +610,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         rf"torch\.div in Calls {NEITHER}",
     ),
     "detached": (lambda t: t + torch.tanh(t).detach(), r"add in Calls takes a detached part of the image"),
-    "gate / x": (lambda t: torch.sigmoid(t) / (t + 1), r"Tensor\.div in Calls is an activation by another name"),
+    "gate / x": (
+        lambda t: torch.sigmoid(t) / (t + 1),
+        r"Tensor\.div in Calls is an activation by another name",
+    ),
     "gate / y": (
         lambda t: torch.sigmoid(t) / (t.mean(1, keepdim=True) + 1),
         rf"Tensor\.div in Calls {NEITHER}",
