@@ -40,7 +40,7 @@ from srd_lab.engine.geometry import MaxPool, take
 from srd_lab.engine.interceptor import Interceptor
 from srd_lab.engine.preconditions import check_input
 from srd_lab.engine.spellings import Call, function_name
-from srd_lab.errors import BadData, BadInput, BadValue, Refused, StoreTrouble
+from srd_lab.errors import BadData, BadInput, BadValue, Refused, StoreTrouble, first_line
 
 VERSION = 1
 RELU, MAX_POOL = "relu", "max_pool"
@@ -160,7 +160,7 @@ class ActivationPattern:
             *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError),
             *(zipfile.BadZipFile, zlib.error, NotImplementedError),
         ) as error:
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            reason = first_line(error)
             raise BadData(
                 f"{path} is not an activation pattern, or is damaged ({reason}); record and save it again"
             ) from None

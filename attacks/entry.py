@@ -16,20 +16,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attacks.ensemble import LETTERS
+from attacks.gates import Gates
 from attacks.scores import SCORES
 from attacks.settings import RobustnessSettings
 from attacks.statistics import explanation_rate
 from attacks.thresholds import TAU
 from srd_lab.catalogue import METHODS
-from srd_lab.errors import BadEntry
+from srd_lab.errors import BadEntry, first_line
 from srd_lab.methods.smoothed import plain_name
 from srd_lab.metrics.summary import summarise
 from srd_lab.runs.environment import device_name, environment
@@ -40,18 +41,24 @@ if TYPE_CHECKING:
 
 VERSION = 1
 IMAGES = "adversarial.npz"
-NEEDED = (
-    "version",
-    "method",
-    "start",
-    "model",
-    "data",
-    "weights_sha256",
-    "images",
-    "attack",
-    "scores",
-    "flags",
-)
+_LARGEST = 1e300
+_LONGEST = 4000  # characters
+_FIGURES = ("worst_{}", "worst_{}_low", "worst_{}_high", "rer_{}", "noise_{}")
+# What an entry has to hold, and of which kind; a table that may be null stands behind None.
+FORM: dict[str, Any] = {
+    "version": int,
+    "method": str,
+    "start": str,
+    "options": {},
+    "model": str,
+    "data": str,
+    "weights_sha256": str,
+    "images": {"file": str, "sha256": str, "count": int, "originals_sha256": str},
+    "attack": {"members": list, "mode": str, "budget": {}, "iterations": int, "queries": int, "seed": int},
+    "scores": {name.format(score): float for score in SCORES for name in _FIGURES},
+    "flags": {},
+    "gates": (None, {**dict.fromkeys((f.name for f in fields(Gates)), float), "passed": {}}),
+}
 
 
 def write_entry(study: RobustnessStudy, subject: Subject, figures: Mapping[str, float]) -> None:
@@ -155,19 +162,58 @@ def _certificate(subject: Subject, settings: RobustnessSettings) -> dict[str, An
 
 
 def read_entry(file: Path) -> dict[str, Any]:
-    """The entry in a JSON file. Raises BadEntry where it cannot be read, lacks something or is of another version."""
+    """The entry in a JSON file. Raises BadEntry where it cannot be read, is not of the form of one or is of another
+    version."""
     try:
+        if not file.is_file():
+            raise ValueError("there is no such file")  # a pipe would never end
         entry = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadEntry(
-            f"{file} cannot be read as an entry ({error}); expected the entry.json of a run"
+            f"{file} cannot be read as an entry ({first_line(error)}); expected the entry.json of a run"
         ) from None
-    missing = [name for name in NEEDED if not isinstance(entry, dict) or name not in entry]
-    if missing:
-        raise BadEntry(f"{file} is no entry: {', '.join(missing)} missing; expected the entry.json of a run")
-    if entry["version"] != VERSION:
-        raise BadEntry(f"{file} is of version {entry['version']}, but this program reads version {VERSION}")
-    return entry
+    if isinstance(entry, dict) and (version := entry.get("version", VERSION)) != VERSION:
+        raise BadEntry(f"{file} is of version {version!r:.20}, but this program reads version {VERSION}")
+    if wrong := [*_misfits(entry, FORM), *_unprintable(entry)]:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BadEntry(f"{file} is no entry: {', '.join(wrong[:3])}{more}; expected the entry.json of a run")
+    return dict(entry)
+
+
+def _misfits(found: Any, form: Any, name: str = "it") -> Iterator[str]:
+    """What of a JSON value is not as ``form`` says."""
+    if isinstance(form, tuple):
+        if found is not None:
+            yield from _misfits(found, form[1], name)
+    elif isinstance(form, dict):
+        if not isinstance(found, dict):
+            yield f"{name} is no table"
+            return
+        for key, inner in form.items():
+            if key not in found:
+                yield f"{key} is missing"
+            else:
+                yield from _misfits(found[key], inner, key)
+    elif form is float or form is int:
+        kinds = (int, float) if form is float else (int,)
+        number = isinstance(found, kinds) and not isinstance(found, bool)
+        if not number or abs(found) > _LARGEST:  # NaN stands for what could not be measured
+            yield f"{name} is no {'number' if form is float else 'whole number'}"
+    elif not isinstance(found, form):
+        yield f"{name} is no {'text' if form is str else 'list'}"
+
+
+def _unprintable(found: Any) -> Iterator[str]:
+    """Texts that would forge what is printed: with line ends or other control characters, or endless."""
+    texts = [found] if isinstance(found, str) else []
+    if isinstance(found, dict):
+        texts, found = list(found), list(found.values())
+    if isinstance(found, list):
+        for inner in found:
+            yield from _unprintable(inner)
+    for text in texts:
+        if not text.isprintable() or len(text) > _LONGEST:
+            yield f"{text!r:.20} is no text of one line"
 
 
 def figures_of(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, float]:

@@ -22,7 +22,8 @@ from srd_lab.types import Explainer
 class Found:
     """What an ensemble found for N images; every adversarial image is of 8 bits and keeps the predicted class.
 
-    worst : lowest score (N,) of every kind, over the members that count; 1 where no member lowered it.
+    worst : lowest score (N,) of every kind, over the members that count; 1 where no member lowered it, NaN where the map of
+        the original is not finite.
     images : the images (N, C, H, W) that have it; by : (N,) which member found it (index into ``names``, -1 = none).
     names : the members that ran. members : member -> score -> (N,); also the controls.
     used : (N,) smallest share of the budget that a white-box member's last iterate uses; stuck : (N,) largest share of steps
@@ -63,7 +64,7 @@ class Judge:
         map0, logits0 = explainer.explain_with_logits(model, x, target)
         self.target = check_target(target, logits0)
         self.reference = Reference(map0.detach(), logits0.detach(), (x.shape[2], x.shape[3]))
-        self.best = Best(x, SCORES)
+        self.best = self._best()
         self.by = {name: torch.full_like(self.target, -1) for name in SCORES}
         self.members: dict[str, dict[str, Tensor]] = {}
 
@@ -72,7 +73,7 @@ class Judge:
 
         images : by any name, each (N, C, H, W); equal ones are judged once.
         """
-        own = Best(self.x, SCORES)
+        own = self._best()
         seen: list[Tensor] = []
         for image in images.values():
             if any(torch.equal(image, other) for other in seen):
@@ -91,9 +92,17 @@ class Judge:
 
     def add_control(self, name: str, images: Tensor) -> None:
         """Score images (N, C, H, W) that do not count, as those of a member are."""
-        own = Best(self.x, SCORES)
+        own = self._best()
         self._offer(self.budget.quantise(images, self.x, self.scale), own)
         self.members[name] = own.values
+
+    def _best(self) -> Best:
+        """The best of nothing yet: 1, and NaN for an image whose map is not finite and so like no other."""
+        best = Best(self.x, SCORES)
+        undefined = ~self.reference.map.flatten(1).isfinite().all(1)
+        for value in best.values.values():
+            value[undefined] = torch.nan
+        return best
 
     def _offer(self, images: Tensor, best: Best) -> None:
         raw, logits = self.explainer.explain_with_logits(self.model, images, self.target)

@@ -7,6 +7,7 @@ others stand below, with the reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -52,10 +53,15 @@ class Leaderboard:
         """The table as a Markdown document."""
 
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            return "| " + " | ".join(escape(cell, quote=False).replace("|", "\\|") for cell in cells) + " |"
 
         rule = "|" + "---|" * len(self.header)
-        return "\n".join([f"# {self.title}", "", line(self.header), rule, *map(line, self.rows)]) + "\n"
+        return (
+            "\n".join(
+                [f"# {escape(self.title, quote=False)}", "", line(self.header), rule, *map(line, self.rows)]
+            )
+            + "\n"
+        )
 
     @property
     def html(self) -> str:
@@ -116,6 +122,8 @@ def reason(entry: dict[str, Any]) -> str:
         else [g for g, ok in gates["passed"].items() if not ok]
     )
     said = [f"gate {name}" if gates else name for name in failed]
+    if not math.isfinite(entry["scores"]["worst_pcc"]):
+        said.append("its PCC could not be measured")
     return ", ".join([*said, *(f"flag {name}" for name in entry["flags"] if name in UNRANKING)])
 
 
@@ -124,7 +132,7 @@ def _row(rank: str, entry: dict[str, Any], why: str) -> list[str]:
     name = entry["method"] + (f" ({entry['start']})" if entry["method"] == "srd" else "")
 
     def interval(score: str) -> str:
-        ends = (s.get(f"worst_{score}_{end}", float("nan")) for end in ("low", "high"))
+        ends = (s[f"worst_{score}_{end}"] for end in ("low", "high"))
         return interval_text(s[f"worst_{score}"], *ends)
 
     cells = [

@@ -93,11 +93,14 @@ def _verified(file: Path, entry: dict[str, Any], weights: Path | None, device: s
 
 
 def _images(file: Path, entry: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
-    place = file.parent / entry["images"]["file"]
+    name = entry["images"]["file"]
+    place = file.parent / name
+    if Path(name).name != name or not place.is_file():
+        raise BadEntry(f"the images of {file} are not there; put {Path(name).name} beside it")
     try:
         content = place.read_bytes()
     except OSError as error:
-        raise BadEntry(f"the images of {file} cannot be read ({error}); put {place.name} beside it") from None
+        raise BadEntry(f"the images of {file} cannot be read ({error}); put {name} beside it") from None
     if hashlib.sha256(content).hexdigest() != entry["images"]["sha256"]:
         return {}, [f"{place.name} is not the file that the entry was made with (its SHA-256 differs)"]
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:

@@ -113,3 +113,15 @@ class Unavailable(SrdLabError):
 
 class SrdLabWarning(UserWarning):
     """What a user should know of a result: one line, shown once."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What another library's error says, in one line of at most ``most`` characters; its kind where it says nothing.
+
+    Example
+    -------
+    >>> first_line(ValueError("cut off\\nat line 3")), first_line(EOFError())
+    ('cut off', 'EOFError')
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= most else line[: most - 3] + "..."

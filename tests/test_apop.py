@@ -729,7 +729,7 @@ def test_output_without_tracking(tmp_path: Path) -> None:
         (("--model", "alexnet", "--no-track"), 1, "vgg16"),
         (("--data", "imagenet:nowhere", "--no-track"), 1, "nowhere is not a folder"),
         (("--device", "cuda:99", "--no-track"), 1, "--device"),
-        (("--resume", "x", "--no-track"), 1, "only a tracked run"),
+        (("--resume", "x", "--no-track"), 1, "there is no x/run.json"),
         (
             ("--model", "vgg16", "--model", "resnet18", "--weights", __file__, "--no-track"),
             1,

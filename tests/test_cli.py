@@ -179,7 +179,7 @@ def test_a_resumed_run_says_what_has_changed_since(
 ) -> None:
     resume = ("attack", "--resume", finished, "--tracking-uri", store, "--device", "cpu")
     assert "Note: resumed with" not in call(*resume).output
-    assert "resumed.txt" not in files(store, finished)
+    assert "notes.txt" not in files(store, finished)
     monkeypatch.setattr(environment, "git_commit", lambda: "0123")
     for version in ("98.0", "99.0"):
         monkeypatch.setattr(environment.platform, "python_version", lambda version=version: version)
@@ -188,10 +188,34 @@ def test_a_resumed_run_says_what_has_changed_since(
         assert "Note: resumed with " in result.stderr
         assert f"-> {version}" in result.stderr
         assert "-> 0123" in result.stderr
-    first, second = files(store, finished)["resumed.txt"].read_text().splitlines()
+    first, second = files(store, finished)["notes.txt"].read_text().splitlines()
     assert "-> 0123" in first
     assert "-> 98.0" in first
     assert "-> 99.0" in second
+
+
+def test_a_run_without_tracking_goes_on_in_its_folder(
+    tmp_path: Path, store: str, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls, out = study.attack_batch, [], tmp_path / "the run"
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(study, "attack_batch", interrupted)
+    result = call(*TINY, "--method", "srd", "--method", "gradient", "--no-track", "--out", str(out))
+    assert f"go on with: srd-lab attack --no-track --resume '{out}'" in result.output
+    assert json.loads((out / "run.json").read_text())["status"] == "KILLED"
+    monkeypatch.setattr(study, "attack_batch", whole)
+    result = call("attack", "--no-track", "--resume", str(out), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "run.json").read_text())["status"] == "FINISHED"
+    for method, run in children(store, finished).items():
+        with (out / method / "pairs.csv").open() as table:
+            assert list(csv.DictReader(table)) == pair_rows(store, run.info.run_id)
 
 
 def test_resume_refuses_other_settings(store: str, finished: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,14 @@ from attacks.verification import verify
 from srd_lab.errors import BadEntry
 
 METHODS = ("gradient", "sobel")
-PASSED = {"passed": {"class": True, "weights": True, "faithful": True}}
+FIGURES = {
+    "other_class": 0.1,
+    "other_weights": 0.1,
+    "faithfulness": 0.5,
+    "over_random": 0.2,
+    "over_sobel": 0.1,
+}
+PASSED = FIGURES | {"passed": {"class": True, "weights": True, "faithful": True}}
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +211,10 @@ def test_missing_images_are_refused(entry: Path) -> None:
     ("text", "message"),
     [
         ("{", "cannot be read as an entry"),
-        ("[1, 2]", "is no entry: version, method"),
+        ("[1, 2]", "is no entry: it is no table"),
         ("3", "is no entry"),
-        ('{"version": 1}', "is no entry: method, start"),
+        ('{"version": 1}', "is no entry: method is missing, start is missing"),
+        ("[" * 100_000, "cannot be read as an entry"),
         ("", "cannot be read as an entry"),
     ],
 )
@@ -236,6 +246,60 @@ def test_another_version_is_refused(entry: Path) -> None:
 def test_an_entry_that_lacks_something_inside_is_refused(entry: Path, change: Any) -> None:
     with pytest.raises(BadEntry):
         verify(altered(entry, change), device="cpu")
+
+
+def parts(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside a JSON value."""
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from parts(value[key], (*path, key))
+
+
+def test_whatever_stands_in_an_entry_it_makes_a_table_or_one_line(run: Path, tmp_path: Path) -> None:
+    entry = json.loads((run / "gradient" / "entry.json").read_text())
+    file, refused = tmp_path / "entry.json", 0
+    for *way, last in parts(entry):
+        for value in (None, "x", [], {}, float("nan"), -1, 10**400, True, "\x1b[31m\n<b>", "x" * 10_000, ...):
+            changed = copy.deepcopy(entry)
+            inner = changed
+            for key in way:
+                inner = inner[key]
+            if value is ...:
+                del inner[last]
+            else:
+                inner[last] = value
+            file.write_text(json.dumps(changed))
+            try:
+                board = leaderboard([file])
+                printed = board.markdown + board.html + str(board.rows)
+                assert "\x1b" not in printed
+                assert "<b>" not in board.markdown + board.html
+            except BadEntry as error:
+                refused += 1
+                said = str(error)
+            else:
+                said = ""
+            assert said.isprintable(), (way, last, value)
+            assert len(said) < 1000
+    assert refused > 300
+
+
+def test_images_elsewhere_are_refused(entry: Path, tmp_path: Path) -> None:
+    """An entry of a stranger names no file outside its folder, and none that never ends."""
+    (tmp_path / "inside").mkdir()
+    shutil.copy(tmp_path / "adversarial.npz", tmp_path / "inside")
+    for name in (
+        "../adversarial.npz",
+        "inside/adversarial.npz",
+        str(tmp_path / "adversarial.npz"),
+        "/dev/zero",
+        "",
+        ".",
+    ):
+        with pytest.raises(BadEntry, match="are not there; put"):
+            verify(altered(entry, lambda e, name=name: e["images"].__setitem__("file", name)), device="cpu")
 
 
 def test_images_that_lack_an_array_are_refused(entry: Path) -> None:
@@ -292,7 +356,7 @@ def board_of(run: Path, folder: Path, **changes: dict[str, Any]) -> Leaderboard:
 
 
 def test_ranked_are_those_without_a_reason_by_their_worst_pcc(run: Path, tmp_path: Path) -> None:
-    edges = {"passed": {"class": False, "weights": True, "faithful": False}}
+    edges = FIGURES | {"passed": {"class": False, "weights": True, "faithful": False}}
     board = board_of(
         run,
         tmp_path,
@@ -361,5 +425,5 @@ def test_names_are_escaped(run: Path, tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;|&amp;" in board.html
     assert "<b>" not in board.html
     line = board.markdown.splitlines()[-1]
-    assert "</script>\\|&" in line
+    assert "&lt;/script&gt;\\|&amp;" in line
     assert line.replace("\\|", "").count("|") == len(board.header) + 1

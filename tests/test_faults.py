@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +23,7 @@ from click.testing import CliRunner, Result
 
 from attacks.black_box import BlackBox
 from attacks.model_compare import save_weights
+from srd_lab.cli.errors import Notes
 from srd_lab.cli.main import main
 from srd_lab.data import load_batches, load_data
 from srd_lab.data.draw import draw_images
@@ -359,6 +361,53 @@ def test_a_store_that_stays_locked_is_given_up(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(store, "_LOCKED", "another trouble")
     with pytest.raises(StoreTrouble):
         opened._patiently(locked)
+
+
+_SCHEMA = """
+import sys
+from srd_lab.runs.tracking import open_run
+try:
+    open_run("it", "it", {}, tracking_uri=sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_store_of_another_version_of_mlflow_is_one_line(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with open_run("it", "it", {}, tracking_uri=uri):
+        pass
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    # a process of its own: in this one MLflow has seen the store
+    said = subprocess.run([sys.executable, "-c", _SCHEMA, uri], capture_output=True, text=True, check=True)
+    assert said.stdout.startswith(
+        f"StoreTrouble the MLflow store {uri} cannot be used: another version of MLflow made it"
+    )
+    assert f"`mlflow db upgrade {uri}`" in said.stdout
+    assert said.stdout.count("\n") == 1
+
+
+def test_what_a_command_notes_is_kept_with_its_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = call(*APOP, "--workers", "99", "--no-track", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    said = "1 worker decodes, and not 99: there is no work for more"
+    assert result.stderr == f"Note: {said}\n"
+    assert (out / "notes.txt").read_text() == f"{said}\n"
+
+
+def test_notes_are_kept_from_before_a_run_until_its_end(tmp_path: Path) -> None:
+    for session in ("first", "second"):
+        resume = str(tmp_path / "out") if session == "second" else None
+        with warnings.catch_warnings(record=True), Notes() as notes:
+            warnings.simplefilter("always")
+            warnings.warn(f"{session}, early", SrdLabWarning, stacklevel=1)
+            with open_run("it", "it", {}, track=False, out=tmp_path / "out", resume=resume) as run:
+                notes.keep_in(run)
+                warnings.warn("late", SrdLabWarning, stacklevel=1)
+    said = (tmp_path / "out" / "notes.txt").read_text()
+    assert said == "first, early\nlate\nsecond, early\n"
 
 
 def test_a_store_of_corrupt_pages_is_one_line(tmp_path: Path) -> None:

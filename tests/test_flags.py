@@ -33,6 +33,7 @@ from attacks.gates import Gates, check_gates
 from attacks.probe import Probe, probe
 from attacks.robustness_experiment import Experiment, transfer
 from attacks.scores import SCORES
+from attacks.statistics import explanation_rate
 from attacks.surrogate import Surrogate
 from attacks.thresholds import TAU
 from srd_lab.data import load_data
@@ -296,8 +297,10 @@ def test_maps_that_are_not_finite_are_degenerate() -> None:
     x[:, 0, 0, 0] = 50 / 255
     black = Probe(None, {}, "none")
     table, _ = attacked(Broken(), small_model(sure=True), x, seen=black)
-    assert (table["worst/pcc"] == 1).all()
+    assert np.isnan(table["worst/pcc"]).all()
+    assert np.isnan(table["control/noise/pcc"]).all()
     assert "degenerate" in raised(table, black)
+    assert not explanation_rate(table["worst/pcc"], "pcc").any()
 
 
 @pytest.mark.filterwarnings("error")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from small_networks import command as call
+from small_networks import tiny_study
 
-from srd_lab.cli.main import main
 from srd_lab.runs.addresses import local_folder
 from srd_lab.runs.files import FolderFiles
 from srd_lab.runs.store import Store
@@ -20,46 +21,40 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are copies of this one"),
 ]
+ON_CPU = ("--batch-size", "2", "--device", "cpu")
 COMMANDS = {
-    "apop": (
-        "apop",
-        "--images",
-        "4",
-        "--batch-size",
-        "2",
-        "--inputs",
-        "zeros",
-        "--no-binarize",
-        "--device",
-        "cpu",
-    ),
-    "evaluate": (
-        *(
-            "evaluate",
-            "--methods",
-            "gradient",
-            "--metrics",
-            "sparseness",
-            "--images",
-            "4",
-            "--batch-size",
-            "2",
-        ),
-        *("--device", "cpu"),
-    ),
+    "apop": ("--images", "4", "--inputs", "zeros", "--no-binarize", *ON_CPU),
+    "evaluate": ("--methods", "gradient", "--metrics", "sparseness", "--images", "4", *ON_CPU),
+    "attack": ("--attack", "eq10", "--method", "gradient", "--pairs", "4", "--steps", "1", *ON_CPU),
+    "robustness": ("--method", "gradient", "--pairs", "4", "--no-curve", "--no-eq10", *ON_CPU),
+    "reproduce table1": ("--model", "vgg16", "--images", "4", *ON_CPU),
 }
-TABLE = "images.csv"
+EVERY = {"apop": 3}  # moments; of the others eight are tried
+TABLES = ("images.csv", "pairs.csv")
 
 
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
-
-
-def killed(at: int, *arguments: str) -> bool:
-    """Run a command in a copy of this process that is gone at the ``at``-th moment at which something is stored, without a
-    word; whether it got there."""
+def in_a_copy(work: Callable[[], bool]) -> int:
+    """Start a copy of this process that does some work and is gone: with 0 if it went well, else 1. Its number."""
     child = os.fork()
     if child == 0:
+        try:
+            os._exit(0 if work() else 1)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return child
+
+
+def status_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed(at: int, counted: Path, *arguments: str) -> bool:
+    """Run a command in a copy of this process that is gone at the ``at``-th moment at which something is stored, without a
+    word; whether it got there. If not, ``counted`` says how many moments there were."""
+
+    def work() -> bool:
         moments = 0
 
         def moment() -> None:
@@ -81,8 +76,11 @@ def killed(at: int, *arguments: str) -> bool:
         FolderFiles.write = around(FolderFiles.write)  # type: ignore[method-assign]
         replace = Path.replace
         Path.replace = lambda self, to: (moment(), replace(self, to))[1]  # type: ignore[assignment,func-returns-value,method-assign]
-        os._exit(0 if call(*arguments).exit_code == 0 else 1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        ended = call(*arguments)
+        counted.write_text(str(moments))
+        return ended.exit_code == 0
+
+    status = status_of(in_a_copy(work))
     assert status in (0, 9), "the command itself failed"
     return status == 9
 
@@ -99,8 +97,9 @@ def tables(uri: str) -> dict[str, str]:
     for run in runs:
         folder = local_folder(str(run.info.artifact_uri))
         assert folder is not None
-        for file in folder.rglob(TABLE):
-            found[f"{run.info.run_name}/{file.name}"] = file.read_text()
+        for table in TABLES:
+            for file in folder.rglob(table):
+                found[f"{run.info.run_name}/{table}"] = file.read_text()
     return found
 
 
@@ -126,26 +125,26 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(
-    command: str, fresh: Path, tmp_path: Path
+    command: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def store(name: str) -> str:
         shutil.copytree(fresh, tmp_path / name)
         return f"sqlite:///{tmp_path / name}/mlflow.db"
 
-    arguments = COMMANDS[command]
+    tiny_study(monkeypatch, steps=1, queries=4)
+    arguments, counted = (*command.split(), *COMMANDS[command]), tmp_path / "counted"
     whole = store("whole")
-    assert call(*arguments, "--tracking-uri", whole).exit_code == 0
-    expected = tables(whole)
+    assert not killed(-1, counted, *arguments, "--tracking-uri", whole)
+    expected, moments = tables(whole), int(counted.read_text())
     assert expected
     gone_on = told = 0
-    for at in range(1, 400, 3):
+    for at in range(1, moments + 1, EVERY.get(command, moments // 8)):
         uri = store(f"at-{at}")
-        if not killed(at, *arguments, "--tracking-uri", uri):
-            break
+        assert killed(at, counted, *arguments, "--tracking-uri", uri)
         run = last_run(uri)
         if run is None:  # killed before there was one
             continue
-        result = call(command, "--resume", run.info.run_id, "--tracking-uri", uri)
+        result = call(*command.split(), "--resume", run.info.run_id, "--tracking-uri", uri)
         if result.exit_code:
             assert "interrupted before its settings were stored; start a new run" in result.output
             told += 1
@@ -153,5 +152,51 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(
         assert tables(uri) == expected, at
         assert last_run(uri).info.status == "FINISHED"
         gone_on += 1
-    assert gone_on > 5
+    assert gone_on > 4
     assert told < gone_on
+
+
+def test_a_run_that_two_processes_go_on_with_ends_with_the_same_numbers(fresh: Path, tmp_path: Path) -> None:
+    command, counted = "apop", tmp_path / "counted"
+    arguments = (command, *COMMANDS[command])
+    uris = []
+    for name in ("whole", "twice"):
+        shutil.copytree(fresh, tmp_path / name)
+        uris.append(f"sqlite:///{tmp_path / name}/mlflow.db")
+    whole, twice = uris
+    assert not killed(-1, counted, *arguments, "--tracking-uri", whole)
+    assert killed(int(counted.read_text()) // 2, counted, *arguments, "--tracking-uri", twice)
+    resume = (command, "--resume", last_run(twice).info.run_id, "--tracking-uri", twice)
+    both = [in_a_copy(lambda: call(*resume).exit_code == 0) for _ in range(2)]
+    assert [status_of(child) for child in both] == [0, 0]
+    assert tables(twice) == tables(whole)
+    assert last_run(twice).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_a_limit_on_the_size_of_files_costs_one_line(share: float, fresh: Path, tmp_path: Path) -> None:
+    """As a full disk does: MLflow's database cannot grow, or a run's file."""
+    import resource
+
+    shutil.copytree(fresh, tmp_path / "store")
+    uri = f"sqlite:///{tmp_path}/store/mlflow.db"
+    arguments = ("apop", *COMMANDS["apop"])
+
+    def limited_to(size: int, *options: str) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        ended = call(*arguments, *options)
+        assert ended.exit_code == 1
+        assert ended.output.count("\n") == 1
+        return ended.output
+
+    def limited() -> bool:
+        size = int((tmp_path / "store" / "mlflow.db").stat().st_size * share)
+        assert "cannot be used: disk I/O error" in limited_to(size, "--tracking-uri", uri)
+        assert "run.json: File too large" in limited_to(100, "--no-track", "--out", str(tmp_path / "out"))
+        return True
+
+    assert status_of(in_a_copy(limited)) == 0
+    run = last_run(uri)
+    assert run is None or run.info.status in ("RUNNING", "FAILED")  # where not even that could be stored
+    ended = call(*arguments, "--tracking-uri", uri)
+    assert ended.exit_code == 0, ended.output

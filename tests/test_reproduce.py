@@ -663,7 +663,7 @@ def test_the_papers_networks_are_the_default(
         (("fig4", "--pairs", "1", "--model", "alexnet", "--no-track"), 1, "no network 'alexnet'"),
         (("fig6", "--data", "imagenet:nowhere", "--no-track"), 1, "nowhere is not a folder"),
         (("fig7", "--data", "mnist", "--no-track"), 1, "mnist"),
-        (("fig7", "--resume", "x", "--no-track"), 1, "only a tracked run can be resumed"),
+        (("fig7", "--resume", "x", "--no-track"), 1, "there is no x/run.json"),
     ],
 )
 def test_wrong_input_gets_one_clear_line(arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
 
-from srd_lab.errors import BadRun, BadValue, SrdLabError, StoreTrouble, Unavailable
+from srd_lab.errors import BadRun, BadValue, OtherWork, SrdLabError, StoreTrouble, Unavailable
 from srd_lab.runs import environment as record
 from srd_lab.runs import guard, page, tracking
 from srd_lab.runs.addresses import store_uri
@@ -198,7 +199,7 @@ def test_resume_refusals(here: Path) -> None:
         open_run("attack", "a", {"steps": 4}, resume=run.id)
     with pytest.raises(BadRun, match=f"part of run {run.id}"):
         open_run("attack", "a", {}, resume=part.id)
-    with pytest.raises(BadValue, match="only a tracked run"):
+    with pytest.raises(BadRun, match="takes the folder that a run without tracking had"):
         open_run("attack", "a", {}, resume=run.id, track=False)
     assert stored(run).info.status == "FINISHED"
     client().delete_run(run.id)
@@ -256,6 +257,55 @@ def test_without_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (inner / "traces.csv").read_text() == "name,step,value\nloss,0,3.0\nloss,2,1.0\n"
     assert json.loads((inner / "run.json").read_text())["not_finite"] == ["loss", "pcc"]
     assert "out" in run.where
+
+
+def test_a_folder_is_gone_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = open_run("attack", "x", {"steps": 3}, track=False, out=out)
+    with run.child("srd", {"method": "srd"}) as part:
+        part.log_metrics({"ssim": 0.5, "pcc": math.nan})
+        part.log_traces({"loss": ([0, 1], [3.0, 2.0])})
+    with pytest.raises(KeyboardInterrupt), run:
+        raise KeyboardInterrupt
+    (out / ".a.npz.999999999.part").touch()
+    with open_run("attack", "y", {"steps": 3, "seed": 0}, track=False, resume=run.id, out=out) as again:
+        assert again.params == {"steps": "3", "seed": "0"}
+        with again.child("srd") as part:
+            assert part.params == {"method": "srd"}
+            part.log_traces({"loss": ([2], [1.0])})
+    assert not (out / ".a.npz.999999999.part").exists()
+    about = json.loads((out / "run.json").read_text())
+    assert (about["name"], about["status"]) == ("x", "FINISHED")
+    inner = json.loads((out / "srd" / "run.json").read_text())
+    assert (inner["metrics"], inner["not_finite"]) == ({"ssim": 0.5}, ["pcc"])
+    assert (out / "srd" / "traces.csv").read_text() == "name,step,value\nloss,0,3.0\nloss,1,2.0\nloss,2,1.0\n"
+
+
+def test_refusals_of_a_folder_to_go_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_run("attack", "x", {"steps": 3}, track=False, out=out):
+        pass
+
+    def refused(kind: type[Exception], said: str, **given: Any) -> None:
+        usual: dict[str, Any] = {"command": "attack", "name": "x", "params": {}, "resume": str(out)}
+        with pytest.raises(kind, match=said):
+            open_run(**(usual | given), track=False)
+
+    refused(BadValue, f"go on with it: --resume {out}", resume=None, out=out)
+    refused(BadRun, "made by 'attack', not by 'apop'", command="apop")
+    refused(BadRun, "steps = 3, not 4", params={"steps": 4})
+    refused(BadValue, "goes on in its own folder", out=tmp_path / "elsewhere")
+    with pytest.raises(OtherWork), open_run("attack", "x", {}, track=False, resume=str(out)):
+        raise OtherWork("other")
+    assert json.loads((out / "run.json").read_text())["status"] == "FINISHED"
+    for content, said in {
+        "{": "damaged",
+        "[]": "damaged",
+        '{"command": "attack"}': "damaged.*start a new run",
+        '{"run": "0123"}': "copies of what run 0123 has stored",
+    }.items():
+        (out / "run.json").write_text(content)
+        refused(BadRun, said)
 
 
 def test_without_a_folder_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

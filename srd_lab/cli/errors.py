@@ -6,13 +6,13 @@ import functools
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, Self
 
 import click
 
 from srd_lab.cli.printing import forgiving
-from srd_lab.errors import SrdLabError, SrdLabWarning
+from srd_lab.errors import SrdLabError, SrdLabWarning, first_line
 
 _SAID_IN_A_LINE = (SrdLabError, KeyboardInterrupt, MemoryError, OSError, RuntimeError, ImportError)
 
@@ -43,8 +43,62 @@ def _in_a_line(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{line} ({type(error).__name__}; --debug shows where)"
+    return f"{first_line(error)} ({type(error).__name__}; --debug shows where)"
+
+
+class Notes:
+    """What the user is told beside the results, for the run to keep; a context manager that hears it while it is open.
+
+    Example
+    -------
+    ::
+
+        with Notes() as notes:
+            study = ...  # what is said before there is a run is kept, too
+            with open_run(...) as run:
+                notes.keep_in(run)
+    """
+
+    FILE = "notes.txt"
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._run: Any = None
+
+    def __enter__(self) -> Self:
+        self._shown = warnings.showwarning
+        warnings.showwarning = self._hear
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        warnings.showwarning = self._shown
+
+    def keep_in(self, run: Any) -> None:
+        """Write what was said so far, and from now on whatever is said, into ``notes.txt`` of ``run``."""
+        if self.FILE in run.list():  # of an earlier session
+            self._lines = run.load_text(self.FILE).splitlines() + self._lines
+        self._run = run
+        self._write()
+
+    def say(self, line: str) -> None:
+        """Print a line as a note, and keep it."""
+        click.echo(f"Note: {line}", err=True)
+        self._add(line)
+
+    def _hear(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        self._shown(message, category, *where, **more)
+        if issubclass(category, SrdLabWarning):
+            self._add(str(message))
+
+    def _add(self, line: str) -> None:
+        if line not in self._lines:
+            self._lines.append(line)
+            self._write()
+
+    def _write(self) -> None:
+        if self._run is not None and self._lines:
+            with suppress(SrdLabError):  # a store in trouble says so at the next result
+                self._run.save_text(self.FILE, "\n".join(self._lines) + "\n")
 
 
 @contextmanager

@@ -194,7 +194,9 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Folder for tables and figures, besides those of the run. [default: none]",
         ),
         click.option(
-            "--resume", metavar="RUN_ID", help="Go on with a run that was interrupted; its settings apply."
+            "--resume",
+            metavar="RUN",
+            help="Go on with a run that was interrupted, by its id (without tracking, by its folder); its settings apply.",
         ),
     )
     for option in reversed(options):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import click
 
+from srd_lab.cli.errors import Notes
 from srd_lab.errors import BadValue, OtherWork
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
@@ -69,30 +70,32 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
     keep_freed_memory()
     full_precision()
     resume = ctx.params["resume"]
-    study = None if resume else study_of(Given(ctx.params))
-    record = typed(ctx) if study is None else {**_decisive(study), **_surroundings(study)}
-    run = tracking.open_run(
-        command,
-        f"{command} {subject}",
-        record,
-        track=ctx.params["track"],
-        tracking_uri=ctx.params["tracking_uri"],
-        out=ctx.params["out"],
-        resume=resume,
-    )
-    try:
-        with run:
-            if study is None:
-                _check_whole(run)
-                study = study_of(Given(ctx.params, run.params))
-                _check_same(run, study)
-                _note_what_changed(run, study)
-            study.run(run)
-    except OtherWork:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        error.add_note(_what_is_left(ctx, command, run))
-        raise
+    with Notes() as notes:
+        study = None if resume else study_of(Given(ctx.params))
+        record = typed(ctx) if study is None else {**_decisive(study), **_surroundings(study)}
+        run = tracking.open_run(
+            command,
+            f"{command} {subject}",
+            record,
+            track=ctx.params["track"],
+            tracking_uri=ctx.params["tracking_uri"],
+            out=ctx.params["out"],
+            resume=resume,
+        )
+        try:
+            with run:
+                if study is None:
+                    _check_whole(run)
+                    study = study_of(Given(ctx.params, run.params))
+                    _check_same(run, study)
+                    _note_what_changed(run, study, notes)
+                notes.keep_in(run)
+                study.run(run)
+        except OtherWork:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            error.add_note(_what_is_left(ctx, command, run))
+            raise
     click.echo(f"\n{run.where}")
 
 
@@ -143,16 +146,14 @@ def _check_whole(run: Any) -> None:
         raise OtherWork(f"run {run.id} was interrupted before its settings were stored; start a new run")
 
 
-def _note_what_changed(run: Any, study: Study) -> None:
-    """Other code, libraries or hardware than the run began with may go on; the user is told, and the run says so."""
+def _note_what_changed(run: Any, study: Study, notes: Notes) -> None:
+    """Other code, libraries or hardware than the run began with may go on; the user is told."""
     none = "(none)"
     now = {"git_commit": none} | {name: str(value) for name, value in _surroundings(study).items()}
     then = {name: run.params.get(name, none) for name in now}
     if changed := [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then[name]]:
-        line = f"resumed with {', '.join(changed)}: what was stored before is of the former, the rest of the latter"
-        click.echo(f"Note: {line}.", err=True)
-        earlier = run.load_text("resumed.txt") if "resumed.txt" in run.list() else ""
-        run.save_text("resumed.txt", f"{earlier}{line}\n")
+        said = ", ".join(changed)
+        notes.say(f"resumed with {said}: what was stored before is of the former, the rest of the latter")
 
 
 def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
@@ -162,4 +163,6 @@ def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
 
     uri = ctx.params["tracking_uri"]
     place = f" --tracking-uri {shlex.quote(shown(uri))}" if uri else ""
-    return f"what was finished is stored; go on with: srd-lab {command} --resume {run.id}{place}"
+    untracked = "" if ctx.params["track"] else " --no-track"
+    again = f"srd-lab {command}{untracked} --resume {shlex.quote(run.id)}{place}"
+    return f"what was finished is stored; go on with: {again}"

@@ -278,7 +278,8 @@ class _Jpegs:
 
 def _from_npz(file: Path, kind: Kind, split: str, non_rgb: str) -> _Contents:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        # numpy leaves a damaged file open that it has opened itself
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             images, labels = _arrays(arrays, file, split, non_rgb)
             classes = [str(name) for name in arrays["classes"]] if "classes" in arrays else []
     except Exception as error:  # a damaged npz fails in any way

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srd_lab.errors import BadData, BadValue, SrdLabWarning
+from srd_lab.errors import BadData, BadValue, SrdLabWarning, first_line
 from srd_lab.types import Sample
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def complaint(error: Exception) -> str:
         return "no image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def decode_mask(file: Path, name: str) -> Image.Image:

@@ -29,7 +29,7 @@ from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_checks import check_images_apart, false_slope
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import Leak, Refused, SrdLabWarning
+from srd_lab.errors import Leak, Refused, SrdLabWarning, first_line
 from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import is_out_of_memory
 
@@ -95,9 +95,8 @@ def attribution(
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Refused(
-                f"the model cannot be followed: {said} (raised by torch); use another method on it"
+                f"the model cannot be followed: {first_line(error)} (raised by torch); use another method on it"
             ) from error
 
 

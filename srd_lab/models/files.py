@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import BadWeights
+from srd_lab.errors import BadWeights, first_line
 
 
 def _read_npz(file: Path) -> dict[str, Any]:
-    with np.load(file, allow_pickle=False) as arrays:
+    # numpy leaves a damaged file open that it has opened itself
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
@@ -86,7 +87,7 @@ def _check_beginning(file: Path, beginning: bytes) -> None:
 def _reason(error: Exception) -> str:
     """What is wrong, in a line. What PyTorch says of a refused pickle begins with the advice to trust it."""
     if not isinstance(error, pickle.UnpicklingError):
-        return (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        return first_line(error).partition(". ")[0]
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return f"it asks for {asked[1]}, and only tensors and plain data are unpickled: all else can run code"

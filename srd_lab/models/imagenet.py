@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from srd_lab.errors import BadWeights, Unavailable
+from srd_lab.errors import BadWeights, Unavailable, first_line
 from srd_lab.models.classifier import Statistics, last_parameter
 
 
@@ -190,7 +190,7 @@ def _cached_file(name: str) -> Path:
             url, str(file), hash_prefix=digits[1] if digits else None, progress=sys.stderr.isatty()
         )
     except (OSError, RuntimeError, HTTPException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise Unavailable(
             f"torchvision's {file.name} is not in {file.parent} and cannot be downloaded ({reason}); "
             "put the file there, or give it with --weights FILE"

@@ -102,7 +102,7 @@ def in_batches(
     asked, useful = settings.workers or 0, useful_workers(len(to_read))
     if to_read and asked > useful:
         warnings.warn(
-            f"{useful} workers decode, and not {asked}: there is no work for more",
+            f"{useful} worker{' decodes' if useful == 1 else 's decode'}, and not {asked}: there is no work for more",
             SrdLabWarning,
             stacklevel=2,
         )

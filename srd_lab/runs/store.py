@@ -169,8 +169,8 @@ def open_store(uri: str, experiment: str, command: str) -> Store:
             _make(file, experiment, location)
         client = MlflowClient(tracking_uri=uri)
         store = Store(client, uri, _experiment_id(client, experiment, location), command)
-    if file:
-        follow_move(file, experiment)
+        if file:
+            follow_move(file, experiment)
     return store
 
 
@@ -295,6 +295,11 @@ def _one_line(error: Exception, uri: str = "") -> str:
         text = text.replace(secret, "***")
     if network := re.search(r"\[Errno -?\d+\] ([\w ,]+)", text):
         return network[1]
+    if schema := re.search(r"database schema \(found version (\w+)", text):
+        return (
+            f"another version of MLflow made it (schema {schema[1]}); if an older one, back it up and run "
+            f"`mlflow db upgrade {shown(uri)}`; if a newer one, `pip install -U mlflow`, or give another --tracking-uri"
+        )
     if sql := re.search(r"\(sqlite3\.\w+\) ([^\[(]+)", text):  # without the statement and its parameters
         return sql[1].strip()
     return text if len(text) <= 400 else text[:400] + "..."

@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from srd_lab.errors import BadRun, BadValue, OtherWork, SrdLabError
+from srd_lab.errors import BadRun, BadValue, OtherWork, SrdLabError, first_line
 from srd_lab.runs.addresses import local_folder, store_uri
 from srd_lab.runs.files import Files, FolderFiles, ServerFiles
 from srd_lab.runs.store import EXPERIMENT, Store, open_store
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _LONGEST_PARAM = 6000
 _NOT_FINITE = "not_finite"
+_ABOUT = "run.json"
 _AS_BEFORE = "as before"
 
 Params = Mapping[str, object]
@@ -53,7 +54,7 @@ class Run(ABC):
     It ends FINISHED, KILLED on a KeyboardInterrupt, as it was before on OtherWork, FAILED on any other exception (which goes
     on), and takes children that are still open along.
 
-    id : the store's id; "" without tracking.
+    id : what ``--resume`` takes: the store's id, without tracking the folder; "" where nothing is kept.
     where : one line: how to see the run.
     params : what is stored; on resume the settings to go on with.
 
@@ -69,6 +70,8 @@ class Run(ABC):
         self._files = files
         self._children: list[Run] = []
         self._open = True
+        self._before = "RUNNING"  # its status when it was opened
+        self.params = {}
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +94,19 @@ class Run(ABC):
         if self._open:
             self._open = False
             self._end(status)
+
+    def add_params(self, params: Params) -> None:
+        """Store what is not stored yet, as text. Raises BadRun where a value differs from the stored one."""
+        texts = {key: _param_text(value) for key, value in params.items()}
+        for key, text in texts.items():
+            if self.params.get(key, text) != text:
+                raise BadRun(
+                    f"run {self.id} was made with {key} = {self.params[key]}, not {text}; "
+                    "leave the setting out, or start a new run"
+                )
+        new = {key: text for key, text in texts.items() if key not in self.params}
+        self.params |= new
+        self._add_params(new)
 
     def child(self, name: str, params: Params | None = None) -> Run:
         """The part called ``name``: found if this run has one (so on resume), else made.
@@ -116,10 +132,19 @@ class Run(ABC):
         """
 
     @abstractmethod
+    def _add_params(self, new: dict[str, str]) -> None: ...
+
+    @abstractmethod
     def _child(self, name: str, params: Params) -> Run: ...
 
     @abstractmethod
     def _end(self, status: str) -> None: ...
+
+    def _status(self, status: str) -> str:
+        """The status to end with: one that is as it was before may not be that of a run at work."""
+        if status != _AS_BEFORE:
+            return status
+        return self._before if self._before != "RUNNING" else "FAILED"
 
     def save_text(self, path: str, text: str) -> None:
         """Store a text as file ``path`` (relative, forward slashes), replacing what was there."""
@@ -160,7 +185,9 @@ class Run(ABC):
         except MemoryError:
             raise
         except Exception as error:  # a damaged file fails in any way
-            raise BadRun(f"file {path} of run {self.id} is damaged ({error}); remove it") from None
+            raise BadRun(
+                f"file {path} of run {self.id} is damaged ({first_line(error)}); remove it"
+            ) from None
 
     def put_aside(self, path: str) -> str:
         """Rename file ``path``, which is damaged or none of ours, so that it is neither read nor lost; its new name."""
@@ -202,22 +229,12 @@ class MlflowRun(Run):
         self.params = dict(stored.data.params)
         self._store = store
         self._start = stored.info.start_time
-        self._before = stored.info.status
+        self._before = str(stored.info.status)
         self._metrics = dict(stored.data.metrics)  # what is stored already is not stored again on resume
         self._not_finite = set(filter(None, stored.data.tags.get(_NOT_FINITE, "").split(", ")))
 
-    def add_params(self, params: Params) -> None:
-        """Store what is not stored yet, as text. Raises BadRun where a value differs from the stored one."""
-        texts = {key: _param_text(value) for key, value in params.items()}
-        for key, text in texts.items():
-            if self.params.get(key, text) != text:
-                raise BadRun(
-                    f"run {self.id} was made with {key} = {self.params[key]}, not {text}; "
-                    "leave the setting out, or start a new run"
-                )
-        new = {key: text for key, text in texts.items() if key not in self.params}
+    def _add_params(self, new: dict[str, str]) -> None:
         self._store.log_params(self.id, new)
-        self.params |= new
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -248,8 +265,7 @@ class MlflowRun(Run):
         return _started(MlflowRun(self._store, stored, self.where), params)
 
     def _end(self, status: str) -> None:
-        ended = self._before if self._before != "RUNNING" else "FAILED"
-        self._store.set_status(self.id, ended if status == _AS_BEFORE else status)
+        self._store.set_status(self.id, self._status(status))
         if self.copy_to is not None and status == "FINISHED":
             self._copy(self.copy_to)
 
@@ -260,7 +276,7 @@ class MlflowRun(Run):
             copy.write(path, self._files.read(path))
         about = {"run": self.id, "params": self.params, "metrics": self._metrics}
         copy.write(
-            "run.json",
+            _ABOUT,
             (json.dumps(about | {_NOT_FINITE: sorted(self._not_finite)}, indent=1) + "\n").encode(),
         )
         for child in self._children:
@@ -273,19 +289,48 @@ class FolderRun(Run):
 
     command, name, params : stored in ``run.json``.
     folder : None = a temporary one that goes when the run ends.
+    again : go on with what the folder holds, if it holds a run. Raises BadRun where that is another command's or damaged.
     """
 
-    def __init__(self, command: str, name: str, params: Params, folder: Path | None) -> None:
+    def __init__(
+        self, command: str, name: str, params: Params, folder: Path | None, *, again: bool = False
+    ) -> None:
         self._temporary = tempfile.TemporaryDirectory() if folder is None else None
         self._folder = Path(self._temporary.name) if self._temporary else Path(str(folder))
         super().__init__(FolderFiles(self._folder))
-        self.id = ""
+        self.id = str(folder or "")
         self.where = f"the files are in {folder}" if folder else "nothing is kept (no tracking, no --out)"
-        self.params = {key: _param_text(value) for key, value in params.items()}
-        self._about: dict[str, Any] = {"command": command, "name": name, "status": "RUNNING"}
+        self._about: dict[str, Any] = {"command": command, "name": name}
         self._metrics: dict[str, float] = {}
         self._traces: dict[tuple[str, int], float] = {}
         self._not_finite: set[str] = set()
+        if again and (self._folder / _ABOUT).exists():
+            self._read()
+        self._about["status"] = "RUNNING"
+        self.add_params(params)
+
+    def _read(self) -> None:
+        """Take over what an earlier session has stored."""
+        about = _about(self._folder)
+        if "run" in about:
+            raise BadRun(
+                f"{self._folder} holds copies of what run {about['run']} has stored; resume that one"
+            )
+        if (made_by := about.get("command")) != (command := self._about["command"]):
+            raise BadRun(f"run {self._folder} was made by {made_by!r}, not by {command!r}")
+        try:
+            self.params, self._metrics = dict(about["params"]), dict(about["metrics"])
+            self._not_finite, self._before = set(about[_NOT_FINITE]), str(about["status"])
+            self._about["name"] = about["name"]
+            if "traces.csv" in self.list():
+                rows = csv.DictReader(io.StringIO(self.load_text("traces.csv")))
+                self._traces = {(row["name"], int(row["step"])): float(row["value"]) for row in rows}
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadRun(
+                f"what {self._folder} holds of a run is damaged ({error!r}); start a new run"
+            ) from None
+
+    def _add_params(self, new: dict[str, str]) -> None:
         self._write_about()
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
@@ -309,16 +354,16 @@ class FolderRun(Run):
 
     def _write_about(self) -> None:
         content = {"params": self.params, "metrics": self._metrics, _NOT_FINITE: sorted(self._not_finite)}
-        self.save_text("run.json", json.dumps(self._about | content, indent=1) + "\n")
+        self.save_text(_ABOUT, json.dumps(self._about | content, indent=1) + "\n")
 
     def _child(self, name: str, params: Params) -> Run:
         folder = self._folder / quote(name, safe=" ,+=()")
-        part = FolderRun(self._about["command"], name, params, folder)
+        part = FolderRun(self._about["command"], name, params, folder, again=True)
         part.where = self.where
         return part
 
     def _end(self, status: str) -> None:
-        self._about["status"] = status
+        self._about["status"] = self._status(status)
         self._write_about()
         if self._temporary:
             self._temporary.cleanup()
@@ -343,16 +388,13 @@ def open_run(
         there when it ends.
     tracking_uri : wins over MLFLOW_TRACKING_URI, which wins over ``mlflow.db`` in the working directory.
     experiment : the MLflow experiment that the run is in.
-    resume : id of the run to go on with; None = a new run.
+    resume : the run to go on with: its id, without tracking its folder; None = a new run.
 
     Raises StoreTrouble if the store or the folder cannot be used, Unavailable without mlflow, BadRun if ``resume`` is not a
-    run of ``command`` in the store or has other params, and BadValue for ``resume`` without tracking.
+    run of ``command`` or has other params, and BadValue for an ``out`` that another run has taken.
     """
     if not track:
-        if resume:
-            raise BadValue("only a tracked run can be resumed; leave --no-track or --resume out")
-        _refuse_taken(out)
-        return FolderRun(command, name, params, out)
+        return _in_folder(command, name, params, out, resume)
     _refuse_taken(out, resume)
     store = open_store(store_uri(tracking_uri), experiment, command)
     stored = store.get_run(resume) if resume else store.create_run(name)
@@ -362,26 +404,55 @@ def open_run(
     return run
 
 
-def _refuse_taken(out: Path | None, resume: str | None = None) -> None:
+def _in_folder(command: str, name: str, params: Params, out: Path | None, resume: str | None) -> FolderRun:
+    if resume is None:
+        _refuse_taken(out, advice=f"give another --out, or go on with it: --resume {out}")
+        return FolderRun(command, name, params, out)
+    folder = Path(resume)
+    if not (folder / _ABOUT).is_file():
+        raise BadRun(
+            f"there is no {folder / _ABOUT}; --no-track --resume takes the folder that a run without tracking had as --out"
+        )
+    if out is not None and out.resolve() != folder.resolve():
+        raise BadValue(f"a run without tracking goes on in its own folder, {folder}; leave --out out")
+    run = FolderRun(command, name, params, folder, again=True)
+    run.tidy()
+    return run
+
+
+def _refuse_taken(
+    out: Path | None,
+    resume: str | None = None,
+    *,
+    advice: str = "give another --out, or move away what is there",
+) -> None:
     """Refuse a folder in which another run's files lie than those of run ``resume``."""
     if out is None or (resume and _holds(out, resume)):
         return
     if out.exists() and not out.is_dir():
         raise BadValue(f"{out} is no folder; give another --out")
-    taken = [name for name in ("run.json", "summary.txt", "batches") if (out / name).exists()]
+    taken = [name for name in (_ABOUT, "summary.txt", "batches") if (out / name).exists()]
     if taken:
-        raise BadValue(
-            f"{out} holds another run's {taken[0]}; give another --out, or move away what is there"
-        )
+        raise BadValue(f"{out} holds another run's {taken[0]}; {advice}")
 
 
 def _holds(out: Path, run_id: str) -> bool:
     """Whether the files in a folder are copies of those of a run."""
     try:
-        about = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _about(out).get("run") == run_id
+    except BadRun:
         return False
-    return isinstance(about, dict) and about.get("run") == run_id
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What a folder says of the run whose files it holds; BadRun if it says nothing."""
+    try:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRun(f"{folder / _ABOUT} is damaged ({error})") from None
+    if not isinstance(about, dict):
+        raise BadRun(f"{folder / _ABOUT} is damaged (it is no object)")
+    return about
 
 
 def _started(run: MlflowRun, params: Params) -> MlflowRun:
