@@ -69,11 +69,16 @@ def drawn(model: nn.Module, seed: int = 1) -> nn.Module:
 
 # --- torchvision's classifiers --------------------------------------------------------------------------------
 
-# MaxViT follows in small; the wide ResNet is ResNet50 but for its size
-NAMES = [name for name in architectures.FAMILIES if name not in ("maxvit_t", "wide_resnet50_2")]
-LEAKING = {"vit_b_16": "constants", "swin_t": "dead fields", "swin_v2_t": "dead fields"}
+# MaxViT and Swin follow in small; the others differ from one that is tried in depth or width alone (scripts/architectures.py
+# tries them all)
+LIKE_ANOTHER = (
+    *("vgg13", "vgg16", "vgg19", "vgg13_bn", "vgg16_bn", "vgg19_bn", "resnet34", "resnet101", "resnet152"),
+    *("wide_resnet50_2", "mobilenet_v3_large", "swin_t", "maxvit_t"),
+)
+NAMES = [name for name in architectures.FAMILIES if name not in LIKE_ANOTHER]
+LEAKING = {"vit_b_16": "constants", "swin_v2_t": "dead fields"}
 # how the relevance of an activation call is laid out
-TOKENS = {"vit_b_16": (17,), "swin_t": (2, 2), "swin_v2_t": (2, 2), "convnext_tiny": (2, 2)}
+TOKENS = {"vit_b_16": (17,), "swin_v2_t": (2, 2), "convnext_tiny": (2, 2)}
 
 
 def check_conservation(model: nn.Module, x: Tensor, cause: str | None = None) -> dict[str, Tensor]:
@@ -104,7 +109,7 @@ def test_torchvision_classifiers_conserve_relevance(name: str) -> None:
     if name.startswith("vgg"):  # in a chain every layer holds it all
         cuts = list(relevance)
     elif name.startswith("resn"):  # and so does the output of every residual block
-        last = "#2" if name in ("resnet18", "resnet34") else "#3"
+        last = "#2" if name == "resnet18" else "#3"
         cuts = [call for call in relevance if call.endswith(last)]
         assert len(cuts) >= 8
     for call in cuts:
@@ -126,9 +131,15 @@ def test_a_swin_without_padded_windows_conserves_relevance() -> None:
     check_conservation(model, noise(2, 3, 24, 24), "dead fields")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "convnext_tiny", "mobilenet_v3_small"])
+def small_vit() -> nn.Module:
+    return drawn(torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "small_vit"])
 def test_single_precision_follows(name: str) -> None:
-    model, x = architectures.random_network(name, 64), noise(2, 3, 64, 64)
+    side = 32 if name == "small_vit" else 64
+    model = small_vit() if name == "small_vit" else architectures.random_network(name, side)
+    x = noise(2, 3, side, side)
     for start in ("ones", "contrastive"):
         double = SRD(start=start).explain(model.double(), x)
         single = SRD(start=start).explain(model.float(), x.float())

@@ -148,11 +148,10 @@ def test_a_closed_pipe_does_not_fail_a_finished_run(tmp_path: Path) -> None:
     assert is_finished(tmp_path / "out")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_what_an_encoding_lacks_does_not_fail_a_finished_run(encoding: str, tmp_path: Path) -> None:
+def test_what_an_encoding_lacks_does_not_fail_a_finished_run(tmp_path: Path) -> None:
     file = tmp_path / "printed.txt"
     with file.open("wb") as printed:
-        done = run_with(printed, tmp_path / "out", PYTHONIOENCODING=encoding)
+        done = run_with(printed, tmp_path / "out", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert is_finished(tmp_path / "out")
     assert b"vgg16" in file.read_bytes()

@@ -34,7 +34,6 @@ def vgg(build: Callable[..., nn.Module]) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "vgg11": lambda: vgg(models.vgg11),
     "vgg11_bn": lambda: vgg(models.vgg11_bn),
     "resnet18": models.resnet18,
     "resnet50": models.resnet50,

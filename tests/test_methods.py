@@ -578,18 +578,18 @@ class Forked(nn.Module):
 def test_backward_hooks_of_the_model_change_no_map(name: str) -> None:
     """They put views in the place of what modules are given and return, where gradients are on."""
     x, found = pixels(2, 3, 8, 8), []
-    names = [None, *dict(Forked().named_children())]
-    for hooked in names:
-        for kind in ("register_full_backward_hook", "register_full_backward_pre_hook"):
-            model = Forked()
-            if hooked:
-                getattr(getattr(model, hooked), kind)(lambda *_: None)
-            maps = [method(name).explain(model, x, 2)]
-            if name in DIFFERENTIABLE and name != "sobel":
-                smooth, leaf = SmoothModel(model, 5.0), x.clone().requires_grad_()
-                maps.append(method(name).explain(smooth, leaf, 2))
-                maps.append(torch.autograd.grad(maps[1].square().sum(), leaf)[0])
-            found.append([m.detach() for m in maps])
+    hook, early = "register_full_backward_hook", "register_full_backward_pre_hook"
+    every = [*dict(Forked().named_children())]
+    for hooked, kind in (([], ""), (every, hook), (every, early), (every[::2], hook), (every[1::2], early)):
+        model = Forked()
+        for child in hooked:
+            getattr(getattr(model, child), kind)(lambda *_: None)
+        maps = [method(name).explain(model, x, 2)]
+        if name in DIFFERENTIABLE and name != "sobel":
+            smooth, leaf = SmoothModel(model, 5.0), x.clone().requires_grad_()
+            maps.append(method(name).explain(smooth, leaf, 2))
+            maps.append(torch.autograd.grad(maps[1].square().sum(), leaf)[0])
+        found.append([m.detach() for m in maps])
     assert found[0][0].flatten(1).any(1).all()
     for maps in found[1:]:
         for map_, expected in zip(maps, found[0], strict=True):
