@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_affine import PATTERNS, overridable
 from torch import Tensor, nn
 
+from srd_lab.engine import receptive_fields
 from srd_lab.engine.alignment import CoordinateTrace
 from srd_lab.engine.coordinates import Coordinates
 from srd_lab.errors import Refused
@@ -208,6 +209,54 @@ KEPT: dict[str, tuple[Step, Step]] = {
 def test_maps_whose_rows_and_columns_were_moved_are_refused(name: str, way: str) -> None:
     with pytest.raises(Refused):
         explain(name, MOVED[way])
+
+
+MIRROR = torch.eye(SIDE, dtype=torch.float64).flip(0)
+AROUND = torch.eye(SIDE, dtype=torch.float64).roll(SIDE // 3, 0)
+
+
+def mirrored_by_tokens(y: Tensor) -> Tensor:
+    """Attention that looks at the pixel opposite."""
+    tokens = y.flatten(2).mT
+    looks = 20 * torch.eye(SIDE * SIDE, dtype=y.dtype).flip(0)
+    return (tokens * 1e-3 + looks.softmax(1) @ tokens).mT.reshape(y.shape)
+
+
+# the place is that of a summand with next to no weight; what the others do, a product with a full matrix, has none
+OUTWEIGHED: dict[str, Step] = {
+    "mirrored columns": lambda y: 1e-3 * y + y @ MIRROR,
+    "mirrored rows": lambda y: 1e-3 * y + MIRROR @ y,
+    "rolled": lambda y: 1e-3 * y + y @ AROUND,
+    "transposed": lambda y: (
+        1e-3 * y + torch.einsum("nchw,hi,wj->ncji", y, *[torch.eye(SIDE, dtype=y.dtype) + 1e-9] * 2)
+    ),
+    "attention": mirrored_by_tokens,
+    "most channels": lambda y: torch.cat([y[:, :1], 1e-3 * y[:, 1:] + y[:, 1:] @ MIRROR], 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no map that all of the relevance passes")
+@pytest.mark.parametrize("way", OUTWEIGHED)
+@pytest.mark.parametrize("name", OF_A_LAYER)
+def test_a_place_without_weight_is_no_place(name: str, way: str) -> None:
+    with pytest.raises(Refused, match="are not known to be those of the image"):
+        explain(name, OUTWEIGHED[way])
+
+
+@pytest.mark.filterwarnings("ignore:no map that all of the relevance passes")
+@pytest.mark.parametrize("way", OUTWEIGHED)
+def test_what_mixes_all_of_the_image_a_little_stays(way: str) -> None:
+    for name in ("gradcam", "fullgrad", "srd_high"):
+        assert explain(name, lambda y: y + 1e-3 * OUTWEIGHED[way](y)).any()
+
+
+def test_cells_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ask = [], receptive_fields._middle
+    monkeypatch.setattr(receptive_fields, "_middle", lambda g: (asked.append(len(g)), ask(g))[1])
+    net, images = Net(lambda y: y), drawn(5, 3, SIDE, SIDE)
+    for some in (images, images[:3], images[:1]):
+        make_explainer("layercam_high").explain(net, some, 1)
+    assert asked == [2] * 9  # two of the images, nine cells
 
 
 @pytest.mark.filterwarnings("ignore:no map that all of the relevance passes")

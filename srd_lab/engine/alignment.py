@@ -7,7 +7,7 @@ coordinates of every entry beside it, see :mod:`srd_lab.engine.coordinate_calls`
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from srd_lab.engine.coordinate_calls import CallOnPlaces, written_into
 from srd_lab.engine.coordinates import Coordinates, thin
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_checks import memory_of
+from srd_lab.engine.receptive_fields import reads_elsewhere
 from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
 from srd_lab.errors import Refused
 
@@ -27,8 +28,20 @@ _REMEMBERED = 32  # sequences of calls of one model
 _SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is remembered of a model that makes the same calls with the same numbers.
+
+    over_image, events_of_calls : see :class:`CoordinateTrace`. events : how many torch functions it calls.
+    """
+
+    over_image: dict[int, dict[int | None, bool]]
+    events_of_calls: list[int]
+    events: int
+
+
 class Alignment:
-    """Which maps of a model lie over the image, by what made them.
+    """Which maps of a model lie over the image, by what made them, and by what their cells read.
 
     Example
     -------
@@ -37,8 +50,8 @@ class Alignment:
     >>> Alignment.of(model, x, run.sequence).check(3, 1, "the first activation")
     """
 
-    def __init__(self, over_image: dict[int, dict[int | None, bool]], events: list[int]) -> None:
-        self._over_image, self._events = over_image, events
+    def __init__(self, model: nn.Module, x: Tensor, known: _Known) -> None:
+        self._model, self._x, self._known = model, x, known
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor, sequence: int) -> Alignment:
@@ -49,7 +62,7 @@ class Alignment:
 
         Raises Refused for a model that calls other functions when it runs again.
         """
-        known: dict[Any, Alignment] = memory_of(model).setdefault(cls, {})
+        known: dict[Any, _Known] = memory_of(model).setdefault(cls, {})
         key = sequence, tuple(x.shape)
         if key not in known:
             if len(known) >= _REMEMBERED:  # the numbers of its calls depend on the image
@@ -62,13 +75,14 @@ class Alignment:
                     "the model calls other functions when it runs again on the same images, so that it cannot be told where "
                     "its maps lie; use a method whose map is made at the image, such as srd or grad_input"
                 )
-            known[key] = cls(run.over_image, run.events_of_calls)
-        return known[key]
+            known[key] = _Known(run.over_image, run.events_of_calls, run.events)
+        return cls(model, x, known[key])
 
     def check_call(self, call: int, what: str) -> None:
         """:meth:`check` for the output of activation call number ``call``, from 0, along whatever axis its channels lie."""
-        event = self._events[call] if call < len(self._events) else 0
-        axis = next((axis for axis, lies in self._over_image.get(event, {}).items() if lies), None)
+        events = self._known.events_of_calls
+        event = events[call] if call < len(events) else 0
+        axis = next((axis for axis, lies in self._known.over_image.get(event, {}).items() if lies), None)
         self.check(event, axis, what)
 
     def lies(self, event: int, axis: int | None) -> bool:
@@ -76,16 +90,28 @@ class Alignment:
 
         axis : of its channels; None for three dimensions: a map (N, h, w) of one channel, or (C, h, w) of one image.
         """
-        return self._over_image.get(event, {}).get(axis, False)
+        return self._known.over_image.get(event, {}).get(axis, False)
 
-    def check(self, event: int, axis: int | None, what: str) -> None:
-        """Refuse (SrdLabError) what does not (:meth:`lies`) lie over the image; ``what`` is its name, for the message."""
-        if not self.lies(event, axis):
+    def check(self, event: int, axis: int | None, what: str, *, ask: bool = True) -> None:
+        """Refuse (SrdLabError) what does not (:meth:`lies`) lie over the image, or whose cells read it elsewhere.
+
+        what : its name, for the message.
+        ask : whether to ask what its cells read (:func:`reads_elsewhere`), which takes nine backward passes, once.
+        """
+        if not self.lies(event, axis) or (ask and self._reads_elsewhere(event, axis)):
             raise Refused(
                 f"the rows and columns of {what} are not known to be those of the image: the model flips, rolls, "
                 "transposes, crops, cuts up or samples its maps on the way, so that this one cannot be laid over the image; "
                 "name another layer, or use a method whose map is made at the image, such as srd or grad_input"
             )
+
+    def _reads_elsewhere(self, event: int, axis: int | None) -> bool:
+        events = self._known.events
+        known: dict[Any, bool] = memory_of(self._model).setdefault(reads_elsewhere, {})
+        key = event, axis, events, tuple(self._x.shape[1:])
+        if key not in known:
+            known[key] = reads_elsewhere(self._model, self._x, event, axis, events)
+        return known[key]
 
 
 class CoordinateTrace(Watch):

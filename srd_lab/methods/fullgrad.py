@@ -216,6 +216,9 @@ def _products(
         values = [term.value for term in terms]
         slopes = slopes_of(score, [term.y for term in terms], differentiable=run.differentiable)
         products = []
+        last = {
+            tuple(term.y.shape): term for term in terms
+        }  # the cells of others of that size read much the same
         for g, value, term in zip(slopes, values, terms, strict=True):
             if g is not None:
                 product = g * value
@@ -223,16 +226,16 @@ def _products(
                     run.finish(product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1))
                 )
                 if laid_over_image and term.event:
-                    _check_place(run.alignment(trace), term, len(x))
+                    _check_place(run.alignment(trace), term, len(x), ask=term is last[tuple(term.y.shape)])
         return products, run.finish(logits)
 
 
-def _check_place(alignment: Alignment, term: _Bias, images: int) -> None:
-    """Refuse a bias on a map that does not lie over so many images."""
+def _check_place(alignment: Alignment, term: _Bias, images: int, *, ask: bool) -> None:
+    """Refuse a bias on a map that does not lie over so many images; ask : whether its cells are asked what they read."""
     what, cure = "the output of a layer with a bias", "use another method on this network"
     if term.y.dim() == (3 if term.lone else 4):
         check_rows(what, (term.y if term.lone else term.y.movedim(term.axis, 1)).shape, images, cure)
-        alignment.check(term.event, None if term.lone else term.axis, what)
+        alignment.check(term.event, None if term.lone else term.axis, what, ask=ask)
     elif term.y.dim() == 3 and alignment.lies(term.event, None):  # a map of one image
         raise not_by_rows(what, term.y.shape, images, cure)
 

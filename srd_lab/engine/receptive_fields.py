@@ -1,0 +1,102 @@
+"""Where in the image the cells of a map read, by their gradient.
+
+The coordinates that :mod:`srd_lab.engine.coordinate_calls` follows are those of what has a place: of ``y + y @ P`` that is
+``y``, however little it weighs beside ``y @ P``, which may be a mirror. So a layer whose map is laid over the image is asked
+once more, by autograd alone: the middle of the pixels that a cell depends on has to move with the cell.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.spellings import Function
+
+_CELLS = (1 / 6, 1 / 2, 5 / 6)  # of the map's height and width
+_MOVES = 0.08  # of the image (standard deviation); what cells that read nearly all of it read moves by half of that
+_ALIKE = 0.5  # correlation
+_SHIFT = 0.2  # of the image
+
+
+def reads_elsewhere(model: nn.Module, x: Tensor, event: int, axis: int | None, events: int) -> bool:
+    """Whether the pixels that the cells of a map depend on run against the map: mirrored, transposed or moved.
+
+    x : images (N, C, H, W). event, axis : the map, as for :meth:`srd_lab.engine.alignment.Alignment.lies`.
+    events : how many torch functions the model calls for x.
+
+    Asked are nine cells, by their squared gradient, on two images where the model calls as many functions for two. A map of
+    one cell, and one that does not depend on the image, does not.
+    """
+    for some in dict.fromkeys((min(2, len(x)), len(x))):
+        trace = _Asked(model, event, axis)
+        with torch.enable_grad():
+            trace.run(x[:some].detach().clone().requires_grad_())
+        if trace.events == events:
+            break
+    if not trace.claims:
+        return False
+    return _runs_otherwise(torch.tensor(trace.claims, dtype=torch.float64), torch.stack(trace.found).cpu())
+
+
+class _Asked(Watch):
+    """Runs a model and asks the cells of what its torch function number ``event`` puts out what they depend on, at once: the
+    model may overwrite it.
+
+    claims : places of cells (row, column) as shares of the map. found : (2,) of what they read, as shares of the image.
+    """
+
+    needs_activations = False
+
+    def __init__(self, model: nn.Module, event: int, axis: int | None) -> None:
+        super().__init__(model)
+        self.event, self.axis = event, axis
+        self.claims: list[tuple[float, float]] = []
+        self.found: list[Tensor] = []
+
+    def run(self, x: Tensor) -> Any:
+        self._fed = x
+        return super().run(x.clone())
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = self.events
+        out = super().__torch_function__(func, types, args, kwargs)
+        if before < self.event == self.events and isinstance(out, Tensor) and out.requires_grad:
+            self._ask(out if self.axis is None else out.movedim(self.axis, -3))
+        return out
+
+    def _ask(self, maps: Tensor) -> None:
+        sides = maps.shape[-2:]
+        rows, columns = (sorted({int(part * side) for part in _CELLS}) for side in sides)
+        drawn = torch.Generator(maps.device).manual_seed(0)
+        signs = torch.randint(0, 2, maps.shape[:-2], generator=drawn, device=maps.device).to(maps) * 2 - 1
+        for row, column in product(rows, columns):
+            cell = (maps[..., row, column] * signs).sum()
+            (g,) = torch.autograd.grad(cell, self._fed, retain_graph=True, allow_unused=True)
+            if g is not None and g.any() and g.isfinite().all():
+                self.claims.append(((row + 0.5) / sides[0], (column + 0.5) / sides[1]))
+                self.found.append(_middle(g.detach()))
+
+
+def _middle(g: Tensor) -> Tensor:
+    """The middle (2,) of squared gradients (N, C, H, W), as shares of height and width."""
+    weight = (g.double() / g.abs().amax()).square().sum((0, 1))
+    across = [
+        (torch.arange(side, device=g.device, dtype=torch.float64) + 0.5) / side for side in weight.shape
+    ]
+    return torch.stack([(weight.sum(1 - k) * along).sum() for k, along in enumerate(across)]) / weight.sum()
+
+
+def _runs_otherwise(claims: Tensor, found: Tensor) -> bool:
+    """Whether places (K, 2) that were found move from cell to cell, and not with those that the cells claim (K, 2)."""
+    claimed, moved = claims - claims.mean(0), found - found.mean(0)
+    sizes = claimed.square().mean(0).sqrt(), moved.square().mean(0).sqrt()
+    likeness = (claimed * moved).mean(0) / (sizes[0] * sizes[1])
+    asked = (sizes[0] > 0) & (sizes[1] > _MOVES)
+    shift = (found - claims).mean(0).abs()
+    return bool((asked & ((likeness < _ALIKE) | (shift > _SHIFT))).any())
