@@ -19,7 +19,8 @@ from srd_lab.engine.spellings import Function
 _CELLS = (1 / 6, 1 / 2, 5 / 6)  # of the map's height and width
 _MOVES = 0.08  # of the image (standard deviation); what cells that read nearly all of it read moves by half of that
 _ALIKE = 0.5  # correlation
-_SHIFT = 0.2  # of the image
+_SHIFT = 0.2  # of the image, or
+_STRIDE = 0.6  # of the distance of two cells; strides alone make 0.5
 
 
 def reads_elsewhere(model: nn.Module, x: Tensor, event: int, axis: int | None, events: int) -> bool:
@@ -39,14 +40,16 @@ def reads_elsewhere(model: nn.Module, x: Tensor, event: int, axis: int | None, e
             break
     if not trace.claims:
         return False
-    return _runs_otherwise(torch.tensor(trace.claims, dtype=torch.float64), torch.stack(trace.found).cpu())
+    claims, found = torch.tensor(trace.claims, dtype=torch.float64), torch.stack(trace.found).cpu()
+    return _runs_otherwise(claims, found, trace.sides)
 
 
 class _Asked(Watch):
     """Runs a model and asks the cells of what its torch function number ``event`` puts out what they depend on, at once: the
     model may overwrite it.
 
-    claims : places of cells (row, column) as shares of the map. found : (2,) of what they read, as shares of the image.
+    sides : height and width of the map. claims : places of cells (row, column) as shares of these. found : (2,) of what they
+    read, as shares of the image.
     """
 
     needs_activations = False
@@ -54,6 +57,7 @@ class _Asked(Watch):
     def __init__(self, model: nn.Module, event: int, axis: int | None) -> None:
         super().__init__(model)
         self.event, self.axis = event, axis
+        self.sides = (1, 1)
         self.claims: list[tuple[float, float]] = []
         self.found: list[Tensor] = []
 
@@ -71,15 +75,15 @@ class _Asked(Watch):
         return out
 
     def _ask(self, maps: Tensor) -> None:
-        sides = maps.shape[-2:]
-        rows, columns = (sorted({int(part * side) for part in _CELLS}) for side in sides)
+        self.sides = maps.shape[-2], maps.shape[-1]
+        rows, columns = (sorted({int(part * side) for part in _CELLS}) for side in self.sides)
         drawn = torch.Generator(maps.device).manual_seed(0)
         signs = torch.randint(0, 2, maps.shape[:-2], generator=drawn, device=maps.device).to(maps) * 2 - 1
         for row, column in product(rows, columns):
             cell = (maps[..., row, column] * signs).sum()
             (g,) = torch.autograd.grad(cell, self._fed, retain_graph=True, allow_unused=True)
             if g is not None and g.any() and g.isfinite().all():
-                self.claims.append(((row + 0.5) / sides[0], (column + 0.5) / sides[1]))
+                self.claims.append(((row + 0.5) / self.sides[0], (column + 0.5) / self.sides[1]))
                 self.found.append(_middle(g.detach()))
 
 
@@ -92,11 +96,15 @@ def _middle(g: Tensor) -> Tensor:
     return torch.stack([(weight.sum(1 - k) * along).sum() for k, along in enumerate(across)]) / weight.sum()
 
 
-def _runs_otherwise(claims: Tensor, found: Tensor) -> bool:
-    """Whether places (K, 2) that were found move from cell to cell, and not with those that the cells claim (K, 2)."""
+def _runs_otherwise(claims: Tensor, found: Tensor, sides: tuple[int, int]) -> bool:
+    """Whether places (K, 2) that were found move from cell to cell, and not with those that cells claim (K, 2).
+
+    sides : height and width of the map.
+    """
     claimed, moved = claims - claims.mean(0), found - found.mean(0)
     sizes = claimed.square().mean(0).sqrt(), moved.square().mean(0).sqrt()
     likeness = (claimed * moved).mean(0) / (sizes[0] * sizes[1])
     asked = (sizes[0] > 0) & (sizes[1] > _MOVES)
-    shift = (found - claims).mean(0).abs()
-    return bool((asked & ((likeness < _ALIKE) | (shift > _SHIFT))).any())
+    near = (_STRIDE / torch.tensor(sides)).clamp_min(_SHIFT)
+    away = (found - claims).mean(0).abs() > near
+    return bool((asked & ((likeness < _ALIKE) | away)).any())
