@@ -15,10 +15,9 @@ from apop.settings import SurveySettings
 from srd_lab import render
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
-from srd_lab.models import input_size
 from srd_lab.normalise import split_normalisation
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.runs.inputs import checked_networks, data_for, network_for, weights_sums
+from srd_lab.runs.inputs import checked_networks, data_for, network_for, preprocessing_for, weights_sums
 from srd_lab.runs.report import csv_text, publish, text_table
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
@@ -74,7 +73,9 @@ class Survey:
                 child.save_arrays(path, patterns[0].to_arrays())
             return hits.to_arrays()
 
-        batcher = Batcher(self.settings.batch_size or images_at_once(input_size(name, self.settings.data)))
+        batcher = Batcher(
+            self.settings.batch_size or images_at_once(preprocessing_for(self.settings, name).size)
+        )
         parts = in_batches(
             *(child, dataset, self.indices, self.settings, survey, batcher),
             label=name,
@@ -88,7 +89,7 @@ class Survey:
 
     def _pattern(self, name: str, model: nn.Module) -> ActivationPattern:
         """Of one empty image: what the network's calls are. Refuses an unfit network."""
-        side, parameter = input_size(name, self.settings.data), next(model.parameters())
+        side, parameter = preprocessing_for(self.settings, name).size, next(model.parameters())
         _, network = split_normalisation(model)
         return record(network, torch.zeros(1, 3, side, side, device=parameter.device))[1]
 

@@ -34,6 +34,7 @@ from srd_lab.errors import BadEntry, first_line
 from srd_lab.methods.smoothed import plain_name
 from srd_lab.metrics.summary import summarise
 from srd_lab.runs.environment import device_name, environment
+from srd_lab.runs.inputs import preprocessing_for
 from srd_lab.runs.settings import options_of
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _what(study: RobustnessStudy, subject: Subject) -> dict[str, Any]:
         "model": s.model,
         "data": s.source,
         "weights_sha256": study.weights_sha256[0].rpartition(":")[2],
+        "preprocessing": asdict(preprocessing_for(s, s.model)),
     }
 
 

@@ -24,13 +24,12 @@ from attacks.model_tables import LEGEND, Maps, table, verdicts
 from attacks.settings import ModelManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
-from srd_lab.data import load_batches, load_data, skipped_report
+from srd_lab.data import load_batches, skipped_report
 from srd_lab.errors import BadData, BadValue
 from srd_lab.metrics.summary import few_note
-from srd_lab.models import input_size
 from srd_lab.normalise import split_normalisation
 from srd_lab.registry import make_explainer
-from srd_lab.runs.inputs import data_for, network_for, weights_sums
+from srd_lab.runs.inputs import data_for, network_for, preprocessing_for, weights_sums
 from srd_lab.runs.report import csv_text, progress, publish, text_table
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
@@ -115,7 +114,7 @@ class ModelStudy:
         self.dataset = data_for(settings, name)
         self.model = network_for(settings, name, [name], self.device, self.dataset)
         self.weights_sha256 = weights_sums(settings, [name])
-        self.objective = objective_of(settings, input_size(name, settings.data))
+        self.objective = objective_of(settings, preprocessing_for(settings, name).size)
         for method in self.methods:
             self.manipulation(method)  # wrong settings show before a run is opened
         self.source, self.training, self.held = self._indices(name)
@@ -128,8 +127,7 @@ class ModelStudy:
         order = torch.randperm(len(self.dataset), generator=generator(s.seed, "held out")).tolist()
         held, rest = order[: s.pairs], order[s.pairs :]
         if s.source in _SPLIT:
-            size = input_size(name, s.data)
-            source = load_data(s.data, "train", seed=s.seed, size=size, non_rgb=s.non_rgb)
+            source = data_for(s, name, "train")
             rest = torch.randperm(len(source), generator=generator(s.seed, "training")).tolist()
             return source, rest[: s.train_images], held
         if not rest:

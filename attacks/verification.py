@@ -28,10 +28,12 @@ from attacks.gates import GATED, Gates, check_gates
 from attacks.robustness_experiment import images_of
 from attacks.scores import SCORES, similarity
 from srd_lab.errors import BadEntry, BadWeights
-from srd_lab.models import load_model, weights_file
+from srd_lab.models import load_model, weights_digest
 from srd_lab.normalise import normalisation_scale
+from srd_lab.parts import is_own
 from srd_lab.runs.settings import options_of
 from srd_lab.runtime import Batcher, full_precision, pick_device
+from srd_lab.types import Preprocessing
 
 USED = 0.75  # of the budget, by some image: else a larger one is claimed than was used
 AGREES = 2e-3  # scores of float32 maps on other hardware
@@ -39,11 +41,14 @@ AGREES = 2e-3  # scores of float32 maps on other hardware
 GATES_AGREE = 2e-2
 
 
-def verify(file: Path, weights: Path | None = None, device: str | None = None) -> list[str]:
+def verify(
+    file: Path, weights: Path | None = None, device: str | None = None, model: str | None = None
+) -> list[str]:
     """What does not agree, each in one line; empty where everything does.
 
     file : the ``entry.json``, with its images beside it.
     weights : of the entry's network; None = those that ``load_model`` takes by itself.
+    model : what to load as the entry's network; None = what the entry names, which may be no code of its author's.
     device : None or "auto" takes an accelerator where there is one.
 
     Raises BadEntry where the entry or its images cannot be read or lack something, BadWeights for weights that are not
@@ -52,25 +57,33 @@ def verify(file: Path, weights: Path | None = None, device: str | None = None) -
     full_precision()
     entry = read_entry(file)
     try:
-        return _verified(file, entry, weights, device)
+        return _verified(file, entry | {"model": _network(entry["model"], model)}, weights, device)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BadEntry(
             f"{file} is no whole entry ({type(error).__name__}: {error}); expected the entry.json of a run"
         ) from None
 
 
+def _network(named: str, given: str | None) -> str:
+    """The network to load; an entry of a stranger runs no code that it names itself."""
+    if given is None and is_own(named) and not named.startswith("timm:"):
+        raise BadEntry(
+            f"the entry's network is code, {named}, and is not run for an entry's sake; read it, then give it with --model"
+        )
+    return given or named
+
+
 def _verified(file: Path, entry: dict[str, Any], weights: Path | None, device: str | None) -> list[str]:
     arrays, problems = _images(file, entry)
     if problems:
         return problems
-    given = weights_file(entry["model"], entry["data"], weights)
-    with given.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != entry["weights_sha256"]:
-            raise BadWeights(
-                f"{given} does not hold the weights of this entry; give them with --weights FILE"
-            )
+    if weights_digest(entry["model"], entry["data"], weights) != entry["weights_sha256"]:
+        given = weights or f"what {entry['model']} comes with"
+        raise BadWeights(f"{given} does not hold the weights of this entry; give them with --weights FILE")
     place = pick_device(device)
-    model = load_model(entry["model"], entry["data"], weights, str(place))
+    # an entry of an earlier version has no preprocessing: it is the network's own
+    wants = Preprocessing.from_dict(entry["preprocessing"]) if "preprocessing" in entry else None
+    model = load_model(entry["model"], entry["data"], weights, str(place), wants)
     explainer = attack_explainer(entry["method"], entry["start"])
     if options_of(explainer) != entry["options"]:
         return [

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from srd_lab.data import load_batches, load_data
 from srd_lab.errors import SrdLabError
 from srd_lab.models import Classifier, load_model
-from srd_lab.models.cifar import CIFAR_NETWORKS, CIFAR_STATISTICS, cifar_network
+from srd_lab.models.cifar import CIFAR_NETWORKS, CIFAR_PREPROCESSING, cifar_network
 from srd_lab.runtime import full_precision, generator, pick_device
 
 PADDING = 4
@@ -68,7 +68,9 @@ def train(name: str, data: str, epochs: int, rate: float, seed: int, device: tor
     torch.manual_seed(seed)  # for the initial weights; all else draws from the generator
     rng = generator(seed, "train", name)
     network = cifar_network(name, classes)
-    model = Classifier(network, *CIFAR_STATISTICS).to(device, memory_format=torch.channels_last)
+    model = Classifier(network, CIFAR_PREPROCESSING.mean, CIFAR_PREPROCESSING.std).to(
+        device, memory_format=torch.channels_last
+    )
     decayed = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]

@@ -49,7 +49,7 @@ from srd_lab.cli.errors import command_errors
 from srd_lab.data import NON_RGB, load_data, skipped_report
 from srd_lab.data.pictures import Picture, PictureFolder, SkippedFile, decode, fit, upright
 from srd_lab.errors import SrdLabError
-from srd_lab.models import FAMILIES, Classifier, input_size, load_model, read_state
+from srd_lab.models import Classifier, input_size, load_model, preprocessing, read_state
 from srd_lab.models.files import fill
 from srd_lab.models.imagenet import Head, torchvision_names, vgg_network
 from srd_lab.runs.report import text_table
@@ -309,7 +309,8 @@ def student_of(name: str, weights: Path, head: Head, seed: int, device: torch.de
     state = {key: value for key, value in read_state(weights).items() if not key.startswith("classifier.")}
     new = {key: value for key, value in network.state_dict().items() if key.startswith("classifier.")}
     fill(network, {**state, **new}, f"{weights} for the convolutions of {name}")
-    model = Classifier(network, *FAMILIES["imagenet"].statistics(name)).eval().requires_grad_(False)
+    wants = preprocessing(name)
+    model = Classifier(network, wants.mean, wants.std).eval().requires_grad_(False)
     return model.to(device).to(memory_format=torch.channels_last)
 
 

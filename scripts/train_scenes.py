@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.data.scenes import Scenes
-from srd_lab.models import SCENES_NETWORKS, SCENES_STATISTICS, Classifier, load_model, scenes_network
+from srd_lab.models import SCENES_NETWORKS, SCENES_PREPROCESSING, Classifier, load_model, scenes_network
 from srd_lab.runtime import generator
 
 SHIFT = 4
@@ -97,7 +97,9 @@ def train(name: str, epochs: int, seed: int, length: int | None, rate: float, ba
     rng = generator(seed, "train", name)
     network = scenes_network(name, batch_norm=True)
     start_as_identity(network)
-    model = Classifier(network, *SCENES_STATISTICS).to(memory_format=torch.channels_last)
+    model = Classifier(network, SCENES_PREPROCESSING.mean, SCENES_PREPROCESSING.std).to(
+        memory_format=torch.channels_last
+    )
     data, val = stack("train", length), stack("val")
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.02)
     steps = epochs * -(-len(data[1]) // batch)

@@ -1,14 +1,66 @@
-"""The few types that every module shares: a sample, a data set, an explainer."""
+"""The few types that every module shares: a sample, a data set, what a network needs of an image, an explainer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from srd_lab.errors import Leak
+from srd_lab.errors import BadValue, Leak
 
 if TYPE_CHECKING:  # the command line imports this module, and must start quickly
     from torch import Tensor, nn
+
+
+Colour = tuple[float, float, float]
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network needs of an image: a square of pixels in [0, 1], normalised per channel.
+
+    size : side in pixels.
+    mean, std : per channel, in units of pixels in [0, 1]; (0, 0, 0) and (1, 1, 1) for a network that takes pixels.
+    crop : the square's share of the picture's shorter side after resizing, in (0, 1]; .875 is 224 of 256.
+    interpolation : of resizing, one of ``INTERPOLATIONS``; with antialiasing.
+
+    Raises BadValue for values out of range.
+    """
+
+    size: int = 224
+    mean: Colour = (0.485, 0.456, 0.406)
+    std: Colour = (0.229, 0.224, 0.225)
+    crop: float = 0.875
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        numbers = (*self.mean, *self.std)
+        if (
+            len(self.mean) != 3
+            or len(self.std) != 3
+            or not all(abs(n) < 1e6 for n in numbers)
+            or min(self.std) <= 0
+        ):
+            raise BadValue(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
+        if not 1 <= self.size <= 10_000 or not 0.1 <= self.crop <= 1:
+            raise BadValue(f"size {self.size} must be in 1..10000 and crop {self.crop} in [0.1, 1]")
+        if self.interpolation not in INTERPOLATIONS:
+            raise BadValue(
+                f"unknown interpolation {self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The reverse of ``dataclasses.asdict``, also after JSON. Raises BadValue where ``values`` are something else."""
+        try:
+            return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        except (TypeError, KeyError) as error:
+            raise BadValue(f"{values!r:.80} is no preprocessing ({error})") from None
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{n:.6g}" for n in numbers) for numbers in (self.mean, self.std))
+        return f"{self.size} px; crop {self.crop:.4g}; {self.interpolation}; mean {mean}; std {std}"
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,14 @@ from srd_lab.models import (
     input_size,
     load_model,
     networks,
+    preprocessing,
     read_state,
     scenes_network,
 )
-from srd_lab.models.cifar import CIFAR_NETWORKS, CIFAR_STATISTICS, Block, CifarResNet
+from srd_lab.models.cifar import CIFAR_NETWORKS, CIFAR_PREPROCESSING, Block, CifarResNet
 from srd_lab.models.classifier import Colour, last_parameter
 from srd_lab.models.imagenet import Head, torchvision_names, vgg_head
+from srd_lab.types import Preprocessing
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 
@@ -443,7 +445,11 @@ def test_sizes_and_statistics_are_those_of_torchvisions_recipe() -> None:
     assert input_size("resnet18", "imagenet-s:DIR") == input_size("resnet18", "voc:DIR") == 224
     assert input_size("resnet18", "scenes") == 64
     assert input_size("resnet18", "cifar10:FILE") == input_size("resnet20", "cifar100") == 32
-    statistics = {name: FAMILIES["imagenet"].statistics(name) for name in torchvision_names()}
+    wants = {name: preprocessing(name) for name in torchvision_names()}
+    assert wants["vgg16"] == wants["resnet50"] == Preprocessing()
+    assert (wants["efficientnet_b0"].interpolation, wants["efficientnet_b7"].crop) == ("bicubic", 1)
+    assert round(wants["convnext_tiny"].size / wants["convnext_tiny"].crop) == 236
+    statistics = {name: (found.mean, found.std) for name, found in wants.items()}
     assert statistics.pop("efficientnet_v2_l") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert set(statistics.values()) == {((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
@@ -560,7 +566,7 @@ def test_the_statistics_for_cifar_are_those_of_training(file: str) -> None:
         return float(off.abs().max())
 
     cifars_own = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    assert deviation(*CIFAR_STATISTICS) < 0.06 < 0.15 < deviation(*cifars_own)
+    assert deviation(CIFAR_PREPROCESSING.mean, CIFAR_PREPROCESSING.std) < 0.06 < 0.15 < deviation(*cifars_own)
 
 
 # --- names and downloads ------------------------------------------------------------------------

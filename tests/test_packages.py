@@ -16,7 +16,17 @@ DISTRIBUTED = ("srd_lab", "attacks", "apop")
 # From the ground up: what each may import, besides itself and the ground.
 GROUND = {
     f"srd_lab.{name}"
-    for name in ("errors", "types", "runtime", "maps", "logits", "normalise", "overflow", "catalogue")
+    for name in (
+        "errors",
+        "types",
+        "runtime",
+        "maps",
+        "logits",
+        "normalise",
+        "overflow",
+        "catalogue",
+        "parts",
+    )
 }
 METHODS = {"srd_lab.engine", "srd_lab.methods", "srd_lab.metrics", "srd_lab.registry"}
 INPUTS = {"srd_lab.data", "srd_lab.models", "srd_lab.render"}

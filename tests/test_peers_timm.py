@@ -15,7 +15,8 @@ from srd_lab.methods.srd import SRD
 from srd_lab.registry import make_explainer
 from srd_lab.types import Explainer
 
-timm = pytest.importorskip("timm", reason="needs timm: pip install -e '.[dev,peers-timm]'")
+timm = pytest.importorskip("timm", reason="needs timm: pip install -e '.[dev]'")
+pytestmark = pytest.mark.peers
 
 # what refusals say, by method; that of "srd" is expected of the other methods that decompose too, unless they are named
 NOT_RELU = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -97,17 +97,6 @@ EQ10_OPTIONS = (
     ),
     positive("--beta-end", ManipulationSettings.beta_end, "eq10: ... and after the last."),
 )
-
-
-def with_options(options: Sequence[Any]) -> Callable[[Any], Any]:
-    """A decorator that gives a command these options, in this order."""
-
-    def add(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 MANIPULATION_OPTIONS = (

@@ -14,7 +14,6 @@ from srd_lab.cli.attack_options import (
     EQ10_OPTIONS,
     MANIPULATION_OPTIONS,
     positive,
-    with_options,
 )
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
@@ -24,6 +23,7 @@ from srd_lab.cli.options import (
     model_option,
     pairs_option,
     whole,
+    with_options,
 )
 from srd_lab.cli.tracked import Given, Study, tracked
 
@@ -164,18 +164,22 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
     help="The network's weights file.",
 )
 @click.option(
+    "--model",
+    help="The entry's network, where that is code: it is not run because the entry names it.",
+)
+@click.option(
     "--device",
     default="auto",
     show_default=True,
     help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
 )
 @command_errors
-def verify(entry: Path, weights: Path | None, device: str) -> None:
+def verify(entry: Path, weights: Path | None, model: str | None, device: str) -> None:
     """Recompute bounds, classes, maps and scores of ENTRY (an entry.json) from its images alone."""
     from attacks.verification import verify as check
     from srd_lab.errors import BadEntry
 
-    problems = check(entry, weights, device)
+    problems = check(entry, weights, device, model)
     for problem in problems:
         click.echo(f"disagrees: {problem}")
     if problems:

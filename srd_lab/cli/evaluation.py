@@ -18,6 +18,8 @@ from srd_lab.cli.options import (
     common_options,
     images_option,
     model_option,
+    preprocessing_options,
+    with_options,
 )
 from srd_lab.cli.tracked import tracked
 from srd_lab.evaluation.settings import EvaluationSettings, ExplainSettings
@@ -78,9 +80,9 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 @model_option
 @click.option(
     "--data",
-    default="scenes",
-    show_default=True,
-    help="What the network was made for: scenes, imagenet, cifar10, ...",
+    default="",
+    help="What the network was made for, which names its classes: scenes, imagenet, cifar10, ... "
+    "[default: scenes for bundled networks, else classes have numbers]",
 )
 @click.option(
     "--weights",
@@ -88,6 +90,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     type=WeightsFile(),
     help="State dict (.pth, .safetensors, .npz). [default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
 )
+@with_options(preprocessing_options)
 @click.option(
     "--methods",
     type=Names(lambda: ("all", *METHODS), wrapped=True),

@@ -53,6 +53,25 @@ class WeightsFile(click.ParamType):  # type: ignore[type-arg]
         return text
 
 
+class Colours(click.ParamType):  # type: ignore[type-arg]
+    """Three numbers, one per channel, separated by commas; or one for all three."""
+
+    name = "r,g,b"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3) or not all(math.isfinite(n) and abs(n) < 1e6 for n in numbers):
+            self.fail(f"{value!r} is not three numbers, such as 0.485,0.456,0.406", param, ctx)
+        return numbers * (3 // len(numbers))
+
+
 class Count(click.ParamType):  # type: ignore[type-arg]
     """How many: a number from 1 on, or ``all``."""
 
@@ -104,11 +123,12 @@ class MethodName(click.ParamType):  # type: ignore[type-arg]
         return text
 
 
+OWN_MODEL = "timm:NAME, hf:NAME, hub:REPO:NAME, package.module:factory or path/file.py:factory"
 model_option = click.option(
     "--model",
     default=DEFAULT_MODEL,
     show_default=True,
-    help="A bundled network, or with ImageNet data any torchvision one.",
+    help=f"A bundled network, with ImageNet data any torchvision one, or {OWN_MODEL}.",
 )
 
 pairs_option = click.option(
@@ -148,6 +168,36 @@ def images_option(default: str) -> Callable[..., Any]:
     )
 
 
+def with_options(options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """The decorator that gives a command these options, in their order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+preprocessing_options = (
+    click.option(
+        "--size", type=whole(1, 10_000), help="Side of the images in pixels. [default: the network's own]"
+    ),
+    click.option(
+        "--mean",
+        type=Colours(),
+        default=(),
+        help="Per channel, of pixels in [0, 1]: R,G,B. [default: the network's own]",
+    ),
+    click.option(
+        "--std",
+        type=Colours(),
+        default=(),
+        help="Standard deviation that goes with it. [default: the network's own]",
+    ),
+)
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that runs a model over data and tracks the result."""
     options = (
@@ -159,6 +209,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="State dict (.pth, .safetensors, .npz): FILE, or NAME=FILE for one of several models; repeatable. "
             "[default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
         ),
+        *preprocessing_options,
         click.option(
             "--non-rgb",
             type=click.Choice(["skip", "convert"]),
@@ -199,6 +250,4 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Go on with a run that was interrupted, by its id (without tracking, by its folder); its settings apply.",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(options)(command)

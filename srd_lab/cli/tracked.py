@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping
@@ -119,7 +120,14 @@ def typed(ctx: click.Context) -> dict[str, str]:
 
 
 def _decisive(study: Study) -> dict[str, str]:
-    return study.settings.stored() | {"weights_sha256": as_text(study.weights_sha256)}
+    from srd_lab.runs.inputs import preprocessing_for
+
+    networks = [entry.rpartition(":")[0] for entry in study.weights_sha256]
+    wants = tuple(f"{name}: {preprocessing_for(study.settings, name)}" for name in networks)
+    return study.settings.stored() | {
+        "weights_sha256": as_text(study.weights_sha256),
+        "preprocessing": as_text(wants),
+    }
 
 
 def _surroundings(study: Study) -> dict[str, Any]:
@@ -131,8 +139,8 @@ def _surroundings(study: Study) -> dict[str, Any]:
 
 def _check_same(run: Any, study: Study) -> None:
     """Refuse to go on where settings that nobody typed (fixed ones, defaults) or weights have changed since."""
-    then = run.params.get("weights_sha256", "").split(",")
-    if changed := [entry.partition(":")[0] for entry in study.weights_sha256 if entry not in then]:
+    then = next(csv.reader([run.params.get("weights_sha256", "")]), [])
+    if changed := [entry.rpartition(":")[0] for entry in study.weights_sha256 if entry not in then]:
         raise OtherWork(
             f"the weights of {', '.join(changed)} are not those that run {run.id} was made with; "
             "put the file back as it was, or start a new run"

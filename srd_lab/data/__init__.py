@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ def load_data(
     *,
     seed: int = 0,
     size: int | None = None,
+    crop: float = 0.875,
+    interpolation: str = "bilinear",
     limit: int | None = None,
     non_rgb: str = "skip",
     boxes: str | Path | None = None,
@@ -50,6 +53,7 @@ def load_data(
     split : of ``scenes`` (train, val or test) and CIFAR (train or test); a folder has but one.
     seed : of ``scenes``, >= 0.
     size : side of the images in pixels; 224 unless given, always 64 for ``scenes`` and 32 for CIFAR.
+    crop, interpolation : how the files of folders are resized, see :class:`srd_lab.types.Preprocessing`.
     limit : so many images at most, >= 1: the first of ``scenes``, whose classes go round; evenly spread ones of all else.
         None = all.
     non_rgb : what becomes of files that are not 8-bit RGB: "skip" raises SkippedFile on access, "convert" makes
@@ -73,25 +77,26 @@ def load_data(
         raise BadValue(f"boxes go with imagenet:DIR, not with {spec}; leave them out")
     if spec == "scenes":
         return _scenes(split, seed, size, limit)
+    if source in ("cifar10", "cifar100") and place:
+        return _cifar(source, place, split, size, limit, non_rgb)
     side = 224 if size is None else size
+    files: dict[str, Any] = {"crop": crop, "interpolation": interpolation, "limit": limit, "non_rgb": non_rgb}
     if source == "imagenet" and place:
         from srd_lab.data.imagenet import ImageNetFolder
 
-        return ImageNetFolder(place, side, limit=limit, non_rgb=non_rgb, boxes=boxes)
+        return ImageNetFolder(place, side, boxes=boxes, **files)
     if source == "imagenet-s" and place:
         from srd_lab.data.imagenet_s import ImageNetS
 
-        return ImageNetS(place, side, limit=limit, non_rgb=non_rgb)
+        return ImageNetS(place, side, **files)
     if source == "imagefolder" and place:
         from srd_lab.data.imagefolder import ImageFolder
 
-        return ImageFolder(place, side, limit=limit, non_rgb=non_rgb)
-    if source in ("cifar10", "cifar100") and place:
-        return _cifar(source, place, split, size, limit, non_rgb)
+        return ImageFolder(place, side, **files)
     if source == "voc" and place:
         from srd_lab.data.voc import Voc
 
-        return Voc(place, side, limit=limit, non_rgb=non_rgb)
+        return Voc(place, side, **files)
     raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 

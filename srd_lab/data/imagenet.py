@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srd_lab.data.boxes import boxes_of, rasterise, read_table, warn_of_strangers
 from srd_lab.data.pictures import Picture, PictureFolder, complaint, images_in, kinds
@@ -227,11 +227,10 @@ class ImageNetFolder(PictureFolder):
         folder: str | Path,
         size: int = 224,
         *,
-        limit: int | None = None,
-        non_rgb: str = "skip",
         boxes: str | Path | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(folder, size, limit=limit, non_rgb=non_rgb)
+        super().__init__(folder, size, **options)
         self.boxes = boxes_of(self.folder, boxes, wnids())
         if self.boxes is not None:
             warn_of_strangers(self.boxes, self.pictures)

@@ -68,12 +68,12 @@ class SkippedFile(BadData):
 
 
 def decode(
-    source: Path | IO[bytes], name: str, non_rgb: str = "skip", side: int | None = None
+    source: Path | IO[bytes], name: str, non_rgb: str = "skip", side: int | None = None, crop: float = 0.875
 ) -> tuple[Image.Image, int]:
     """The image in RGB as it is stored, and its EXIF orientation, which :func:`upright` takes.
 
     source : a file, or an open one. name : what the sample is called in errors.
-    side : in pixels, of the square that :func:`fit` is to make of it; None for none.
+    side : in pixels, of the square that :func:`fit` is to make of it with this ``crop``; None for none.
     non_rgb : "skip" refuses all but 8-bit RGB: grey, palette, CMYK, transparency, 16 bits; "convert" makes RGB of these, as
         torchvision does.
 
@@ -81,7 +81,7 @@ def decode(
     """
     try:
         with _opened(source) as image:
-            _check_pixels(image.size, side)
+            _check_pixels(image.size, side, crop)
             strange = _strangeness(image)
             if strange and non_rgb == "skip":
                 raise SkippedFile(name, strange, 'replace the file, or give non_rgb="convert" for all such')
@@ -102,11 +102,11 @@ def _opened(source: Path | IO[bytes]) -> Image.Image:
     return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def _check_pixels(stored: tuple[int, int], side: int | None) -> None:
+def _check_pixels(stored: tuple[int, int], side: int | None, crop: float = 0.875) -> None:
     """ValueError for an image of too many pixels, as it is or once it is resized for a square of this side."""
     if stored[0] * stored[1] > MOST_PIXELS:
         raise ValueError(f"{stored[0]} x {stored[1]} pixels; at most {MOST_PIXELS} in all are read")
-    width, height = (side and _resized(stored, side)) or stored
+    width, height = (side and _resized(stored, side, crop)) or stored
     if width * height > MOST_PIXELS:
         raise ValueError(
             f"{stored[0]} x {stored[1]} pixels, of which resizing makes {width} x {height}; at most {MOST_PIXELS} are made"
@@ -176,29 +176,32 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(Image.Transpose[turn]) if turn else image
 
 
-def fit(image: Image.Image, size: int, *, mask: bool = False) -> Image.Image:
+def fit(
+    image: Image.Image, size: int, *, crop: float = 0.875, interpolation: str = "bilinear", mask: bool = False
+) -> Image.Image:
     """``image`` as a ``size`` x ``size`` square, the usual way for ImageNet.
 
-    size : side in pixels. mask : whether each pixel takes the value of the one pixel that its centre falls into.
+    size : side in pixels. crop, interpolation : see :class:`srd_lab.types.Preprocessing`.
+    mask : whether each pixel takes the value of the one pixel that its centre falls into.
 
-    The shorter side is resized to ``size * 256 / 224`` (bilinear with antialiasing), then the centre is cut
-    out. An image that is square already, with a side between ``size`` and that, is only cropped: it has been
-    through a resize before (a set stored at 227 x 227, say), and a second one would blur it.
+    The shorter side is resized to ``size / crop`` (with antialiasing), then the centre is cut out. An image that is square
+    already, with a side between ``size`` and that, is only cropped: it has been through a resize before (a set stored at
+    227 x 227, say), and a second one would blur it.
     """
     from PIL import Image
 
-    shape = _resized(image.size, size)
+    shape = _resized(image.size, size, crop)
     if shape is not None:
-        image = image.resize(shape, Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR)
+        image = image.resize(shape, Image.Resampling["NEAREST" if mask else interpolation.upper()])
         left, top = (round((side - size) / 2) for side in shape)  # as torchvision's CenterCrop
     else:
         left = top = (image.width - size) // 2  # as Caffe, whose convention such sets follow
     return image.crop((left, top, left + size, top + size))
 
 
-def _resized(stored: tuple[int, int], size: int) -> tuple[int, int] | None:
+def _resized(stored: tuple[int, int], size: int, crop: float) -> tuple[int, int] | None:
     """Width and height that :func:`fit` resizes an image of these sides to, for a square of ``size``; None = not at all."""
-    shorter, (width, height) = round(size * 256 / 224), stored
+    shorter, (width, height) = round(size / crop), stored
     if width == height and size <= width <= shorter:
         return None
     scale = shorter / min(stored)
@@ -285,7 +288,7 @@ def kinds() -> str:
 class PictureFolder(ABC):
     """Image files as (3, size, size) in steps of 1/255; a subclass per source says which, and has their masks.
 
-    folder : of the source. size : side in pixels, >= 1; :func:`fit` says how files are resized.
+    folder : of the source. size : side in pixels, >= 1. crop, interpolation : how files are resized, see :func:`fit`.
     limit : so many of the files, >= 1, evenly spread over all; None = all.
     non_rgb : "skip" raises SkippedFile on access to files that are not 8-bit RGB, "convert" makes RGB of them.
 
@@ -300,13 +303,21 @@ class PictureFolder(ABC):
     classes: list[str]
 
     def __init__(
-        self, folder: str | Path, size: int = 224, *, limit: int | None = None, non_rgb: str = "skip"
+        self,
+        folder: str | Path,
+        size: int = 224,
+        *,
+        crop: float = 0.875,
+        interpolation: str = "bilinear",
+        limit: int | None = None,
+        non_rgb: str = "skip",
     ) -> None:
         if size < 1 or (limit is not None and limit < 1):
             raise BadValue(f"image size {size} and limit {limit} must be 1 or more")
         if non_rgb not in NON_RGB:
             raise BadValue(f"files that are not RGB cannot be {non_rgb!r}; choose {' or '.join(NON_RGB)}")
         self.folder, self.size, self.non_rgb = Path(folder).expanduser(), size, non_rgb
+        self.crop, self.interpolation = crop, interpolation
         self.left_out: dict[str, str] = {}
         self.pictures = spread(self._find(), limit)
         if self.left_out:
@@ -333,14 +344,15 @@ class PictureFolder(ABC):
 
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[operator.index(index)]
-        image, orientation = decode(picture.file, picture.name, self.non_rgb, self.size)
+        image, orientation = decode(picture.file, picture.name, self.non_rgb, self.size, self.crop)
         mask = self._mask(picture, image.size)
-        pixels = np.array(fit(upright(image, orientation), self.size))
+        square = fit(upright(image, orientation), self.size, crop=self.crop, interpolation=self.interpolation)
+        pixels = np.array(square)
         tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
         if mask is None:
             return Sample(tensor, picture.label, None, picture.name)
         if mask.size != image.size:
             sizes = (f"{width} x {height}" for width, height in (mask.size, image.size))
             raise SkippedFile(picture.name, "its mask has {} pixels, the image {}".format(*sizes))
-        covered = np.array(fit(upright(mask, orientation), self.size, mask=True)) > 0
+        covered = np.array(fit(upright(mask, orientation), self.size, crop=self.crop, mask=True)) > 0
         return Sample(tensor, picture.label, torch.from_numpy(covered), picture.name)

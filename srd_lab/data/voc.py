@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,10 +34,8 @@ class Voc(PictureFolder):
     Arguments and errors are those of :class:`srd_lab.data.pictures.PictureFolder`.
     """
 
-    def __init__(
-        self, folder: str | Path, size: int = 224, *, limit: int | None = None, non_rgb: str = "skip"
-    ) -> None:
-        super().__init__(folder, size, limit=limit, non_rgb=non_rgb)
+    def __init__(self, folder: str | Path, size: int = 224, **options: Any) -> None:
+        super().__init__(folder, size, **options)
         self.pictures = [Picture(p.file, self._label(p), p.name) for p in self.pictures]
         self.labels = torch.tensor([picture.label for picture in self.pictures])
 

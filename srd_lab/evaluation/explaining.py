@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from srd_lab.errors import BadValue, Refused
 from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 from srd_lab.evaluation.settings import ExplainSettings
 from srd_lab.logits import class_logits, probabilities
-from srd_lab.models import Classifier, input_size, load_model
+from srd_lab.models import Classifier
 from srd_lab.overflow import refuse_overflow
+from srd_lab.parts import is_own
 from srd_lab.registry import make_explainer
+from srd_lab.runs.inputs import network_for, preprocessing_for
 from srd_lab.runs.report import text_table
-from srd_lab.runs.settings import weights_of
 from srd_lab.runtime import full_precision, pick_device
 
 TOP = 5
@@ -47,17 +49,15 @@ class Explaining:
         refuse_taken([self.out / SHEET])  # before a network is loaded; the other files are known after that
         full_precision()
         self.device = pick_device(settings.device)
-        name, data = settings.model, settings.data
-        weights = weights_of(settings.weights, [name])[name]
-        self.model: Classifier = load_model(name, data, weights, str(self.device))
-        self.size = input_size(name, data)
+        name = settings.model
+        data = settings.data or ("" if is_own(name) else "scenes")
+        settings = replace(settings, data=data)
+        self.model: Classifier = network_for(settings, name, [name], self.device)
+        self.wants = preprocessing_for(settings, name)
+        self.size = self.wants.size
         asked: Sequence[str] = tuple(METHODS) if "all" in settings.methods else settings.methods
         self.methods = {method: make_explainer(method) for method in asked}
-        with torch.no_grad():
-            count = class_logits(
-                self.model(torch.zeros(1, 3, self.size, self.size, device=self.device))
-            ).shape[1]
-        self.classes = Classes.of(data, count)
+        self.classes = Classes.of(data, self.model.classes)
         self.targets = list(dict.fromkeys(map(self.classes.index, settings.targets)))
 
     def run(self, files: Sequence[Path]) -> None:
@@ -99,8 +99,9 @@ class Explaining:
         return f"{method}-{self.classes.file_label(target)}" if len(self.targets) > 1 else method
 
     def _read(self, file: Path) -> Tensor:
-        picture, orientation = decode(file, str(file), "convert", self.size)
-        square = fit(upright(picture, orientation), self.size)
+        crop, interpolation = self.wants.crop, self.wants.interpolation
+        picture, orientation = decode(file, str(file), "convert", self.size, crop)
+        square = fit(upright(picture, orientation), self.size, crop=crop, interpolation=interpolation)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
 
     def _explain(self, file: Path, folder: Path, image: Tensor) -> render.SheetRow:

@@ -19,9 +19,8 @@ from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.models import input_size
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.runs.inputs import data_for, network_for, weights_sums
+from srd_lab.runs.inputs import data_for, network_for, preprocessing_for, weights_sums
 from srd_lab.runs.report import csv_text, publish, text_table
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
@@ -61,7 +60,7 @@ class Evaluation:
         asked = tuple(METHODS) if "all" in settings.methods else settings.methods
         explainers = {method: registry.make_explainer(method) for method in asked}
         self.metrics = tuple(METRICS) if "all" in settings.metrics else settings.metrics
-        side = input_size(name, settings.data)
+        side = preprocessing_for(settings, name).size
         self.refused = refusals(self.model, torch.rand(1, 3, side, side).to(self.device), asked)
         methods = tuple(method for method in asked if method not in self.refused)
         if not methods:

@@ -2,13 +2,17 @@
 
 ``load_model("vgg16")`` is one of the three small networks that come with the package, trained on ``scenes``;
 ``load_model("vgg16", "imagenet")`` is torchvision's, from torchvision's own cache or from ``--weights FILE``;
-for all other data the weights are the user's own. One file per family of networks.
+for all other data the weights are the user's own. One file per family of networks; networks from elsewhere
+(``timm:NAME``, ``package.module:factory``) are in :mod:`srd_lab.models.own`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,15 @@ from srd_lab.models.cifar import Cifar
 from srd_lab.models.classifier import Classifier, Family, Normalise, check_classes
 from srd_lab.models.files import fill, read_state
 from srd_lab.models.imagenet import FineTuned, ImageNet
-from srd_lab.models.scenes import SCENES_NETWORKS, SCENES_STATISTICS, WEIGHTS, Scenes, scenes_network
+from srd_lab.models.own import own_network, state_digest
+from srd_lab.models.scenes import SCENES_NETWORKS, SCENES_PREPROCESSING, WEIGHTS, Scenes, scenes_network
+from srd_lab.parts import is_own
 from srd_lab.runtime import pick_device
+from srd_lab.types import Preprocessing
 
 __all__ = [
     "SCENES_NETWORKS",
-    "SCENES_STATISTICS",
+    "SCENES_PREPROCESSING",
     "WEIGHTS",
     "Classifier",
     "Normalise",
@@ -33,8 +40,10 @@ __all__ = [
     "input_size",
     "load_model",
     "networks",
+    "preprocessing",
     "read_state",
     "scenes_network",
+    "weights_digest",
     "weights_file",
 ]
 
@@ -47,36 +56,46 @@ FAMILIES: dict[str, Family] = {
     "cifar100": Cifar(100),
     "voc": FineTuned(),
 }
+SIDES = {"scenes": 64, "cifar10": 32, "cifar100": 32}  # of data whose images have one size
 SPECS = "scenes, imagenet[:DIR], imagenet-s:DIR, imagefolder:DIR, cifar10:PATH, cifar100:PATH or voc:DIR"
 
 
 def load_model(
-    name: str, data: str = "scenes", weights: str | Path | None = None, device: str | None = None
+    name: str,
+    data: str = "scenes",
+    weights: str | Path | None = None,
+    device: str | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Classifier:
     """A frozen float32 classifier of pixels (N, 3, H, W) in [0, 1], in eval mode, on ``device``.
 
-    name : one of ``networks(data)``.
-    data : what the network is for; nothing behind a colon matters here.
+    name : one of ``networks(data)``, or one from elsewhere: ``timm:NAME``, ``hf:NAME_OR_DIR``, ``hub:REPO:NAME``,
+        ``package.module:factory``, ``path/file.py:factory``; see :mod:`srd_lab.models.own`.
+    data : what the network is for; nothing behind a colon matters here, and nothing at all for networks from elsewhere.
         ``scenes``: ten classes, 64 x 64 pixels.
         ``imagenet``, ``imagenet-s``: torchvision's networks of 1,000 classes.
         ``imagefolder``, ``voc``: the same with as many classes as the last layer in the weights file has.
         ``cifar10``, ``cifar100``: 32 x 32 pixels; the residual networks of He et al. 2016 (resnet20 .. resnet110), and
         torchvision's as they are: its resnet18 has the 7x7 stem that it has for ImageNet.
     weights : a .pth, .pt, .safetensors or .npz state dict of that architecture; None is the file in this package for
-        scenes, torchvision's IMAGENET1K_V1 for ImageNet, and an error for all other data.
+        scenes, torchvision's IMAGENET1K_V1 for ImageNet, what the factory gives for networks from elsewhere, and an error
+        for all other data.
     device : None or "auto" takes an accelerator where there is one.
+    preprocessing : of which mean and std count; None = :func:`preprocessing` of the network.
 
-    Pixels are normalised as torchvision's own weights of that network want it, and with ImageNet's mean and standard
-    deviation on CIFAR.
-
-    Raises BadValue for a name or data that is not there, BadWeights for weights that are not there or do not fit, and
-    Unavailable for a device or a download that cannot be had.
+    Raises BadValue for a name or data that is not there, and for a factory that fails; BadWeights for weights that are not
+    there or do not fit; Unavailable for a package, a device or a download that cannot be had.
 
     Example
     -------
     >>> load_model("resnet18", device="cpu")(x).shape
     torch.Size([2, 10])
     """
+    if is_own(name):
+        place, own = pick_device(device), own_network(name, with_weights=weights is None)
+        if weights is not None:
+            fill(own.network, read_state(weights), f"{weights} for {name}")
+        return _finished(own.classifier(preprocessing), place)
     _, family = _family(name, data)
     place = pick_device(device)
     file = weights_file(name, data, weights)
@@ -85,7 +104,11 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         network = family.network(name, state)
     fill(network, state, f"{file} for {name}")
-    model = Classifier(network, *family.statistics(name))
+    wants = preprocessing or family.preprocessing(name)
+    return _finished(Classifier(network, wants.mean, wants.std), place)
+
+
+def _finished(model: Classifier, place: torch.device) -> Classifier:
     return model.float().eval().requires_grad_(False).to(place)
 
 
@@ -113,18 +136,52 @@ def networks(data: str = "scenes") -> tuple[str, ...]:
     return FAMILIES[_kind(data)].names()
 
 
-def input_size(name: str, data: str = "imagenet") -> int:
-    """Side in pixels of the images that the network is made for: 64 on scenes, 32 on CIFAR, else what torchvision's
-    weights are tested at: 224 for most, 299 for inception_v3, up to 600 for efficientnet_b7.
+def weights_digest(name: str, data: str = "scenes", weights: str | Path | None = None) -> str:
+    """SHA-256, in hexadecimal digits, of the weights that ``load_model`` with these arguments has: of the file, or where
+    there is none, of the tensors that the factory gives.
 
-    Nothing is downloaded. Raises BadValue for a name or data that is not there.
+    Errors are those of :func:`load_model` and :func:`weights_file`.
+    """
+    if is_own(name) and weights is None:
+        return state_digest(own_network(name).network)
+    file = Path(weights) if is_own(name) and weights is not None else weights_file(name, data, weights)
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def preprocessing(name: str, data: str = "imagenet") -> Preprocessing:
+    """What the network needs of an image of this data: as torchvision's weights are tested (224 pixels for most, 299 for
+    inception_v3, up to 600 for efficientnet_b7), as other libraries say; 64 pixels on scenes and 32 on CIFAR.
+
+    Nothing is downloaded for torchvision's and timm's. Raises BadValue for a name or data that is not there, and the errors
+    of :func:`load_model` for networks from elsewhere.
+
+    Example
+    -------
+    >>> str(preprocessing("vgg16"))
+    '224 px; crop 0.875; bilinear; mean 0.485 0.456 0.406; std 0.229 0.224 0.225'
+    """
+    if not is_own(name):
+        return _family(name, data)[1].preprocessing(name)
+    wants = _of_own(name)
+    return replace(wants, size=SIDES.get(data.partition(":")[0], wants.size))
+
+
+@cache
+def _of_own(name: str) -> Preprocessing:
+    """Of a network from elsewhere, which is made for it once."""
+    return own_network(name, with_weights=False).preprocessing
+
+
+def input_size(name: str, data: str = "imagenet") -> int:
+    """Side in pixels of the images that the network is made for; arguments and errors as for :func:`preprocessing`.
 
     Example
     -------
     >>> input_size("vgg16"), input_size("vgg16", "scenes")
     (224, 64)
     """
-    return _family(name, data)[1].size(name)
+    return preprocessing(name, data).size
 
 
 def cards() -> list[dict[str, Any]]:

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.errors import BadWeights
-from srd_lab.types import Dataset
-
-Colour = tuple[float, float, float]
-Statistics = tuple[Colour, Colour]  # mean and standard deviation per channel
+from srd_lab.types import Colour, Dataset, Preprocessing
 
 
 class Family(Protocol):
@@ -23,12 +20,8 @@ class Family(Protocol):
         """The names of its networks."""
         ...
 
-    def size(self, name: str) -> int:
-        """Side in pixels of the images that the network is made for."""
-        ...
-
-    def statistics(self, name: str) -> Statistics:
-        """Mean and standard deviation per channel that pixels in [0, 1] are normalised with."""
+    def preprocessing(self, name: str) -> Preprocessing:
+        """What the network needs of an image."""
         ...
 
     def file(self, name: str) -> Path | None:
@@ -69,12 +62,14 @@ class Classifier(nn.Module):
     """Pixels (N, 3, H, W) in [0, 1] to logits (N, classes): ``normalise``, then ``network``.
 
     network : normalised images to logits. mean, std : see :class:`Normalise`.
+    classes : how many the logits are for; None = as many as the last layer has rows.
     """
 
-    def __init__(self, network: nn.Module, mean: Colour, std: Colour) -> None:
+    def __init__(self, network: nn.Module, mean: Colour, std: Colour, classes: int | None = None) -> None:
         super().__init__()
-        self.normalise = Normalise(mean, std)
+        self.normalise: nn.Module = Normalise(mean, std)
         self.network = network
+        self.classes = len(last_parameter(network)[1]) if classes is None else classes
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of pixels x (N, 3, H, W) in [0, 1]."""
@@ -85,11 +80,6 @@ class Classifier(nn.Module):
         if type(self).forward is not Classifier.forward:
             return nn.Identity(), self
         return self.normalise, self.network
-
-    @property
-    def classes(self) -> int:
-        """How many classes the logits are for, as the last layer has it."""
-        return len(last_parameter(self.network)[1])
 
 
 def last_parameter(network: nn.Module) -> tuple[str, Tensor]:

@@ -20,7 +20,8 @@ import torchvision
 from torch import Tensor, nn
 
 from srd_lab.errors import BadWeights, Unavailable, first_line
-from srd_lab.models.classifier import Statistics, last_parameter
+from srd_lab.models.classifier import last_parameter
+from srd_lab.types import Preprocessing
 
 
 class ImageNet:
@@ -33,14 +34,16 @@ class ImageNet:
         """Every classifier that torchvision lists."""
         return torchvision_names()
 
-    def size(self, name: str) -> int:
-        """Side in pixels that torchvision's weights are tested at."""
-        return int(_recipe(name).crop_size[0])
-
-    def statistics(self, name: str) -> Statistics:
-        """Mean and standard deviation that torchvision's weights want."""
-        recipe = _recipe(name)  # ImageNet's for all but efficientnet_v2_l
-        return tuple(recipe.mean), tuple(recipe.std)
+    def preprocessing(self, name: str) -> Preprocessing:
+        """That with which torchvision's weights are tested."""
+        recipe = _recipe(name)
+        return Preprocessing(
+            int(recipe.crop_size[0]),
+            tuple(recipe.mean),  # ImageNet's for all but efficientnet_v2_l
+            tuple(recipe.std),
+            recipe.crop_size[0] / recipe.resize_size[0],
+            recipe.interpolation.value,
+        )
 
     def file(self, name: str) -> Path | None:
         """torchvision's weights in its cache, downloaded if need be.

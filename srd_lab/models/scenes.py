@@ -10,10 +10,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from srd_lab.models.classifier import Statistics
+from srd_lab.types import Preprocessing
 
 SCENES_NETWORKS = ("vgg16", "resnet18", "resnet50")
-SCENES_STATISTICS: Statistics = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+SCENES_PREPROCESSING = Preprocessing(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -27,13 +27,9 @@ class Scenes:
         """``SCENES_NETWORKS``."""
         return SCENES_NETWORKS
 
-    def size(self, name: str) -> int:
-        """64 pixels for all."""
-        return 64
-
-    def statistics(self, name: str) -> Statistics:
-        """``SCENES_STATISTICS`` for all."""
-        return SCENES_STATISTICS
+    def preprocessing(self, name: str) -> Preprocessing:
+        """``SCENES_PREPROCESSING`` for all."""
+        return SCENES_PREPROCESSING
 
     def file(self, name: str) -> Path:
         """The weights that come with the package."""

@@ -15,11 +15,10 @@ from srd_lab.data.draw import draw_images
 from srd_lab.methods.srd import SRD
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.models import input_size
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, publish
 from srd_lab.reproduce.settings import AblationSettings
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.runs.inputs import checked_networks, data_for, network_for, weights_sums
+from srd_lab.runs.inputs import checked_networks, data_for, network_for, preprocessing_for, weights_sums
 from srd_lab.runs.report import csv_text, text_table
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
@@ -82,7 +81,9 @@ class Figure7:
             advance(len(some))
             return arrays
 
-        batcher = Batcher(self.settings.batch_size or images_at_once(input_size(name, self.settings.data)))
+        batcher = Batcher(
+            self.settings.batch_size or images_at_once(preprocessing_for(self.settings, name).size)
+        )
         found: list[Arrays] = []
         for arrays in in_batches(child, dataset, self.indices, self.settings, measure, batcher, label=name):
             sheet += _sheet_rows(arrays)[: PICTURES - len(sheet)]

@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 from srd_lab.runs.settings import Settings, weights_of
+from srd_lab.types import Preprocessing
 
 
-def data_for(settings: Settings, name: str) -> Any:
-    """The data as the settings have it, at the size that the network ``name`` is made for.
+class Inputs(Protocol):
+    """What of the settings of a command says which images and networks it takes; see
+    :class:`srd_lab.runs.settings.Settings`."""
 
-    Errors are those of :func:`srd_lab.data.load_data` and :func:`srd_lab.models.input_size`.
+    @property
+    def data(self) -> str: ...
+    @property
+    def weights(self) -> tuple[str, ...]: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+def preprocessing_for(settings: Inputs, name: str) -> Preprocessing:
+    """What the network ``name`` needs of an image, but for what the settings say themselves.
+
+    Errors are those of :func:`srd_lab.models.preprocessing`; BadValue for statistics that are not three numbers each.
+    """
+    from srd_lab.models import preprocessing
+
+    own = preprocessing(name, settings.data)
+    given: dict[str, Any] = {"size": settings.size, "mean": settings.mean, "std": settings.std}
+    return replace(own, **{key: value for key, value in given.items() if value})
+
+
+def data_for(settings: Settings, name: str, split: str = "test") -> Any:
+    """The data as the settings have it, made for the network ``name``; split : see :func:`srd_lab.data.load_data`.
+
+    Errors are those of :func:`srd_lab.data.load_data` and :func:`preprocessing_for`.
     """
     from srd_lab.data import load_data
-    from srd_lab.models import input_size
 
-    size = input_size(name, settings.data)
-    return load_data(settings.data, seed=settings.seed, size=size, non_rgb=settings.non_rgb)
+    wants = preprocessing_for(settings, name)
+    return load_data(
+        *(settings.data, split),
+        seed=settings.seed,
+        size=wants.size,
+        crop=wants.crop,
+        interpolation=wants.interpolation,
+        non_rgb=settings.non_rgb,
+    )
 
 
-def network_for(settings: Settings, name: str, models: Sequence[str], device: Any, dataset: Any) -> Any:
+def network_for(settings: Inputs, name: str, models: Sequence[str], device: Any, dataset: Any = None) -> Any:
     """The network ``name``, one of ``models``, with the weights that the settings have for it, on ``device``.
 
-    Raises BadWeights where its classes are not those of ``dataset``; else the errors are those of
+    Raises BadWeights where its classes are not those of ``dataset``, if one is given; else the errors are those of
     :func:`srd_lab.models.load_model` and :func:`srd_lab.runs.settings.weights_of`.
     """
     from srd_lab.models import check_classes, load_model
 
-    model = load_model(name, settings.data, weights_of(settings.weights, models)[name], str(device))
-    check_classes(model, dataset)
+    weights = weights_of(settings.weights, models)[name]
+    model = load_model(name, settings.data, weights, str(device), preprocessing_for(settings, name))
+    if dataset is not None:
+        check_classes(model, dataset)
     return model
 
 
@@ -54,14 +91,11 @@ def checked_networks(
 
 
 def weights_sums(settings: Settings, models: Sequence[str]) -> tuple[str, ...]:
-    """``NAME:SHA256`` of every network's weights file, bundled and downloaded ones too.
+    """``NAME:SHA256`` of every network's weights, bundled and downloaded ones too.
 
-    Errors are those of :func:`srd_lab.models.weights_file`.
+    Errors are those of :func:`srd_lab.models.weights_digest`.
     """
-    from srd_lab.models import weights_file
+    from srd_lab.models import weights_digest
 
-    sums = []
-    for name, given in weights_of(settings.weights, models).items():
-        with weights_file(name, settings.data, given).open("rb") as file:
-            sums.append(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}")
-    return tuple(sums)
+    given = weights_of(settings.weights, models)
+    return tuple(f"{name}:{weights_digest(name, settings.data, file)}" for name, file in given.items())

@@ -35,6 +35,8 @@ class Settings:
 
     data : ``scenes``, or ``SOURCE:PATH`` (see :func:`srd_lab.data.load_data`).
     weights : files as typed, ``FILE`` or ``NAME=FILE``; () = the networks' default weights.
+    size, mean, std : side in pixels and statistics per channel that take the place of the network's own preprocessing;
+        None and () = its own.
     non_rgb : ``skip`` or ``convert`` images that are not RGB.
     seed : decides everything that is drawn, >= 0.
     batch_size : items at once, >= 1; None = by the size of the images.
@@ -45,6 +47,9 @@ class Settings:
 
     data: str = "scenes"
     weights: tuple[str, ...] = ()
+    size: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     non_rgb: str = "skip"
     seed: int = 0
     batch_size: int | None = None
@@ -129,12 +134,13 @@ def options_of(explainer: Any) -> dict[str, str]:
 def named_file(text: str) -> tuple[str, Path]:
     """The model's name ("" where none is said) and the file, of ``FILE`` or ``NAME=FILE``.
 
-    A file whose name holds a "=" is taken as it is if it exists.
+    A file whose name holds a "=" is taken as it is if it exists; so a model's name may hold some, too.
     """
     if "=" not in text or Path(text).is_file():
         return "", Path(text)
-    name, _, file = text.partition("=")
-    return name, Path(file)
+    parts = text.split("=")
+    splits = [("=".join(parts[:k]), Path("=".join(parts[k:]))) for k in range(1, len(parts))]
+    return next((split for split in splits if split[1].is_file()), splits[0])
 
 
 def weights_of(given: Sequence[str], models: Sequence[str]) -> dict[str, Path | None]:
