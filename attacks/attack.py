@@ -33,7 +33,7 @@ from srd_lab.logits import check_target
 from srd_lab.metrics.similarity import PCC
 from srd_lab.normalise import normalisation_scale
 from srd_lab.runtime import generator
-from srd_lab.types import Explainer
+from srd_lab.types import Explainer, name_of
 
 LOOKS = 10  # at the original network, by an attack on a surrogate
 OnStep = Callable[[int], None]
@@ -197,7 +197,7 @@ class _Run:
                 raw, logits = self.how.explainer.explain_with_logits(network, x, self.target[active])
                 if not raw.requires_grad:
                     raise NoGradient(
-                        f"the map of {type(self.how.explainer).__name__} has no gradient in the image, so an attack by "
+                        f"the map of {name_of(self.how.explainer)} has no gradient in the image, so an attack by "
                         "gradients says nothing of it; use the black-box member (--attack black_box, or standard)"
                     )
                 loss = self.how.objective(View(raw, logits, reference)).to(x.dtype)

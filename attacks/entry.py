@@ -117,7 +117,7 @@ def _what(study: RobustnessStudy, subject: Subject) -> dict[str, Any]:
         "method": method,
         "start": start,
         "options": options_of(subject.explainer),
-        "passes": METHODS[plain_name(method)].passes,
+        "passes": METHODS[plain].passes if (plain := plain_name(method)) in METHODS else "-",
         "model": s.model,
         "data": s.source,
         "weights_sha256": study.weights_sha256[0].rpartition(":")[2],

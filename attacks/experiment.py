@@ -20,6 +20,7 @@ from attacks.manipulation import (
 )
 from srd_lab.methods.smoothed import parse_explainer
 from srd_lab.normalise import normalisation_scale
+from srd_lab.parts import split_options
 from srd_lab.registry import EXPLAINERS, make_explainer
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer, Sample
@@ -42,9 +43,10 @@ def attack_explainer(method: str, start: str) -> Explainer:
     """
 
     def make(name: str) -> Explainer:
-        default: Any = EXPLAINERS.get(name)
-        known = {field.name for field in fields(default)} if default else set()
-        if getattr(default, "level", "") == "low":
+        plain, typed = split_options(name)
+        default: Any = EXPLAINERS.get(plain)
+        known = {field.name for field in fields(default)} - set(typed) if default else set()
+        if typed.get("level", getattr(default, "level", "")) == "low":
             return make_explainer(name)  # at the encoder output, a start of ones would be the map
         options = (
             {"start": start} if "start" in known else {"channels": "abs_sum"} if "channels" in known else {}

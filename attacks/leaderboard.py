@@ -36,7 +36,9 @@ SAME = {
     "images": lambda e: e["images"]["originals_sha256"],
     "budget": lambda e: e["attack"]["budget"],
     "mode": lambda e: e["attack"]["mode"],
-    "attack": lambda e: [str(e["attack"].get(name)) for name in ("members", "iterations", "queries")],
+    "attack": lambda e: [str(e["attack"].get(name)) for name in ("iterations", "queries")],
+    # what has no gradient is attacked by the black box as well, or alone, and carries a flag
+    "members": lambda e: [e["attack"].get("track"), str(e["attack"]["members"])],
 }
 
 
@@ -93,10 +95,13 @@ def leaderboard(files: Sequence[Path]) -> Leaderboard:
     if not files:
         raise BadEntry("a leaderboard needs at least one entry; give the entry.json of a run")
     entries = {file: read_entry(file) for file in files}
-    first_file, first = next(iter(entries.items()))
+    first = next(iter(entries.values()))
+    firsts: dict[tuple[str, Any], tuple[Path, dict[str, Any]]] = {}
     for what, key in SAME.items():
         for file, entry in entries.items():
-            if key(entry) != key(first):
+            track = entry["attack"].get("track") if what == "members" else None
+            first_file, other = firsts.setdefault((what, str(track)), (file, entry))
+            if key(entry) != key(other):
                 raise BadEntry(
                     f"{file} and {first_file} differ in their {what}, so they cannot be compared; "
                     f"give only entries with the same {what}"

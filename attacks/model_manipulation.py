@@ -53,7 +53,7 @@ from srd_lab.engine.preconditions import check_model
 from srd_lab.errors import BadData, BadInput, BadValue, NoGradient, Refused
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
 from srd_lab.runtime import generator
-from srd_lab.types import Dataset, Explainer
+from srd_lab.types import Dataset, Explainer, name_of
 
 KEEPS = ("labels", "outputs")
 
@@ -107,7 +107,7 @@ class ModelManipulation:
             raise BadValue(f"keep={self.keep!r} is not known; expected one of {', '.join(KEEPS)}")
         if isinstance(self.explainer, ScoreCAM | AblationCAM):
             raise Refused(
-                f"{type(self.explainer).__name__} recomputes its passes: its map has no whole derivative in the weights; "
+                f"{name_of(self.explainer)} recomputes its passes: its map has no whole derivative in the weights; "
                 "choose another method"
             )
 
@@ -207,7 +207,7 @@ class _Training:
         slopes = _slopes(score, self.weights) if score.requires_grad else []
         if i == 0 and not any(slope.any() for slope in slopes):
             raise NoGradient(
-                f"{self.how.objective.what}: of {type(self.explainer).__name__} it has no derivative in the weights; "
+                f"{self.how.objective.what}: of {name_of(self.explainer)} it has no derivative in the weights; "
                 "choose another method or objective (maps that are the same for all classes cannot be swapped)"
             )
         return slopes

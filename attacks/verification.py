@@ -28,6 +28,7 @@ from attacks.gates import GATED, Gates, check_gates
 from attacks.robustness_experiment import images_of
 from attacks.scores import SCORES, similarity
 from srd_lab.errors import BadEntry, BadWeights
+from srd_lab.methods.smoothed import plain_name
 from srd_lab.models import load_model, weights_digest
 from srd_lab.normalise import normalisation_scale
 from srd_lab.parts import is_own
@@ -35,6 +36,7 @@ from srd_lab.runs.settings import options_of
 from srd_lab.runtime import Batcher, full_precision, pick_device
 from srd_lab.types import Preprocessing
 
+_LIBRARIES = ("timm:", "captum:", "zennit:")
 USED = 0.75  # of the budget, by some image: else a larger one is claimed than was used
 AGREES = 2e-3  # scores of float32 maps on other hardware
 # insertion and deletion exchange pixels in the order of the map: equal ones may change places
@@ -42,13 +44,13 @@ GATES_AGREE = 2e-2
 
 
 def verify(
-    file: Path, weights: Path | None = None, device: str | None = None, model: str | None = None
+    file: Path, weights: Path | None = None, device: str | None = None, *, run_code: bool = False
 ) -> list[str]:
     """What does not agree, each in one line; empty where everything does.
 
     file : the ``entry.json``, with its images beside it.
     weights : of the entry's network; None = those that ``load_model`` takes by itself.
-    model : what to load as the entry's network; None = what the entry names, which may be no code of its author's.
+    run_code : whether code that the entry names, as its network or its method, may be run.
     device : None or "auto" takes an accelerator where there is one.
 
     Raises BadEntry where the entry or its images cannot be read or lack something, BadWeights for weights that are not
@@ -57,20 +59,23 @@ def verify(
     full_precision()
     entry = read_entry(file)
     try:
-        return _verified(file, entry | {"model": _network(entry["model"], model)}, weights, device)
+        if not run_code:
+            _refuse_code(entry["model"], entry["method"])
+        return _verified(file, entry, weights, device)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BadEntry(
             f"{file} is no whole entry ({type(error).__name__}: {error}); expected the entry.json of a run"
         ) from None
 
 
-def _network(named: str, given: str | None) -> str:
-    """The network to load; an entry of a stranger runs no code that it names itself."""
-    if given is None and is_own(named) and not named.startswith("timm:"):
-        raise BadEntry(
-            f"the entry's network is code, {named}, and is not run for an entry's sake; read it, then give it with --model"
-        )
-    return given or named
+def _refuse_code(model: str, method: str) -> None:
+    """Refuse (BadEntry) to run what a stranger's entry names; libraries that are installed here may be named."""
+    parts = (model, _LIBRARIES[:1]), (plain_name(method), _LIBRARIES[1:])
+    for name, libraries in parts:
+        if is_own(name) and not name.startswith(libraries):
+            raise BadEntry(
+                f"the entry names code, {name}, which is not run for an entry's sake; read it, then give --run-code"
+            )
 
 
 def _verified(file: Path, entry: dict[str, Any], weights: Path | None, device: str | None) -> list[str]:

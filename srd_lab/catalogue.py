@@ -16,12 +16,15 @@ Example
 from __future__ import annotations
 
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from srd_lab.errors import BadValue
+from srd_lab.errors import BadValue, SrdLabWarning, first_line
+from srd_lab.parts import EXPECTED, is_own, make, split_options
 
 Class = TypeVar("Class", bound=type)
 Entry = TypeVar("Entry")
@@ -72,7 +75,8 @@ class Metric:
 class Declared(Mapping[str, Entry]):
     """What the modules of a package declare, by name; they are imported when first asked.
 
-    package : dotted name of the package; every module directly in it is imported.
+    package : dotted name of the package; every module directly in it is imported, and what other packages name as entry
+        points of the group of that name. One that does not import is left out, which a warning says.
     first : names in the order in which they are listed; others follow in that of their declaration.
     """
 
@@ -91,6 +95,16 @@ class Declared(Mapping[str, Entry]):
         if not self._loaded:
             for module in pkgutil.iter_modules(import_module(self._package).__path__):
                 import_module(f"{self._package}.{module.name}")
+            for point in entry_points(group=self._package):
+                try:
+                    point.load()
+                except Exception as error:
+                    said = f"{first_line(error)} ({type(error).__name__})"
+                    warnings.warn(
+                        f"the entry point {point.name} = {point.value} of {self._package} is left out: {said}",
+                        SrdLabWarning,
+                        stacklevel=2,
+                    )
             listed = [*(name for name in self._first if name in self._found), *self._found]
             self._found = {name: self._found[name] for name in listed}
             self._loaded = True
@@ -149,39 +163,100 @@ BASELINES = ("black", "white", "mean", "minimum")  # what fidelity sets pixels t
 def method(
     name: str,
     *,
-    title: str,
-    paper: str,
-    resolution: str,
-    passes: str,
-    tested: str,
+    title: str = "",
+    paper: str = "-",
+    resolution: str = "-",
+    passes: str = "-",
+    tested: str = "-",
     attackable: bool = True,
     **options: Any,
 ) -> Callable[[Class], Class]:
     """Declare the decorated class as the method ``name``, with these ``options``; the rest as in :class:`Method`.
 
     Raises BadValue if the name is taken, and whatever the class refuses ``options`` with.
+
+    Example
+    -------
+    ::
+
+        @srd_lab.register_method("mine")
+        @dataclass(frozen=True)
+        class Mine(Explainer): ...
     """
 
     def declare(cls: Class) -> Class:
-        METHODS.add(name, Method(title, paper, resolution, passes, tested, attackable, cls(**options)))
+        METHODS.add(
+            name, Method(title or name, paper, resolution, passes, tested, attackable, cls(**options))
+        )
         return cls
 
     return declare
 
 
 def metric(
-    name: str, *, title: str, paper: str, better: str, scores: str, tested: str, **options: Any
+    name: str,
+    *,
+    better: str,
+    title: str = "",
+    paper: str = "-",
+    scores: str = "-",
+    tested: str = "-",
+    **options: Any,
 ) -> Callable[[Class], Class]:
     """Declare the decorated class as the metric ``name``, with these ``options``; the rest as in :class:`Metric`.
 
-    Raises BadValue if the name is taken, and whatever the class refuses ``options`` with.
+    Raises BadValue if the name is taken, for a ``better`` that is neither "higher" nor "lower", and whatever the class
+    refuses ``options`` with.
     """
+    _check_better(name, better)
 
     def declare(cls: Class) -> Class:
-        METRICS.add(name, Metric(title, paper, better, scores, tested, cls(**options)))
+        METRICS.add(name, Metric(title or name, paper, better, scores, tested, cls(**options)))
         return cls
 
     return declare
+
+
+def _check_better(name: str, better: Any) -> None:
+    if better not in ("higher", "lower"):
+        raise BadValue(f"{name} has better = {better!r}; expected 'higher' or 'lower'")
+
+
+def metric_of(name: str) -> Metric:
+    """What is known of a metric: of the list, with options behind a ``?``, or from elsewhere (``package.module:Class``).
+
+    One from elsewhere has a method ``of``, as :class:`srd_lab.metrics.explained.Metric` says, and an attribute ``better``,
+    "higher" or "lower"; also ``title``, if its name is not to stand in tables.
+
+    Raises BadValue for a name or an option that is not known, and for a part that is no metric.
+    """
+    if is_own(name):
+        made = make(name)
+        if not callable(getattr(made, "of", None)):
+            raise BadValue(
+                f"{name} gives a {type(made).__name__} without a method of(explained); expected a metric"
+            )
+        _check_better(name, getattr(made, "better", None))
+        return Metric(str(getattr(made, "title", name)), "-", made.better, "-", "-", made)
+    plain, options = split_options(name)
+    if plain not in METRICS:
+        raise BadValue(f"unknown metric {plain!r}; expected one of {', '.join(METRICS)}, or {EXPECTED[9:]}")
+    known = METRICS[plain]
+    if not options:
+        return known
+    return replace(known, title=name, metric=with_options(plain, known.metric, options))
+
+
+def with_options(name: str, default: Any, options: Mapping[str, Any]) -> Any:
+    """A method or metric with other values of its fields. Raises BadValue for options that it does not have."""
+    known = [field.name for field in fields(default)]
+    if unknown := sorted(set(options) - set(known)):
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise BadValue(f"{name} has no option {', '.join(unknown)}; {takes}")
+    try:
+        return replace(default, **options)
+    except TypeError as error:  # a text where a number belongs
+        raise BadValue(f"{name} does not take {dict(options)}: {first_line(error)}") from None
 
 
 def attackable() -> tuple[str, ...]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from srd_lab.catalogue import METHODS
+from srd_lab.catalogue import METHODS, metric_of, with_options
 from srd_lab.catalogue import METRICS as DECLARED_METRICS
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import BadInput, BadValue
+from srd_lab.methods.own import own_method
 from srd_lab.methods.smoothed import parse_explainer
 from srd_lab.metrics.explained import Metric
 from srd_lab.normalise import split_normalisation
+from srd_lab.parts import EXPECTED, is_own, split_options
 from srd_lab.types import Explainer
 
 EXPLAINERS: dict[str, Explainer] = {name: known.explainer for name, known in METHODS.items()}
@@ -23,10 +24,12 @@ METRICS: dict[str, Metric] = {name: known.metric for name, known in DECLARED_MET
 def make_explainer(method: str, **options: Any) -> Explainer:
     """The explainer of that name, with these options.
 
-    method : a name of ``EXPLAINERS``, or a wrapper around one, such as ``smoothed(srd,0.1,64)``.
+    method : a name of ``EXPLAINERS``, with options behind a ``?`` (``smoothgrad?samples=50``); a method from elsewhere
+        (``package.module:Class?option=value``, ``captum:IntegratedGradients``, see :mod:`srd_lab.methods.own`); or a wrapper
+        around one of these, such as ``smoothed(srd,0.1,64)``.
     options : fields of the method's class, for plain names only; a wrapper takes its own in the brackets.
 
-    Raises BadValue for a name, option or value that is not known.
+    Raises BadValue for a name, option or value that is not known, and for a part from elsewhere that is no method.
 
     Example
     -------
@@ -37,14 +40,29 @@ def make_explainer(method: str, **options: Any) -> Explainer:
         if options:
             raise BadValue(f"{method} takes its options in the brackets; leave out {', '.join(options)}")
         return parse_explainer(method, make_explainer)
-    if method not in EXPLAINERS:
-        raise BadValue(f"unknown method {method!r}; expected one of {', '.join(EXPLAINERS)}")
-    default: Any = EXPLAINERS[method]
-    known = [field.name for field in fields(default)]
-    if unknown := sorted(set(options) - set(known)):
-        takes = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise BadValue(f"{method} has no option {', '.join(unknown)}; {takes}")
-    return replace(default, **options)
+    if is_own(method):
+        if options:
+            raise BadValue(f"{method} takes its options behind a ?; leave out {', '.join(options)}")
+        return own_method(method)
+    name, typed = split_options(method)
+    if name not in EXPLAINERS:
+        raise BadValue(f"unknown method {name!r}; expected one of {', '.join(EXPLAINERS)}, or {EXPECTED[9:]}")
+    explainer: Explainer = with_options(name, EXPLAINERS[name], {**options, **typed})
+    return explainer
+
+
+def make_metric(metric: str) -> Metric:
+    """The metric of that name: one of ``METRICS``, with options behind a ``?``, or ``package.module:Class?option=value``.
+
+    Raises BadValue for a name or option that is not known, and for a part from elsewhere that is no metric.
+
+    Example
+    -------
+    >>> make_metric("fidelity?baseline=white").baseline
+    'white'
+    """
+    found: Metric = metric_of(metric).metric
+    return found
 
 
 def explain(

@@ -97,6 +97,11 @@ class Dataset(Protocol):
         ...
 
 
+def name_of(explainer: Any) -> str:
+    """What an explainer is called in messages: by its name, if it was given by one, else by its class."""
+    return str(getattr(explainer, "name", type(explainer).__name__))
+
+
 @runtime_checkable
 class Explainer(Protocol):
     """A frozen dataclass whose fields are its hyper-parameters.

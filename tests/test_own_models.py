@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from small_networks import command, tiny_study
 from torch import nn
 from torchvision.transforms import v2
 
+from attacks.verification import _refuse_code
 from srd_lab import parts
 from srd_lab.data import load_data
 from srd_lab.data.pictures import fit
@@ -275,19 +277,31 @@ def test_an_attack_and_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     content["gates"] = None  # they are made up in a tiny study
     entry.write_text(json.dumps(content))
     said = command("verify", str(entry), *AS_BUNDLED[:2]).output
-    assert f"the entry's network is code, {SCENES}, and is not run for an entry's sake" in said
-    again = command("verify", str(entry), *AS_BUNDLED[:2], "--model", SCENES)
+    assert (
+        f"the entry names code, {SCENES}, which is not run for an entry's sake; read it, then give --run-code"
+        in said
+    )
+    again = command("verify", str(entry), *AS_BUNDLED[:2], "--run-code")
     assert again.exit_code == 0, again.output
 
 
-def test_an_entry_runs_no_code_that_it_names(mine: str, tmp_path: Path) -> None:
-    from attacks.verification import _network
-
-    for name in (f"{mine}:net", "hub:somebody/repo:net", "hf:somebody/net"):
-        with pytest.raises(BadEntry, match="is code"):
-            _network(name, None)
-    assert _network("timm:resnet18", None) == "timm:resnet18"
-    assert _network("vgg16", None) == "vgg16"
+@pytest.mark.parametrize(
+    ("model", "method", "runs"),
+    [
+        ("mine.py:net", "srd", True),
+        ("hub:somebody/repo:net", "srd", True),
+        ("hf:somebody/net", "srd", True),
+        ("vgg16", "mine.py:Method", True),
+        ("vgg16", "smoothed(mine.py:Method?a=1,0.1)", True),
+        ("captum:net", "srd", True),
+        ("timm:resnet18", "captum:Saliency", False),
+        ("vgg16", "smoothed(zennit:EpsilonPlus,0.1)", False),
+        ("vgg16", "srd?level=high", False),
+    ],
+)
+def test_an_entry_runs_no_code_that_it_names(model: str, method: str, runs: bool) -> None:
+    with pytest.raises(BadEntry, match="names code") if runs else nullcontext():
+        _refuse_code(model, method)
 
 
 def test_pictures_are_explained_at_the_networks_size(mine: str, tmp_path: Path) -> None:

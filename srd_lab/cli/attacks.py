@@ -164,8 +164,9 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
     help="The network's weights file.",
 )
 @click.option(
-    "--model",
-    help="The entry's network, where that is code: it is not run because the entry names it.",
+    "--run-code",
+    is_flag=True,
+    help="Run the code that the entry names as its network or method, such as mine.py:net; read it first.",
 )
 @click.option(
     "--device",
@@ -174,12 +175,12 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
     help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
 )
 @command_errors
-def verify(entry: Path, weights: Path | None, model: str | None, device: str) -> None:
+def verify(entry: Path, weights: Path | None, run_code: bool, device: str) -> None:
     """Recompute bounds, classes, maps and scores of ENTRY (an entry.json) from its images alone."""
     from attacks.verification import verify as check
     from srd_lab.errors import BadEntry
 
-    problems = check(entry, weights, device, model)
+    problems = check(entry, weights, device, run_code=run_code)
     for problem in problems:
         click.echo(f"disagrees: {problem}")
     if problems:

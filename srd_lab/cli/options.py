@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from srd_lab.catalogue import BASELINES, METHODS, outer_parts
+from srd_lab.parts import is_own
 from srd_lab.runs.settings import named_file
 
 DEFAULT_MODEL = "vgg16"
@@ -103,9 +104,16 @@ class Names(click.ParamType):  # type: ignore[type-arg]
     ) -> tuple[str, ...]:
         names = value if isinstance(value, tuple) else tuple(outer_parts(value))
         allowed = self.allowed()
-        if wrong := [n for n in names if n not in allowed and not (self.wrapped and "(" in n)]:
+        if wrong := [
+            n for n in names if not (_plain(n) in allowed or is_own(n) or (self.wrapped and "(" in n))
+        ]:
             self.fail(f"{wrong[0]!r} is not one of {', '.join(allowed)}", param, ctx)
         return tuple(dict.fromkeys(names))
+
+
+def _plain(name: str) -> str:
+    """Without the options behind a ``?``, which are read later."""
+    return name.partition("?")[0]
 
 
 class MethodName(click.ParamType):  # type: ignore[type-arg]
@@ -118,7 +126,7 @@ class MethodName(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value).strip()
-        if "(" not in text and text not in (*METHODS, *self.more):
+        if "(" not in text and not is_own(text) and _plain(text) not in (*METHODS, *self.more):
             self.fail(f"{text!r} is not one of {', '.join((*self.more, *METHODS))}", param, ctx)
         return text
 

@@ -18,7 +18,11 @@ from srd_lab.engine.spellings import Function
 
 _CELLS = (1 / 6, 1 / 2, 5 / 6)  # of the map's height and width
 _MOVES = 0.08  # of the image (standard deviation); what cells that read nearly all of it read moves by half of that
-_ALIKE = 0.5  # correlation
+_ALIKE = 0.5  # correlation; of trained networks it is .9 and more from four cells a side on
+_FEW, _BACKWARDS = (
+    3,
+    -0.25,
+)  # cells a side up to which a map has to run backwards to be refused: .1 to 1 is seen there
 _SHIFT = 0.2  # of the image, or
 _STRIDE = 0.6  # of the distance of two cells; strides alone make 0.5
 
@@ -105,6 +109,7 @@ def _runs_otherwise(claims: Tensor, found: Tensor, sides: tuple[int, int]) -> bo
     sizes = claimed.square().mean(0).sqrt(), moved.square().mean(0).sqrt()
     likeness = (claimed * moved).mean(0) / (sizes[0] * sizes[1])
     asked = (sizes[0] > 0) & (sizes[1] > _MOVES)
+    least = torch.where(torch.tensor(sides) > _FEW, _ALIKE, _BACKWARDS)
     near = (_STRIDE / torch.tensor(sides)).clamp_min(_SHIFT)
     away = (found - claims).mean(0).abs() > near
-    return bool((asked & ((likeness < _ALIKE) | away)).any())
+    return bool((asked & ((likeness < least) | away)).any())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import Refused
+from srd_lab.errors import BadValue, Refused
 from srd_lab.logits import class_logits
 from srd_lab.metrics.explained import Explained, Images, Metric
 from srd_lab.registry import make_explainer
@@ -70,9 +70,20 @@ class Experiment:
             arrays[f"{method}/seconds"] = np.full(len(x), seconds / len(x))
             arrays[f"{method}/map"] = explained.maps.cpu().numpy()
             for name, metric in self.metrics.items():
-                arrays[f"{method}/{name}"] = metric.of(explained).cpu().numpy()
+                arrays[f"{method}/{name}"] = _scores(name, metric, explained)
             advance(len(x))
         return arrays
+
+
+def _scores(name: str, metric: Metric, explained: Explained) -> np.ndarray:
+    """Scores (N,) of a metric, which may be a user's own: BadValue for anything else."""
+    scores, count = metric.of(explained), len(explained.maps)
+    if not isinstance(scores, Tensor) or scores.shape != (count,):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise BadValue(
+            f"the metric {name} gives {found} for {count} images; expected one number per image, ({count},)"
+        )
+    return scores.detach().cpu().numpy()
 
 
 def refusals(model: nn.Module, x: Tensor, methods: Sequence[str]) -> dict[str, str]:

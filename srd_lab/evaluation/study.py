@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from srd_lab import registry, render
-from srd_lab.catalogue import METHODS, METRICS, title_of
+from srd_lab.catalogue import METHODS, METRICS, metric_of, title_of
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.errors import BadValue, Refused
@@ -70,7 +70,8 @@ class Evaluation:
                 f"the reference {settings.reference} is not among the methods ({', '.join(methods)}); "
                 "add it with --methods"
             )
-        known = registry.METRICS | {"fidelity": Fidelity(baseline=settings.baseline)}
+        known = {metric: registry.make_metric(metric) for metric in self.metrics}
+        known |= {"fidelity": Fidelity(baseline=settings.baseline)}
         self.experiment = Experiment(
             {method: _seeded(explainers[method], settings.seed) for method in methods},
             {metric: _seeded(known[metric], settings.seed) for metric in self.metrics},
@@ -190,7 +191,7 @@ class Evaluation:
         lacking: dict[str, list[str]] = {}
         for metric in self.metrics:
             lacking.setdefault(_unscored({m: scores[m][metric] for m in scores}), []).append(
-                METRICS[metric].title
+                metric_of(metric).title
             )
         lacking.pop("", None)
         if lacking:
@@ -222,7 +223,8 @@ def _unscored(own: dict[str, np.ndarray]) -> str:
 
 def _titled(place: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return {
-        METRICS[metric].title: {title_of(m): rank for m, rank in own.items()} for metric, own in place.items()
+        metric_of(metric).title: {title_of(m): rank for m, rank in own.items()}
+        for metric, own in place.items()
     }
 
 

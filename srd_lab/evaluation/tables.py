@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata, wilcoxon
 
-from srd_lab.catalogue import METRICS
+from srd_lab.catalogue import metric_of
 from srd_lab.metrics.summary import holm, summarise
 
 Scores = Mapping[
@@ -95,7 +95,7 @@ def _verdict(metric: str, difference: np.ndarray, p: float) -> str:
     if not p < LEVEL:
         return "open"
     ranks = rankdata(np.abs(difference)) * np.sign(difference)  # what the test looked at, not the mean
-    return "better" if (ranks.sum() > 0) == (METRICS[metric].better == "higher") else "worse"
+    return "better" if (ranks.sum() > 0) == (metric_of(metric).better == "higher") else "worse"
 
 
 def means(scores: Scores) -> dict[str, dict[str, float]]:
@@ -112,7 +112,7 @@ def ranks(scores: Scores) -> dict[str, dict[str, float]]:
     """metric -> method -> rank of the mean, 1 is best; equal means share their ranks."""
     found = {}
     for metric, own in means(scores).items():
-        sign = -1 if METRICS[metric].better == "higher" else 1
+        sign = -1 if metric_of(metric).better == "higher" else 1
         found[metric] = dict(
             zip(own, rankdata([sign * value for value in own.values()]).tolist(), strict=True)
         )
@@ -130,7 +130,8 @@ def score_table(
     place, signs = ranks(scores), {"better": "+", "worse": "-", "open": ""}
     marks = {(c.method, c.metric): signs[c.verdict] for c in against}
     header = ["method"]
-    header += [f"{METRICS[m].title} {'↑' if METRICS[m].better == 'higher' else '↓'}" for m in metrics]
+    known = [metric_of(m) for m in metrics]
+    header += [f"{m.title} {'↑' if m.better == 'higher' else '↓'}" for m in known]
     lines = []
     for method, own in scores.items():
         cells = [method]

@@ -215,7 +215,7 @@ def plain_name(text: str) -> str:
 
 def _read(text: str) -> tuple[str, list[str]]:
     """The name in a text and its arguments, of which a plain method has none."""
-    found = re.fullmatch(r"\s*([\w.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    found = re.fullmatch(r"\s*([^\s(),]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if found is None:
         raise BadValue(f"{text!r} cannot be read as a method; expected a name, or {_EXAMPLE}")
     parts = [] if found[2] is None else outer_parts(found[2])
@@ -224,7 +224,7 @@ def _read(text: str) -> tuple[str, list[str]]:
         raise BadValue(
             f"{found[1]!r} in {text!r} {wrong}; wrappers are {', '.join(WRAPPERS)}, as in {_EXAMPLE}"
         )
-    if not all(parts) or (parts and "=" in parts[0].partition("(")[0]):
+    if not all(parts) or (parts and "=" in re.split(r"[(?]", parts[0])[0]):
         raise BadValue(f"{text!r} has an argument that is empty, or not a method first; expected {_EXAMPLE}")
     return found[1], parts
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
@@ -163,13 +164,13 @@ def preprocessing(name: str, data: str = "imagenet") -> Preprocessing:
     """
     if not is_own(name):
         return _family(name, data)[1].preprocessing(name)
-    wants = _of_own(name)
+    wants = _of_own(name, os.getcwd())
     return replace(wants, size=SIDES.get(data.partition(":")[0], wants.size))
 
 
 @cache
-def _of_own(name: str) -> Preprocessing:
-    """Of a network from elsewhere, which is made for it once."""
+def _of_own(name: str, folder: str) -> Preprocessing:
+    """Of a network from elsewhere, which is made for it once; the name may be that of a file in the working directory."""
     return own_network(name, with_weights=False).preprocessing
 
 

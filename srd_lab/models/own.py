@@ -41,7 +41,7 @@ from torch import nn
 from srd_lab.errors import BadValue, BadWeights, SrdLabError, Unavailable, first_line
 from srd_lab.logits import class_logits
 from srd_lab.models.classifier import Classifier
-from srd_lab.parts import is_place, make, split_options
+from srd_lab.parts import make, split_options
 from srd_lab.types import INTERPOLATIONS, Preprocessing
 
 
@@ -89,8 +89,7 @@ def own_network(name: str, *, with_weights: bool = True) -> Own:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        kind = name.partition(":")[0]
-        source = SOURCES.get(kind) if not is_place(name.partition("?")[0]) or kind in SOURCES else None
+        source = SOURCES.get(name.partition(":")[0])
         found = source(name, with_weights) if source else _made(name, make(name))
     found.network.eval()
     return found

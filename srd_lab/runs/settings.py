@@ -125,7 +125,15 @@ def _from_text(kind: Any, text: str) -> Any:
 
 def options_of(explainer: Any) -> dict[str, str]:
     """An explainer's hyper-parameters as a run stores them, name -> text."""
-    return {name: as_text(value) for name, value in dataclasses.asdict(explainer).items()}
+    return {name: as_text(value) for name, value in _fields_of(explainer).items()}
+
+
+def _fields_of(value: Any) -> Any:
+    """A dataclass as a dict, and those inside it; without fields whose metadata say ``"stored": False``."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    stored = (f.name for f in dataclasses.fields(value) if f.metadata.get("stored", True))
+    return {name: _fields_of(getattr(value, name)) for name in stored}
 
 
 # --- weights ------------------------------------------------------------------------------------------
