@@ -29,7 +29,7 @@ from srd_lab.errors import BadData, BadValue
 from srd_lab.metrics.summary import few_note
 from srd_lab.normalise import split_normalisation
 from srd_lab.registry import make_explainer
-from srd_lab.runs.inputs import data_for, network_for, preprocessing_for, weights_sums
+from srd_lab.runs.inputs import data_for, labelled, network_for, preprocessing_for, weights_sums
 from srd_lab.runs.report import csv_text, progress, publish, text_table
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
@@ -113,6 +113,7 @@ class ModelStudy:
         name = settings.model
         self.dataset = data_for(settings, name)
         self.model = network_for(settings, name, [name], self.device, self.dataset)
+        self.dataset = labelled(self.dataset, self.model, self.device)
         self.weights_sha256 = weights_sums(settings, [name])
         self.objective = objective_of(settings, preprocessing_for(settings, name).size)
         for method in self.methods:

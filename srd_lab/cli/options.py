@@ -18,7 +18,10 @@ from srd_lab.runs.settings import named_file
 
 DEFAULT_MODEL = "vgg16"
 
-DATA = "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100 or voc."
+DATA = (
+    "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100, voc, pictures (without "
+    "labels) or table (CSV: path, label, box); or package.module:factory or path/file.py:factory."
+)
 
 
 MOST = 1_000_000_000  # of anything that is counted; nobody waits for more

@@ -12,6 +12,7 @@ from torch import Tensor
 from srd_lab.data.loading import Loaded, load_batches
 from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
 from srd_lab.errors import BadInput, BadValue
+from srd_lab.parts import is_place, make
 from srd_lab.types import Dataset
 
 __all__ = [
@@ -33,6 +34,10 @@ SOURCES = (
     "cifar10:PATH",
     "cifar100:PATH",
     "voc:DIR",
+    "pictures:DIR",
+    "table:FILE",
+    "package.module:factory",
+    "path/file.py:factory",
 )
 
 
@@ -97,6 +102,14 @@ def load_data(
         from srd_lab.data.voc import Voc
 
         return Voc(place, side, **files)
+    if source in ("pictures", "table") and place:
+        from srd_lab.data.table import Pictures, Table
+
+        return (Pictures if source == "pictures" else Table)(place, side, **files)
+    if is_place(spec.partition("?")[0]):
+        from srd_lab.data.own import OwnData
+
+        return OwnData(spec, make(spec), side, crop=crop, interpolation=interpolation, limit=limit)
     raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 

@@ -20,7 +20,7 @@ from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_tabl
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.runs.inputs import data_for, network_for, preprocessing_for, weights_sums
+from srd_lab.runs.inputs import data_for, labelled, network_for, preprocessing_for, weights_sums
 from srd_lab.runs.report import csv_text, publish, text_table
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
@@ -55,6 +55,8 @@ class Evaluation:
         name = settings.model
         self.dataset = data_for(settings, name)
         self.model = network_for(settings, name, models or [name], self.device, self.dataset)
+        known, self.dataset = self.dataset, labelled(self.dataset, self.model, self.device)
+        self.has_labels = known is self.dataset
         self.weights_sha256 = weights_sums(settings, models or [name])
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
         asked = tuple(METHODS) if "all" in settings.methods else settings.methods
@@ -81,7 +83,7 @@ class Evaluation:
         source = settings.source
         self.title = (
             f"{name} on {source}, {len(self.indices)} of {len(self.dataset)} images, "
-            f"{'their own' if settings.target == 'label' else 'the predicted'} class explained"
+            f"{'their own' if settings.target == 'label' and self.has_labels else 'the predicted'} class explained"
         )
         self.masks = MASKS.get(source, "")
 
@@ -170,7 +172,8 @@ class Evaluation:
         """The report: scores, comparisons, cost and notes."""
         seed = self.settings.seed
         right = float((table["label"] == table["predicted"]).mean())
-        parts = [f"{self.title}; accuracy {right:.3f}. Mean [95 % interval]"]
+        accuracy = f"; accuracy {right:.3f}" if self.has_labels else ""
+        parts = [f"{self.title}{accuracy}. Mean [95 % interval]"]
         for first in range(0, len(self.metrics), COLUMNS):
             some = self.metrics[first : first + COLUMNS]
             parts.append(text_table(*score_table(scores, some, against, seed)))

@@ -23,10 +23,10 @@ from srd_lab.errors import BadValue, BadWeights
 from srd_lab.models.cifar import Cifar
 from srd_lab.models.classifier import Classifier, Family, Normalise, check_classes
 from srd_lab.models.files import fill, read_state
-from srd_lab.models.imagenet import FineTuned, ImageNet
+from srd_lab.models.imagenet import AnyClasses, FineTuned, ImageNet
 from srd_lab.models.own import own_network, state_digest
 from srd_lab.models.scenes import SCENES_NETWORKS, SCENES_PREPROCESSING, WEIGHTS, Scenes, scenes_network
-from srd_lab.parts import is_own
+from srd_lab.parts import is_own, is_place
 from srd_lab.runtime import pick_device
 from srd_lab.types import Preprocessing
 
@@ -56,9 +56,15 @@ FAMILIES: dict[str, Family] = {
     "cifar10": Cifar(10),
     "cifar100": Cifar(100),
     "voc": FineTuned(),
+    "pictures": AnyClasses(),
+    "table": AnyClasses(),
+    "own": AnyClasses(),
 }
 SIDES = {"scenes": 64, "cifar10": 32, "cifar100": 32}  # of data whose images have one size
-SPECS = "scenes, imagenet[:DIR], imagenet-s:DIR, imagefolder:DIR, cifar10:PATH, cifar100:PATH or voc:DIR"
+SPECS = (
+    "scenes, imagenet[:DIR], imagenet-s:DIR, imagefolder:DIR, cifar10:PATH, cifar100:PATH, voc:DIR, pictures:DIR, "
+    "table:FILE or package.module:factory"
+)
 
 
 def load_model(
@@ -192,6 +198,8 @@ def cards() -> list[dict[str, Any]]:
 
 def _kind(data: str) -> str:
     kind, colon, _ = data.partition(":")
+    if is_place(data.partition("?")[0]) and kind not in FAMILIES:
+        return "own"
     if kind not in FAMILIES or (kind == "scenes" and colon):
         raise BadValue(f"there are no models for data {data!r}; choose {SPECS}")
     return kind

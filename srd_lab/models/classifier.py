@@ -88,7 +88,17 @@ def last_parameter(network: nn.Module) -> tuple[str, Tensor]:
 
 
 def check_classes(model: Classifier, data: Dataset) -> None:
-    """Raise BadWeights for data with more or fewer classes than the model, whose labels would mean something else there."""
+    """Raise BadWeights for data with more or fewer classes than the model, whose labels would mean something else there.
+
+    Data without names of classes take the model's numbers for them, and their labels have to be among these.
+    """
+    if not data.classes:
+        if len(data.labels) and int(data.labels.max()) >= model.classes:
+            raise BadWeights(
+                f"an image has class {int(data.labels.max())}, but the model knows 0..{model.classes - 1}; "
+                "give the weights of a network trained on these classes with --weights FILE"
+            )
+        data.classes[:] = map(str, range(model.classes))
     if len(data.classes) != model.classes:
         raise BadWeights(
             f"the model tells {model.classes} classes apart, but the data has {len(data.classes)}; "

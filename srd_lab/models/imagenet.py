@@ -83,6 +83,17 @@ class FineTuned(ImageNet):
         return network if classes in (0, len(value)) else torchvision_network(name, classes)
 
 
+class AnyClasses(FineTuned):
+    """The same, with torchvision's weights where there is no file: for data whose classes are not known beforehand.
+
+    Methods are those of :class:`srd_lab.models.classifier.Family`.
+    """
+
+    def file(self, name: str) -> Path | None:  # type: ignore[override]
+        """As for ImageNet."""
+        return _cached_file(name)
+
+
 @cache
 def torchvision_names() -> tuple[str, ...]:
     """The names of every classifier that torchvision lists."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from srd_lab.errors import BadData, SrdLabWarning
 from srd_lab.runs.settings import Settings, weights_of
 from srd_lab.types import Preprocessing
 
@@ -71,6 +73,20 @@ def network_for(settings: Inputs, name: str, models: Sequence[str], device: Any,
     return model
 
 
+def labelled(dataset: Any, model: Any, device: Any) -> Any:
+    """The data themselves; where they have no labels, with the classes that the network predicts, which a warning says."""
+    from srd_lab.data.predicted import Predicted, has_labels
+
+    if has_labels(dataset):
+        return dataset
+    warnings.warn(
+        "the images have no labels: the classes that the network predicts stand in their place",
+        SrdLabWarning,
+        stacklevel=2,
+    )
+    return Predicted(dataset, model, device)
+
+
 def checked_networks(
     settings: Settings, models: Sequence[str], fits: Callable[[str, Any], object] | None = None
 ) -> Any:
@@ -82,7 +98,13 @@ def checked_networks(
 
     Errors are those of :func:`data_for` and :func:`network_for`.
     """
+    from srd_lab.data.predicted import has_labels
+
     dataset = data_for(settings, models[0])
+    if not has_labels(dataset):
+        raise BadData(
+            f"{settings.data} has no labels, which this command compares predictions with; give data that have"
+        )
     for name in models:
         model = network_for(settings, name, models, "cpu", dataset)
         if fits:
