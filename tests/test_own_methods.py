@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -311,3 +312,29 @@ def test_public_names_are_there() -> None:
     assert srd_lab.__version__.count(".") == 2
     assert all(getattr(srd_lab, name) is not None for name in srd_lab.__all__)
     assert isinstance(next(iter(catalogue.METHODS.values())), Method)
+
+
+# --- what the documentation shows -------------------------------------------------------------------------------------
+
+SHOWN = re.findall(
+    r"```python\n(.*?)```",
+    (Path(__file__).parents[1] / "docs" / "own_parts.md").read_text("utf-8"),
+    re.DOTALL,
+)
+
+
+def test_the_examples_of_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("\n".join(SHOWN))
+    options = (
+        "--model",
+        "mine.py:net?width=6",
+        "--methods",
+        "mine.py:Powered,srd",
+        "--metrics",
+        "mine.py:Peak",
+    )
+    result = command("evaluate", *options, *FEW)
+    assert result.exit_code == 0, result.output
+    assert "Peak ↑" in result.output
+    assert "def photos" in (tmp_path / "mine.py").read_text()
