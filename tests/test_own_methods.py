@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from small_networks import command, tiny_study
@@ -20,6 +21,7 @@ import srd_lab
 from attacks.experiment import attack_explainer
 from srd_lab import catalogue
 from srd_lab.catalogue import Declared, Method, metric_of
+from srd_lab.cli.main import main
 from srd_lab.errors import BadValue, Refused, SrdLabWarning, Unavailable
 from srd_lab.registry import EXPLAINERS, make_explainer, make_metric
 
@@ -338,3 +340,29 @@ def test_the_examples_of_the_documentation_work(tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 0, result.output
     assert "Peak ↑" in result.output
     assert "def photos" in (tmp_path / "mine.py").read_text()
+
+
+# --- one spelling ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["attack", "robustness", "evaluate", "explain", "reproduce fig4", "reproduce table2"]
+)
+def test_methods_are_spelled_and_repeated_alike_in_all_commands(name: str) -> None:
+    found: Any = main
+    for part in name.split():
+        found = found.commands[part]
+    (option,) = [p for p in found.params if p.name == "methods"]
+    assert option.opts == ["--method", "--methods"]
+    ctx = click.Context(found)
+    given = option.type_cast_value(ctx, ("srd,gradient", "gradient", "grad_input"))
+    assert option.callback(ctx, option, given) == ("srd", "gradient", "grad_input")
+    with pytest.raises(click.BadParameter, match="'nothing' is not one of all, "):
+        option.type_cast_value(ctx, ("srd,nothing",))
+    if name.startswith("reproduce"):
+        with pytest.raises(click.BadParameter):
+            option.type_cast_value(ctx, ("mine.py:Method",))
+    else:
+        free = ("mine.py:Method?a=1,srd?level=high", "smoothed(gradient,0.1,4)")
+        flat = option.callback(ctx, option, option.type_cast_value(ctx, free))
+        assert flat == ("mine.py:Method?a=1", "srd?level=high", "smoothed(gradient,0.1,4)")

@@ -17,9 +17,9 @@ from srd_lab.cli.attack_options import (
 )
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
-    MethodName,
     batch_size_option,
     common_options,
+    methods_option,
     model_option,
     pairs_option,
     whole,
@@ -33,16 +33,7 @@ DEFAULT_ATTACKS = ("combined", "polish", "eq10")
 
 
 @click.command()
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    type=MethodName(("all",)),
-    default=["srd"],
-    show_default=True,
-    metavar="NAME",
-    help="Explanation method (`srd-lab methods` lists them), or all = the six of Fig. 4; repeatable.",
-)
+@methods_option(["srd"], "Explanation method (`srd-lab methods` lists them), or all = the six of Fig. 4.")
 @click.option(
     "--attack",
     "attacks",
@@ -96,16 +87,10 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
 
 
 @click.command()
-@click.option(
-    "--method",
-    "--methods",
-    "methods",
-    multiple=True,
-    type=MethodName(("all", "attackable")),
-    default=RobustnessSettings.methods,
-    show_default=True,
-    metavar="NAME",
-    help="Explanation method; all = the six of Fig. 4, attackable = every one with a gradient; repeatable.",
+@methods_option(
+    RobustnessSettings.methods,
+    "Explanation method; all = the six of Fig. 4, attackable = every one with a gradient.",
+    more=("all", "attackable"),
 )
 @click.option(
     "--pairs",

@@ -7,17 +7,18 @@ from typing import Any
 
 import click
 
-from srd_lab.catalogue import METHODS, METRICS
+from srd_lab.catalogue import METRICS
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
     MethodName,
-    Names,
     WeightsFile,
     baseline_option,
     batch_size_option,
     common_options,
     images_option,
+    methods_option,
     model_option,
+    names_option,
     preprocessing_options,
     with_options,
 )
@@ -27,19 +28,12 @@ from srd_lab.evaluation.settings import EvaluationSettings, ExplainSettings
 
 @click.command()
 @model_option
-@click.option(
-    "--methods",
-    type=Names(lambda: ("all", *METHODS), wrapped=True),
-    default="all",
-    show_default=True,
-    help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
-)
-@click.option(
-    "--metrics",
-    type=Names(lambda: ("all", *METRICS)),
-    default="all",
-    show_default=True,
-    help="Metrics, comma-separated; `srd-lab methods` lists them too.",
+@methods_option(["all"], "Explanation method; `srd-lab methods` lists them.")
+@names_option(
+    *("--metric", "--metrics", "metrics"),
+    allowed=lambda: ("all", *METRICS),
+    default=["all"],
+    help="Metric; `srd-lab methods` lists them too.",
 )
 @images_option("200")
 @click.option(
@@ -91,13 +85,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     help="State dict (.pth, .safetensors, .npz). [default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
 )
 @with_options(preprocessing_options)
-@click.option(
-    "--methods",
-    type=Names(lambda: ("all", *METHODS), wrapped=True),
-    default="srd",
-    show_default=True,
-    help="Explanation methods, comma-separated, wrapped or not; `srd-lab methods` lists them.",
-)
+@methods_option(["srd"], "Explanation method; `srd-lab methods` lists them.")
 @click.option(
     "--target",
     "targets",

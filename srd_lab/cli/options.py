@@ -94,13 +94,14 @@ class Names(click.ParamType):  # type: ignore[type-arg]
     """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
 
     allowed : gives the names when one is to be read.
-    wrapped : whether a wrapper such as ``smoothed(srd,0.1,64)`` is allowed too; what is inside is read later.
+    free : whether names with options (``srd?level=high``), wrappers (``smoothed(srd,0.1,64)``) and parts from elsewhere
+        (``mine.py:Method``) are allowed too; these are read later.
     """
 
     name = "list"
 
-    def __init__(self, allowed: Callable[[], Sequence[str]], wrapped: bool = False) -> None:
-        self.allowed, self.wrapped = allowed, wrapped
+    def __init__(self, allowed: Callable[[], Sequence[str]], *, free: bool = False) -> None:
+        self.allowed, self.free = allowed, free
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -108,10 +109,57 @@ class Names(click.ParamType):  # type: ignore[type-arg]
         names = value if isinstance(value, tuple) else tuple(outer_parts(value))
         allowed = self.allowed()
         if wrong := [
-            n for n in names if not (_plain(n) in allowed or is_own(n) or (self.wrapped and "(" in n))
+            name for name in names if name not in allowed and not (self.free and self._later(name, allowed))
         ]:
             self.fail(f"{wrong[0]!r} is not one of {', '.join(allowed)}", param, ctx)
         return tuple(dict.fromkeys(names))
+
+    @staticmethod
+    def _later(name: str, allowed: Sequence[str]) -> bool:
+        return "(" in name or is_own(name) or ("?" in name and _plain(name) in allowed)
+
+
+def names_option(
+    *spellings: str,
+    allowed: Callable[[], Sequence[str]],
+    default: Sequence[str],
+    help: str,
+    free: bool = True,
+) -> Callable[..., Any]:
+    """An option that takes names: repeated, or several separated by commas.
+
+    spellings : of the option, and the name of its value. allowed, free : see :class:`Names`.
+    """
+
+    def flat(ctx: click.Context, param: click.Parameter, given: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for names in given for name in names))
+
+    return click.option(
+        *spellings,
+        multiple=True,
+        type=Names(allowed, free=free),
+        default=list(default),
+        show_default=True,
+        metavar="NAME",
+        help=f"{help} Repeatable, or separated by commas.",
+        callback=flat,
+    )
+
+
+def methods_option(
+    default: Sequence[str], help: str, *, more: Sequence[str] = ("all",), only: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """``--method`` or ``--methods``.
+
+    more : words that stand for several. only : the methods to choose from; () = every one, also of the user's own.
+    """
+    return names_option(
+        *("--method", "--methods", "methods"),
+        allowed=lambda: (*more, *(only or METHODS)),
+        default=default,
+        help=help,
+        free=not only,
+    )
 
 
 def _plain(name: str) -> str:

@@ -12,11 +12,11 @@ from attacks.settings import ManipulationSettings
 from srd_lab.catalogue import FIGURE_4, TABLE_2, TABLE_4
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
-    Names,
     baseline_option,
     batch_size_option,
     common_options,
     images_option,
+    methods_option,
     model_option,
     pairs_option,
     steps_option,
@@ -59,15 +59,9 @@ def _models(ctx: click.Context) -> str:
     return ", ".join(ctx.params["models"])
 
 
-def methods_option(paper: tuple[str, ...]) -> Callable[..., Any]:
+def table_methods(paper: tuple[str, ...]) -> Callable[..., Any]:
     """``--methods``, by default those of the paper's table."""
-    return click.option(
-        "--methods",
-        type=Names(lambda: ("all", *paper)),
-        default="all",
-        show_default=True,
-        help="Explanation methods of the table, comma-separated.",
-    )
+    return methods_option(["all"], "Explanation method of the table.", only=paper)
 
 
 @reproduce.command()
@@ -116,15 +110,7 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
 @common_options
 @model_option
 @pairs_option
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    type=click.Choice([*FIGURE_4, "all"]),
-    default=["all"],
-    show_default=True,
-    help="Explanation method; repeatable.",
-)
+@table_methods(FIGURE_4)
 @steps_option
 @batch_size_option
 @click.pass_context
@@ -161,7 +147,7 @@ def fig7(ctx: click.Context, /, **_: Any) -> None:
 @reproduce.command()
 @common_options
 @models_option("vgg16", "resnet50")
-@methods_option(TABLE_2)
+@table_methods(TABLE_2)
 @images_option("752")
 @baseline_option
 @batch_size_option
@@ -179,7 +165,7 @@ def table2(ctx: click.Context, /, **_: Any) -> None:
 @models_option(
     *(f"resnet50_3x3{suffix}" for suffix in ("", "_elu", "_leaky_relu", "_silu", "_gelu", "_tanh"))
 )
-@methods_option(TABLE_4)
+@table_methods(TABLE_4)
 @images_option("1000")
 @baseline_option
 @batch_size_option
