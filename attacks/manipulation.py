@@ -99,7 +99,7 @@ class Manipulation:
     """
 
     explainer: Explainer
-    steps: int = 150
+    steps: int = 100
     lr: float = 1e-3
     objective: Eq10 = field(default_factory=Eq10)
     budget: Budget = field(default_factory=Budget)

@@ -15,12 +15,14 @@ Example
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from srd_lab.errors import BadValue, SrdLabWarning, first_line
@@ -257,6 +259,13 @@ def with_options(name: str, default: Any, options: Mapping[str, Any]) -> Any:
         return replace(default, **options)
     except TypeError as error:  # a text where a number belongs
         raise BadValue(f"{name} does not take {dict(options)}: {first_line(error)}") from None
+
+
+def cards() -> list[dict[str, Any]]:
+    """What is known of each network in this package: file, size, data, accuracies, and how it was trained."""
+    file = Path(__file__).parent / "weights" / "cards.json"
+    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def attackable() -> tuple[str, ...]:

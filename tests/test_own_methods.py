@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
 from small_networks import command, tiny_study
@@ -20,6 +21,7 @@ from torch import Tensor
 import srd_lab
 from attacks.experiment import attack_explainer
 from srd_lab import catalogue
+from srd_lab.adapters import captum_attribution, explain_func
 from srd_lab.catalogue import Declared, Method, metric_of
 from srd_lab.cli.main import main
 from srd_lab.errors import BadValue, Refused, SrdLabWarning, Unavailable
@@ -327,7 +329,8 @@ SHOWN = re.findall(
 
 def test_the_examples_of_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("\n".join(SHOWN))
+    own = [text for text in SHOWN if text.startswith("# mine.py")]
+    (tmp_path / "mine.py").write_text("\n".join(own))
     options = (
         "--model",
         "mine.py:net?width=6",
@@ -339,7 +342,13 @@ def test_the_examples_of_the_documentation_work(tmp_path: Path, monkeypatch: pyt
     result = command("evaluate", *options, *FEW)
     assert result.exit_code == 0, result.output
     assert "Peak ↑" in result.output
-    assert "def photos" in (tmp_path / "mine.py").read_text()
+    (attack,) = [text for text in SHOWN if "from attacks import" in text]
+    found: dict[str, Any] = {
+        "model": srd_lab.load_model("vgg16", device="cpu"),
+        "x": torch.rand(1, 3, 64, 64),
+    }
+    exec(attack.replace("steps=40", "steps=2"), found)
+    assert found["outcome"].worst["pcc"].shape == (1,)
 
 
 # --- one spelling ---------------------------------------------------------------------------------------------------
@@ -366,3 +375,33 @@ def test_methods_are_spelled_and_repeated_alike_in_all_commands(name: str) -> No
         free = ("mine.py:Method?a=1,srd?level=high", "smoothed(gradient,0.1,4)")
         flat = option.callback(ctx, option, option.type_cast_value(ctx, free))
         assert flat == ("mine.py:Method?a=1", "srd?level=high", "smoothed(gradient,0.1,4)")
+
+
+# --- the way back ---------------------------------------------------------------------------------------------------
+
+
+def test_methods_in_the_hands_of_captum(model: torch.nn.Module) -> None:
+    attr = pytest.importorskip("captum.attr")
+    x = pixels(2, 3, 8, 8).requires_grad_()
+    ours = captum_attribution(model, "grad_input?channels=sum")
+    assert isinstance(ours, attr.Attribution)
+    theirs = attr.InputXGradient(model).attribute(x, target=torch.tensor([1, 2]))
+    found = ours.attribute(x, target=torch.tensor([1, 2]))
+    assert found.shape == (2, 1, 8, 8)
+    assert found.requires_grad
+    # on the normalised image here, on the pixels there: the same where the image is its own normalised one
+    bare = captum_attribution(model.network, "grad_input?channels=sum").attribute(x, target=1)
+    expected = attr.InputXGradient(model.network).attribute(x, target=1).sum(1, keepdim=True)
+    torch.testing.assert_close(bare.detach(), expected.detach())
+    assert theirs.shape == x.shape
+    with pytest.raises(BadValue, match="unknown method 'nothing'"):
+        captum_attribution(model, "nothing")
+
+
+def test_methods_in_the_hands_of_quantus(model: torch.nn.Module) -> None:
+    x, y = pixels(2, 3, 8, 8).numpy(), np.array([1, 2])
+    for method in ("srd", "gradcam"):
+        found = explain_func(model, x, y, method=method, normalise=True)
+        assert (found.shape, found.dtype) == ((2, 1, 8, 8), np.float64)
+    expected = make_explainer("srd").explain(model, torch.from_numpy(x), torch.from_numpy(y))
+    np.testing.assert_allclose(explain_func(model, torch.from_numpy(x), y[:, None])[:, 0], expected.numpy())

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "srd_lab.methods": {"srd_lab.engine"},
     "srd_lab.metrics": set(),
     "srd_lab.registry": {"srd_lab.engine", "srd_lab.methods", "srd_lab.metrics"},
+    "srd_lab.adapters": {"srd_lab.registry"},
     "srd_lab.runs": {"srd_lab.data", "srd_lab.models"},
     "attacks": EXPERIMENTS,
     "apop": EXPERIMENTS,

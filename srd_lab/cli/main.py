@@ -38,7 +38,7 @@ def main(debug: bool) -> None:
 @command_errors
 def models() -> None:
     """List the bundled networks and how each was made."""
-    from srd_lab.models import cards
+    from srd_lab.catalogue import cards
 
     rows = [
         [

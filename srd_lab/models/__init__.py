@@ -9,16 +9,15 @@ for all other data the weights are the user's own. One file per family of networ
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from srd_lab.catalogue import cards
 from srd_lab.errors import BadValue, BadWeights
 from srd_lab.models.cifar import Cifar
 from srd_lab.models.classifier import Classifier, Family, Normalise, check_classes
@@ -189,11 +188,6 @@ def input_size(name: str, data: str = "imagenet") -> int:
     (224, 64)
     """
     return preprocessing(name, data).size
-
-
-def cards() -> list[dict[str, Any]]:
-    """What is known of each network in this package: file, size, data, accuracies, and how it was trained."""
-    return json.loads((WEIGHTS / "cards.json").read_text(encoding="utf-8"))
 
 
 def _kind(data: str) -> str:
