@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +94,21 @@ def make(text: str) -> Any:
             f"{place} is a {type(factory).__name__} and cannot be called; name a function or a class"
         )
     return call(text, factory, options)
+
+
+def code_of(text: str) -> dict[str, str]:
+    """``place`` -> SHA-256, in hexadecimal digits, of the file that it is in, of every part from a module or a file that a
+    text names: ``smoothed(mine.py:Method?a=1,0.1)``. What cannot be imported is left out.
+    """
+    found = {}
+    for place in dict.fromkeys(re.findall(r"[^\s,()?&=]+:[\w.]+", text)):
+        if is_place(place):
+            try:
+                file = getattr(_module(place.rpartition(":")[0]), "__file__", None)
+                found[place] = hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
+            except (SrdLabError, OSError):
+                continue
+    return found
 
 
 def call(text: str, factory: Any, options: dict[str, Any]) -> Any:

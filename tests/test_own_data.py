@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,10 @@ def test_an_item_that_cannot_be_read_is_left_out_by_name() -> None:
         data[1]
 
 
+def _read(data: OwnData, index: int) -> tuple[float, int]:
+    return data[index].image.sum().item(), data[index].label
+
+
 def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
@@ -190,6 +196,10 @@ def test_data_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for workers in (0, 1):
         (loaded,) = load_batches(own, [[0, 7]], workers)
         assert [sample.label for sample in loaded.samples] == [theirs[5].label, theirs[12].label]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # as other systems start their workers
+        image, label = pool.apply(_read, (own, 7))
+    assert (image, label) == (theirs[12].image.sum().item(), theirs[12].label)
+    assert pickle.loads(pickle.dumps(OwnData("it", Items((PIXELS[0], 1)), 64)))[0].label == 1
     with pytest.raises(BadValue, match=r"mine\.py has no 'Nothing'; it has Scenes"):
         load_data("mine.py:Nothing")
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -181,6 +182,9 @@ def test_own_methods_and_metrics_stand_in_the_tables(mine: str, tmp_path: Path) 
     assert len(rows) == 7 * 4
     peaks = [float(row[f"{mine}:Peak"]) for row in rows]
     assert all(0 < peak < 1 for peak in peaks)
+    code = json.loads((out / "run.json").read_text())["params"]["own_code"]
+    digits = hashlib.sha256((tmp_path / mine).read_bytes()).hexdigest()[:12]
+    assert code == f"{mine}:Powered {digits}, {mine}:Peak {digits}"
     against = list(csv.DictReader((out / "comparisons.csv").read_text().splitlines()))
     assert {row["metric"] for row in against} == {"sparseness", f"{mine}:Peak", "fidelity?draws=2"}
     wrong = command("evaluate", "--methods", "srd", "--metrics", f"{mine}:OneNumber", *FEW)

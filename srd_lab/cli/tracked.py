@@ -20,6 +20,7 @@ from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
 # options that no study knows
 OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug")
+_NAMES = ("model", "models", "data", "methods", "metrics")  # settings that may name parts of the user's own
 FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
 
 
@@ -132,9 +133,13 @@ def _decisive(study: Study) -> dict[str, str]:
 
 def _surroundings(study: Study) -> dict[str, Any]:
     """What decides no setting and may yet decide a digit."""
+    from srd_lab.parts import code_of
     from srd_lab.runs.environment import device_name, environment
 
-    return {**environment(), "device": study.device, "hardware": device_name(study.device)}
+    names = " ".join(study.settings.stored().get(name, "") for name in _NAMES)
+    code = {"own_code": ", ".join(f"{place} {digits[:12]}" for place, digits in code_of(names).items())}
+    surroundings = {**environment(), "device": study.device, "hardware": device_name(study.device)}
+    return surroundings | {name: value for name, value in code.items() if value}
 
 
 def _check_same(run: Any, study: Study) -> None:

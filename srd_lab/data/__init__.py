@@ -12,7 +12,7 @@ from torch import Tensor
 from srd_lab.data.loading import Loaded, load_batches
 from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
 from srd_lab.errors import BadInput, BadValue
-from srd_lab.parts import is_place, make
+from srd_lab.parts import is_place
 from srd_lab.types import Dataset
 
 __all__ = [
@@ -109,7 +109,7 @@ def load_data(
     if is_place(spec.partition("?")[0]):
         from srd_lab.data.own import OwnData
 
-        return OwnData(spec, make(spec), side, crop=crop, interpolation=interpolation, limit=limit)
+        return OwnData(spec, size=side, crop=crop, interpolation=interpolation, limit=limit)
     raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 

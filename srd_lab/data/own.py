@@ -32,13 +32,16 @@ from torch import Tensor
 
 from srd_lab.data.pictures import SkippedFile, fit, spread
 from srd_lab.errors import BadData, SrdLabError, first_line
+from srd_lab.parts import make
 from srd_lab.types import Sample
 
 
 class OwnData:
     """A data set of the user's, item by item as a :class:`srd_lab.types.Sample`.
 
-    name : what it is called in messages. source : as above.
+    name : what it is called in messages.
+    source : as above; None = what ``name`` stands for, ``mine.py:photos`` say, which is made anew in every process that
+        reads.
     size, crop, interpolation : of Pillow images, see :class:`srd_lab.types.Preprocessing`.
     limit : so many of the items, evenly spread; None = all.
 
@@ -49,13 +52,15 @@ class OwnData:
     def __init__(
         self,
         name: str,
-        source: Any,
+        source: Any = None,
         size: int = 224,
         *,
         crop: float = 0.875,
         interpolation: str = "bilinear",
         limit: int | None = None,
     ) -> None:
+        self._again = None if source is not None else (name, size, crop, interpolation, limit)
+        source = make(name) if source is None else source
         if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
             raise BadData(
                 f"{name} gives a {type(source).__name__}; expected a data set with __len__ and __getitem__"
@@ -70,6 +75,10 @@ class OwnData:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def __reduce__(self) -> Any:
+        """Another process knows no module that was read from a file."""
+        return super().__reduce__() if self._again is None else (_made_again, self._again)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._called!r}, size={self.size}, length={len(self)})"
@@ -151,6 +160,10 @@ class OwnData:
         if found.shape != pixels.shape[1:]:
             raise BadData(f"{name} has a mask {tuple(found.shape)}, the image {tuple(pixels.shape[1:])}")
         return found
+
+
+def _made_again(name: str, size: int, crop: float, interpolation: str, limit: int | None) -> OwnData:
+    return OwnData(name, size=size, crop=crop, interpolation=interpolation, limit=limit)
 
 
 def _index(label: Any, name: str) -> int:
