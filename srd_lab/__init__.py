@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from srd_lab.api import apop, attack, evaluate
     from srd_lab.catalogue import method as register_method
     from srd_lab.catalogue import metric as register_metric
     from srd_lab.data import load_data
@@ -24,6 +25,9 @@ _HOME = {
     "EXPLAINERS": ("srd_lab.registry", "EXPLAINERS"),
     "METRICS": ("srd_lab.registry", "METRICS"),
     "Explainer": ("srd_lab.types", "Explainer"),
+    "apop": ("srd_lab.api", "apop"),
+    "attack": ("srd_lab.api", "attack"),
+    "evaluate": ("srd_lab.api", "evaluate"),
     "Preprocessing": ("srd_lab.types", "Preprocessing"),
     "SRD": ("srd_lab.methods.srd", "SRD"),
     "Sample": ("srd_lab.types", "Sample"),
@@ -44,6 +48,9 @@ __all__ = [  # noqa: RUF022 (as above)
     "SRD",
     "Sample",
     "SrdLabError",
+    "apop",
+    "attack",
+    "evaluate",
     "explain",
     "load_data",
     "load_model",

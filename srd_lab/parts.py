@@ -12,6 +12,7 @@ Example
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,6 +96,28 @@ def make(text: str) -> Any:
             f"{place} is a {type(factory).__name__} and cannot be called; name a function or a class"
         )
     return call(text, factory, options)
+
+
+_LIVE: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def live(part: Any) -> Iterator[str]:
+    """Within: a name by which an object in hand is a part, for studies that take names."""
+    kind = type(part[0] if isinstance(part, tuple) else part).__name__
+    name = f"live:{kind}-{len(_LIVE) + 1}"
+    _LIVE[name] = part
+    try:
+        yield name
+    finally:
+        del _LIVE[name]
+
+
+def living(name: str) -> Any:
+    """The object behind a name that :func:`live` gave. Raises BadValue where it is gone."""
+    if name not in _LIVE:
+        raise BadValue(f"{name} is no object of this process; give a name that can be found again")
+    return _LIVE[name]
 
 
 def code_of(text: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from srd_lab.data.loading import Loaded, load_batches
 from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
 from srd_lab.errors import BadInput, BadValue
-from srd_lab.parts import is_place
+from srd_lab.parts import is_place, living
 from srd_lab.types import Dataset
 
 __all__ = [
@@ -106,10 +106,14 @@ def load_data(
         from srd_lab.data.table import Pictures, Table
 
         return (Pictures if source == "pictures" else Table)(place, side, **files)
-    if is_place(spec.partition("?")[0]):
+    if source == "live" and hasattr(found := living(spec), "name") and hasattr(found, "classes"):
+        ready: Dataset = found  # one of this package's kind
+        return ready
+    if source == "live" or is_place(spec.partition("?")[0]):
         from srd_lab.data.own import OwnData
 
-        return OwnData(spec, size=side, crop=crop, interpolation=interpolation, limit=limit)
+        own = living(spec) if source == "live" else None
+        return OwnData(spec, own, side, crop=crop, interpolation=interpolation, limit=limit)
     raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 

@@ -192,7 +192,7 @@ def input_size(name: str, data: str = "imagenet") -> int:
 
 def _kind(data: str) -> str:
     kind, colon, _ = data.partition(":")
-    if is_place(data.partition("?")[0]) and kind not in FAMILIES:
+    if kind == "live" or (is_place(data.partition("?")[0]) and kind not in FAMILIES):
         return "own"
     if kind not in FAMILIES or (kind == "scenes" and colon):
         raise BadValue(f"there are no models for data {data!r}; choose {SPECS}")

@@ -29,6 +29,7 @@ Example
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from torch import nn
 from srd_lab.errors import BadValue, BadWeights, SrdLabError, Unavailable, first_line
 from srd_lab.logits import class_logits
 from srd_lab.models.classifier import Classifier
-from srd_lab.parts import make, split_options
+from srd_lab.parts import living, make, split_options
 from srd_lab.types import INTERPOLATIONS, Preprocessing
 
 
@@ -226,4 +227,9 @@ def _no_download(name: str, error: Exception) -> Unavailable:
     )
 
 
-SOURCES: dict[str, Callable[[str, bool], Own]] = {"timm": _timm, "hf": _hf, "hub": _hub}
+def _live(name: str, with_weights: bool) -> Own:
+    """A copy of a network in hand: the study changes modes and places."""
+    return _made(name, copy.deepcopy(living(name)))
+
+
+SOURCES: dict[str, Callable[[str, bool], Own]] = {"timm": _timm, "hf": _hf, "hub": _hub, "live": _live}

@@ -1,0 +1,224 @@
+"""The studies from Python, on live objects: a model and a data set in hand, and a result that shows itself.
+
+Example
+-------
+::
+
+    result = srd_lab.evaluate(model, dataset, methods=["srd", "gradcam"], metrics=["sparseness", "fidelity"], images=50)
+    result.table()                     # one row per image and method: a pandas.DataFrame, or a list of dicts without pandas
+    result.save("evaluation")          # tables, figures and settings, as the command leaves them
+    print(result.summary)
+
+    srd_lab.attack(model, images, method="srd").table()      # worst case per image over the quick ensemble
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import html
+import io
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from apop.settings import SurveySettings
+from apop.study import Survey
+from attacks.budget import Budget, to_8_bits
+from attacks.ensemble import Ensemble
+from attacks.experiment import attack_explainer
+from attacks.probe import probe
+from attacks.scores import SCORES
+from srd_lab.errors import BadValue
+from srd_lab.evaluation.settings import EvaluationSettings
+from srd_lab.evaluation.study import Evaluation
+from srd_lab.parts import live
+from srd_lab.runs.report import csv_text, text_table
+from srd_lab.runs.tracking import open_run
+from srd_lab.types import Preprocessing
+
+TABLES = ("images.csv", "pairs.csv")
+PROBED = 4  # images that tell which surrogate to attack
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study found.
+
+    summary : the report, as the command prints it. folder : its tables, figures and settings; gone with the result unless
+        :meth:`save` has copied it. images : of an attack, the worst adversarial images (N, C, H, W) by score; else empty.
+    """
+
+    summary: str
+    folder: Path
+    images: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def table(self) -> Any:
+        """One row per image (and method): a pandas.DataFrame where pandas is installed, else a list of dicts of text."""
+        rows = [
+            row
+            for name in TABLES
+            for file in sorted(self.folder.rglob(name))
+            for row in _rows(file, self.folder)
+        ]
+        try:
+            import pandas
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows).apply(_numbers)
+
+    def plot(self) -> list[Path]:
+        """The figures, as PNG files in :attr:`folder`."""
+        return sorted(self.folder.rglob("*.png"))
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy everything into a new folder, which is returned. Raises BadValue where it exists already."""
+        if Path(folder).exists():
+            raise BadValue(f"{folder} exists already; give the name of a new folder")
+        return Path(shutil.copytree(self.folder, folder))
+
+    def __str__(self) -> str:
+        return self.summary
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<pre>{html.escape(self.summary)}</pre>"
+
+
+def _rows(file: Path, root: Path) -> list[dict[str, str]]:
+    """The rows of a table, with the part of the run that it is of where there are several."""
+    part = {} if file.parent == root else {"part": file.parent.relative_to(root).as_posix()}
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [part | row for row in csv.DictReader(lines)]
+
+
+def _numbers(column: Any) -> Any:
+    try:
+        return column.astype(float)
+    except (ValueError, TypeError):
+        return column
+
+
+def evaluate(
+    model: nn.Module | str,
+    dataset: Any = "scenes",
+    methods: Sequence[str] = ("all",),
+    metrics: Sequence[str] = ("all",),
+    images: int | str = 200,
+    *,
+    preprocessing: Preprocessing | None = None,
+    **settings: Any,
+) -> Result:
+    """Score methods on the same images, as ``srd-lab evaluate`` does.
+
+    model : a network, which is left as it is, or a name (:func:`srd_lab.load_model`).
+    dataset : a data set (:mod:`srd_lab.data.own`), or a name (:func:`srd_lab.load_data`).
+    methods, metrics : names, ``all``. images : how many, drawn by the seed, or ``all``.
+    preprocessing : what the network needs of an image; None = what it says itself, else ImageNet's at 224 pixels.
+    settings : further fields of :class:`srd_lab.evaluation.settings.EvaluationSettings`.
+
+    Errors are those of the command.
+    """
+    with _named(model, dataset, preprocessing) as names:
+        settings |= {**names, "methods": tuple(methods), "metrics": tuple(metrics), "images": images}
+        return _result("evaluate", Evaluation(EvaluationSettings(**settings)))
+
+
+def apop(
+    model: nn.Module | str,
+    dataset: Any = "scenes",
+    images: int | str = 500,
+    *,
+    preprocessing: Preprocessing | None = None,
+    **settings: Any,
+) -> Result:
+    """Predict from activation patterns alone, as ``srd-lab apop`` does; arguments as in :func:`evaluate`.
+
+    settings : further fields of :class:`apop.settings.SurveySettings`.
+    """
+    with _named(model, dataset, preprocessing) as names:
+        settings |= {"data": names["data"], "models": (names["model"],), "images": images}
+        return _result("apop", Survey(SurveySettings(**settings)))
+
+
+def attack(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None = None,
+    method: str = "srd",
+    *,
+    members: Sequence[str] = Ensemble.members,
+    budget: Budget | None = None,
+    mode: str = "quick",
+    seed: int = 0,
+    start: str = "ones",
+) -> Result:
+    """The worst case of an explanation over an ensemble of attacks, image by image.
+
+    model : in eval mode; takes pixels. images : pixels (N, C, H, W) in [0, 1], rounded to 8 bits first.
+    target : (N,) the class that is explained; None = predicted. method : as for :func:`srd_lab.make_explainer`.
+    members : of :data:`attacks.ensemble.MEMBERS`; a method without a gradient goes to ``black_box``.
+    budget : None = the published attack's, MSE 1e-3 (normalised) and 8/255. mode : "quick" or "full".
+    seed : decides what is drawn. start : where SRD starts.
+
+    The table has a row per image: the lowest score of each kind, which member found it, the share of the budget it used.
+
+    Errors are those of :class:`attacks.ensemble.Ensemble`.
+    """
+    ensemble = Ensemble(tuple(members), mode, budget or Budget.named("legacy"), seed)
+    explainer, x = attack_explainer(method, start), to_8_bits(images)
+    known = probe(explainer, model, x[:PROBED], ensemble.budget, seed=seed)
+    if known.best is None and "black_box" not in ensemble.members:
+        ensemble = Ensemble((*ensemble.members, "black_box"), mode, ensemble.budget, seed)
+    found = ensemble.run(model, explainer, x, target, surrogate=known.best)
+    rows = [
+        {"image": i, "class": int(found.target[i])}
+        | {score: round(float(found.worst[score][i]), 6) for score in SCORES}
+        | {
+            "by": found.names[k] if (k := int(found.by["pcc"][i])) >= 0 else "none",
+            "used": float(found.used[i]),
+        }
+        for i in range(len(x))
+    ]
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    note = f"\n\n{method} has no gradient: {known.why}" if known.best is None else ""
+    folder = Path(tempfile.mkdtemp())
+    (folder / TABLES[0]).write_text(csv_text(rows), encoding="utf-8")
+    text = f"{method} under {', '.join(ensemble.members)}; {ensemble.budget}\n\n{text_table(list(rows[0]), cells)}{note}"
+    return _passing(Result(text, folder, found.images), folder)
+
+
+@contextlib.contextmanager
+def _named(model: Any, dataset: Any, preprocessing: Preprocessing | None) -> Iterator[dict[str, Any]]:
+    """Settings that name the live objects, as long as they are needed."""
+    with contextlib.ExitStack() as held:
+        network = (model, preprocessing) if preprocessing else model
+        yield {
+            "model": model if isinstance(model, str) else held.enter_context(live(network)),
+            "data": dataset if isinstance(dataset, str) else held.enter_context(live(dataset)),
+        }
+
+
+def _result(command: str, study: Any) -> Result:
+    """Run a study without tracking; what it prints is the summary."""
+    home = Path(tempfile.mkdtemp())
+    folder = home / command
+    stored = study.settings.stored()
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        open_run(command, command, stored, track=False, out=folder) as run,
+    ):
+        study.run(run)
+    return _passing(Result((folder / "summary.txt").read_text(encoding="utf-8").rstrip(), folder), home)
+
+
+def _passing(result: Result, home: Path) -> Result:
+    """A result whose folder goes when it does."""
+    weakref.finalize(result, shutil.rmtree, home, ignore_errors=True)
+    return result
