@@ -399,7 +399,7 @@ def test_a_flag_that_makes_a_figure_unreliable_takes_the_rank(run: Path, flag: s
         ("images", lambda e: e["images"].__setitem__("originals_sha256", "0" * 64)),
         ("budget", lambda e: e["attack"]["budget"].__setitem__("linf", 4.0)),
         ("mode", lambda e: e["attack"].__setitem__("mode", "full")),
-        pytest.param("attack", lambda e: e["attack"].__setitem__("members", ["S"])),
+        pytest.param("members", lambda e: e["attack"].__setitem__("members", ["S"])),
         pytest.param("attack", lambda e: e["attack"].__setitem__("iterations", 1)),
     ],
 )

@@ -511,10 +511,10 @@ def test_the_study_prints_stores_and_goes_on(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(ModelManipulation, "run", never)
-    monkeypatch.setattr(model_study, "load_data", never)
     with pytest.raises(AssertionError, match="trained again"):
         studied(tmp_path)
-    monkeypatch.setattr(model_study, "load_data", lambda *a, **k: study.source)
+    known = {"train": study.source, "test": study.dataset}
+    monkeypatch.setattr(model_study, "data_for", lambda settings, name, split="test": known[split])
     capsys.readouterr()
     for child in ("control", "gradcam"):
         assert 0 < float((tmp_path / child / "seconds.txt").read_text()) < 100

@@ -595,9 +595,9 @@ def test_unknown_names_are_answered_with_the_known_ones(arguments: tuple, messag
 
 
 def test_names_are_known_for_each_data() -> None:
-    assert list(FAMILIES) == [
-        spec.strip(",").split("[")[0].split(":")[0] for spec in SPECS.replace(" or", "").split()
-    ]
+    named = [spec.strip(",").split("[")[0].split(":")[0] for spec in SPECS.replace(" or", "").split()]
+    assert list(FAMILIES) == [*named[:-1], "own"]
+    assert named[-1] == "package.module"
     assert networks() == SCENES_NETWORKS
     assert networks("imagenet") == networks("imagenet-s:DIR") == networks("voc") == torchvision_names()
     assert networks("cifar100:FILE") == (*CIFAR_NETWORKS, *torchvision_names())

@@ -291,6 +291,9 @@ def test_whatever_ends_a_run_says_how_to_go_on(
 
         def __exit__(self, *_: object) -> None: ...
 
+        def list(self) -> list[str]:
+            return []
+
     @click.command()
     @common_options
     @click.pass_context
@@ -306,7 +309,8 @@ def test_whatever_ends_a_run_says_how_to_go_on(
     untracked = "nothing is kept (no tracking, no --out)"
     assert output("--no-track") == f"Error: {said}; {untracked}\n"
     out = tmp_path / "out"
-    assert output("--no-track", "--out", str(out)) == f"Error: {said}; the files are in {out}\n"
+    again = f"what was finished is stored; go on with: srd-lab attack --no-track --resume {out}"
+    assert output("--no-track", "--out", str(out)) == f"Error: {said}; {again}\n"
     monkeypatch.setattr("srd_lab.runs.tracking.open_run", lambda *_, **__: Known())
     again = "what was finished is stored; go on with: srd-lab attack --resume abc"
     assert output() == f"Error: {said}; {again}\n"

@@ -14,7 +14,7 @@ with normalised images; so one can look at *their* implementation under attack, 
 Example
 -------
 >>> own_method("captum:InputXGradient").explain(model, x).shape
-torch.Size([2, 16, 16])
+torch.Size([2, 64, 64])
 """
 
 from __future__ import annotations

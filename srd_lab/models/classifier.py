@@ -69,11 +69,16 @@ class Classifier(nn.Module):
         super().__init__()
         self.normalise: nn.Module = Normalise(mean, std)
         self.network = network
-        self.classes = len(last_parameter(network)[1]) if classes is None else classes
+        self._classes = classes
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of pixels x (N, 3, H, W) in [0, 1]."""
         return self.network(self.normalise(x))
+
+    @property
+    def classes(self) -> int:
+        """How many classes the logits are for."""
+        return len(last_parameter(self.network)[1]) if self._classes is None else self._classes
 
     def normalisation_and_network(self) -> tuple[nn.Module, nn.Module]:
         """See :class:`srd_lab.normalise.Normalising`; a subclass with a forward of its own is one whole."""
