@@ -31,12 +31,11 @@ from srd_lab.errors import BadEntry, BadWeights
 from srd_lab.methods.smoothed import plain_name
 from srd_lab.models import load_model, weights_digest
 from srd_lab.normalise import normalisation_scale
-from srd_lab.parts import is_own
+from srd_lab.parts import LIBRARIES, is_own
 from srd_lab.runs.settings import options_of
 from srd_lab.runtime import Batcher, full_precision, pick_device
 from srd_lab.types import Preprocessing
 
-_LIBRARIES = ("timm:", "captum:", "zennit:")
 USED = 0.75  # of the budget, by some image: else a larger one is claimed than was used
 AGREES = 2e-3  # scores of float32 maps on other hardware
 # insertion and deletion exchange pixels in the order of the map: equal ones may change places
@@ -70,9 +69,8 @@ def verify(
 
 def _refuse_code(model: str, method: str) -> None:
     """Refuse (BadEntry) to run what a stranger's entry names; libraries that are installed here may be named."""
-    parts = (model, _LIBRARIES[:1]), (plain_name(method), _LIBRARIES[1:])
-    for name, libraries in parts:
-        if is_own(name) and not name.startswith(libraries):
+    for name in (model, plain_name(method)):
+        if is_own(name) and name.partition(":")[0] not in LIBRARIES:
             raise BadEntry(
                 f"the entry names code, {name}, which is not run for an entry's sake; read it, then give --run-code"
             )

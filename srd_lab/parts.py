@@ -27,6 +27,12 @@ from typing import Any
 
 from srd_lab.errors import BadValue, SrdLabError, first_line
 
+# words in front of a colon that are no modules: libraries, and sources of data
+LIBRARIES = ("timm", "captum", "zennit")
+_NO_MODULES = (
+    *(*LIBRARIES, "hf", "hub", "live"),
+    *("imagenet", "imagenet-s", "imagefolder", "cifar10", "cifar100", "voc", "pictures", "table"),
+)
 EXPECTED = "expected package.module:name or path/file.py:name"
 
 
@@ -63,7 +69,11 @@ def is_own(name: str) -> bool:
 def is_place(name: str) -> bool:
     """Whether ``name``, without its options, is spelled as ``package.module:name`` or ``path/file.py:name``."""
     module, colon, attribute = name.rpartition(":")
-    if not colon or not all(part.isidentifier() for part in attribute.split(".")):
+    if (
+        not colon
+        or name.partition(":")[0] in _NO_MODULES
+        or not all(part.isidentifier() for part in attribute.split("."))
+    ):
         return False
     return module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
 
@@ -120,12 +130,19 @@ def living(name: str) -> Any:
     return _LIVE[name]
 
 
+def code_in(text: str) -> list[str]:
+    """The parts among what a text names (``smoothed(mine.py:Method?a=1,0.1)``, ``a.py:net,hub:REPO:NAME``) that are code, of
+    the user's or from elsewhere, and none of the libraries that are installed here."""
+    found = re.findall(r"[^\s,()?&=]+:[^\s,()?&]+", text)
+    return [name for name in dict.fromkeys(found) if is_place(name) or name.startswith(("hub:", "hf:"))]
+
+
 def code_of(text: str) -> dict[str, str]:
     """``place`` -> SHA-256, in hexadecimal digits, of the file that it is in, of every part from a module or a file that a
     text names: ``smoothed(mine.py:Method?a=1,0.1)``. What cannot be imported is left out.
     """
     found = {}
-    for place in dict.fromkeys(re.findall(r"[^\s,()?&=]+:[\w.]+", text)):
+    for place in code_in(text):
         if is_place(place):
             try:
                 file = getattr(_module(place.rpartition(":")[0]), "__file__", None)

@@ -26,6 +26,7 @@ from srd_lab.adapters import captum_attribution, explain_func
 from srd_lab.catalogue import Declared, Method, metric_of
 from srd_lab.cli.main import main
 from srd_lab.errors import BadValue, Refused, SrdLabWarning, Unavailable
+from srd_lab.parts import code_in, code_of
 from srd_lab.registry import EXPLAINERS, make_explainer, make_metric
 
 MINE = """
@@ -409,3 +410,17 @@ def test_methods_in_the_hands_of_quantus(model: torch.nn.Module) -> None:
         assert (found.shape, found.dtype) == ((2, 1, 8, 8), np.float64)
     expected = make_explainer("srd").explain(model, torch.from_numpy(x), torch.from_numpy(y))
     np.testing.assert_allclose(explain_func(model, torch.from_numpy(x), y[:, None])[:, 0], expected.numpy())
+
+
+def test_sources_of_data_are_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in the working directory that is called as a source of data is not imported for it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("voc", "imagenet", "timm", "table", "pictures"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('it ran')\n")
+    for text in ("voc:DIR", "imagenet:DIR", "timm:resnet18", "table:DIR,pictures:DIR", "live:Net-1"):
+        assert code_in(text) == []
+        assert code_of(text) == {}
+    assert code_in("srd,smoothed(mine.py:Method?a=1,0.1),hub:a/b:net?x=1") == [
+        "mine.py:Method",
+        "hub:a/b:net",
+    ]

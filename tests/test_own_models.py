@@ -247,7 +247,13 @@ def test_a_run_of_an_own_network_goes_on_and_notices_another(
         str(out),
     )
     assert command(*start).exit_code == 0
-    resume = ("apop", "--no-track", "--resume", str(out))
+    resume = ("apop", "--no-track", "--resume", str(out), "--model", f"{mine}:net?width=5")
+    unsaid = command(*resume[:4])
+    assert (
+        f"run {out} names code, {mine}:net, which is not run for a stored run's sake; name it again: --model"
+        in unsaid.output
+    )
+    assert json.loads((out / "run.json").read_text())["status"] == "FINISHED"
     assert command(*resume).exit_code == 0
     monkeypatch.setattr(parts.find(f"{mine}:net"), "__defaults__", (4, 10))
     text = (out / "run.json").read_text()
@@ -293,7 +299,6 @@ def test_an_attack_and_its_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("hf:somebody/net", "srd", True),
         ("vgg16", "mine.py:Method", True),
         ("vgg16", "smoothed(mine.py:Method?a=1,0.1)", True),
-        ("captum:net", "srd", True),
         ("timm:resnet18", "captum:Saliency", False),
         ("vgg16", "smoothed(zennit:EpsilonPlus,0.1)", False),
         ("vgg16", "srd?level=high", False),

@@ -16,11 +16,13 @@ import click
 
 from srd_lab.cli.errors import Notes
 from srd_lab.errors import BadValue, OtherWork
+from srd_lab.parts import code_in, code_of
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
 # options that no study knows
 OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug")
 _NAMES = ("model", "models", "data", "methods", "metrics")  # settings that may name parts of the user's own
+_OPTIONS = {"models": "model"}  # where an option is spelled in another way
 FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
 
 
@@ -88,6 +90,7 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
             with run:
                 if study is None:
                     _check_whole(run)
+                    _check_named_again(run, record)
                     study = study_of(Given(ctx.params, run.params))
                     _check_same(run, study)
                     _note_what_changed(run, study, notes)
@@ -133,7 +136,6 @@ def _decisive(study: Study) -> dict[str, str]:
 
 def _surroundings(study: Study) -> dict[str, Any]:
     """What decides no setting and may yet decide a digit."""
-    from srd_lab.parts import code_of
     from srd_lab.runs.environment import device_name, environment
 
     names = " ".join(study.settings.stored().get(name, "") for name in _NAMES)
@@ -159,6 +161,16 @@ def _check_whole(run: Any) -> None:
         raise OtherWork(f"run {run.id} was interrupted before its settings were stored; start a new run")
 
 
+def _check_named_again(run: Any, named: Mapping[str, str]) -> None:
+    """Refuse to run code because a stored run names it: the run may be a stranger's."""
+    for name in _NAMES:
+        if name not in named and (code := code_in(run.params.get(name, ""))):
+            raise OtherWork(
+                f"run {run.id} names code, {', '.join(code)}, which is not run for a stored run's sake; name it again: "
+                f"--{_OPTIONS.get(name, name)} {shlex.quote(run.params[name])}"
+            )
+
+
 def _note_what_changed(run: Any, study: Study, notes: Notes) -> None:
     """Other code, libraries or hardware than the run began with may go on; the user is told."""
     none = "(none)"
@@ -177,5 +189,7 @@ def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
     uri = ctx.params["tracking_uri"]
     place = f" --tracking-uri {shlex.quote(shown(uri))}" if uri else ""
     untracked = "" if ctx.params["track"] else " --no-track"
-    again = f"srd-lab {command}{untracked} --resume {shlex.quote(run.id)}{place}"
+    named = {name: text for name, text in typed(ctx).items() if name in _NAMES and code_in(text)}
+    code = "".join(f" --{_OPTIONS.get(name, name)} {shlex.quote(text)}" for name, text in named.items())
+    again = f"srd-lab {command}{untracked} --resume {shlex.quote(run.id)}{place}{code}"
     return f"what was finished is stored; go on with: {again}"
