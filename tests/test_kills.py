@@ -30,7 +30,7 @@ COMMANDS = {
     "robustness": ("--method", "gradient", "--pairs", "4", "--no-curve", "--no-eq10", *ON_CPU),
     "reproduce table1": ("--model", "vgg16", "--images", "4", *ON_CPU),
 }
-MOMENTS = {"apop": 40, "robustness": 4}  # that are tried; eight of the others
+MOMENTS = {"apop": 20, "robustness": 4}  # that are tried; eight of the others
 TABLES = ("images.csv", "pairs.csv")
 
 
