@@ -94,14 +94,16 @@ class Names(click.ParamType):  # type: ignore[type-arg]
     """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
 
     allowed : gives the names when one is to be read.
-    free : whether names with options (``srd?level=high``), wrappers (``smoothed(srd,0.1,64)``) and parts from elsewhere
-        (``mine.py:Method``) are allowed too; these are read later.
+    free : whether names with options (``srd?level=high``) and parts from elsewhere (``mine.py:Method``) are allowed too, which
+        are read later; wrapped : whether wrappers are (``smoothed(srd,0.1,64)``).
     """
 
     name = "list"
 
-    def __init__(self, allowed: Callable[[], Sequence[str]], *, free: bool = False) -> None:
-        self.allowed, self.free = allowed, free
+    def __init__(
+        self, allowed: Callable[[], Sequence[str]], *, free: bool = False, wrapped: bool = False
+    ) -> None:
+        self.allowed, self.free, self.wrapped = allowed, free, wrapped
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -114,9 +116,10 @@ class Names(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{wrong[0]!r} is not one of {', '.join(allowed)}", param, ctx)
         return tuple(dict.fromkeys(names))
 
-    @staticmethod
-    def _later(name: str, allowed: Sequence[str]) -> bool:
-        return "(" in name or is_own(name) or ("?" in name and _plain(name) in allowed)
+    def _later(self, name: str, allowed: Sequence[str]) -> bool:
+        if "(" in name:
+            return self.wrapped
+        return is_own(name) or ("?" in name and _plain(name) in allowed)
 
 
 def names_option(
@@ -125,10 +128,11 @@ def names_option(
     default: Sequence[str],
     help: str,
     free: bool = True,
+    wrapped: bool = False,
 ) -> Callable[..., Any]:
     """An option that takes names: repeated, or several separated by commas.
 
-    spellings : of the option, and the name of its value. allowed, free : see :class:`Names`.
+    spellings : of the option, and the name of its value. allowed, free, wrapped : see :class:`Names`.
     """
 
     def flat(ctx: click.Context, param: click.Parameter, given: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -137,7 +141,7 @@ def names_option(
     return click.option(
         *spellings,
         multiple=True,
-        type=Names(allowed, free=free),
+        type=Names(allowed, free=free, wrapped=wrapped),
         default=list(default),
         show_default=True,
         metavar="NAME",
@@ -159,6 +163,7 @@ def methods_option(
         default=default,
         help=help,
         free=not only,
+        wrapped=not only,
     )
 
 
