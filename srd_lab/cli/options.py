@@ -94,8 +94,8 @@ class Names(click.ParamType):  # type: ignore[type-arg]
     """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
 
     allowed : gives the names when one is to be read.
-    free : whether names with options (``srd?level=high``) and parts from elsewhere (``mine.py:Method``) are allowed too, which
-        are read later; wrapped : whether wrappers are (``smoothed(srd,0.1,64)``).
+    free : whether names with options (``srd?level=high``) and parts from elsewhere (``mine.py:Method``) are allowed too,
+        which are read later; wrapped : whether wrappers are (``smoothed(srd,0.1,64)``).
     """
 
     name = "list"
