@@ -138,21 +138,25 @@ def test_every_method_attacks_the_same_pairs(store: str, finished: str) -> None:
     assert len({name for r in srd for name in (r["original"], r["goal"])}) == 8
 
 
-def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
-    store: str, finished: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow import MlflowClient
+def interrupt_the_second_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = study.attack_batch, []
 
-    whole = study.attack_batch
-    calls = []
-
-    def interrupted(*args: object, **kwargs: object) -> object:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(study, "attack_batch", interrupted)
+
+
+def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
+    store: str, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    whole = study.attack_batch
+    interrupt_the_second_batch(monkeypatch)
     result = call(*TINY, "--method", "srd", "--method", "gradient", "--tracking-uri", store)
     stopped = run_id(store)
     assert result.exit_code == 1
@@ -197,15 +201,8 @@ def test_a_resumed_run_says_what_has_changed_since(
 def test_a_run_without_tracking_goes_on_in_its_folder(
     tmp_path: Path, store: str, finished: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, calls, out = study.attack_batch, [], tmp_path / "the run"
-
-    def interrupted(*args: object, **kwargs: object) -> object:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(*args, **kwargs)
-
-    monkeypatch.setattr(study, "attack_batch", interrupted)
+    whole, out = study.attack_batch, tmp_path / "the run"
+    interrupt_the_second_batch(monkeypatch)
     result = call(*TINY, "--method", "srd", "--method", "gradient", "--no-track", "--out", str(out))
     assert f"go on with: srd-lab attack --no-track --resume '{out}'" in result.output
     assert json.loads((out / "run.json").read_text())["status"] == "KILLED"

@@ -281,6 +281,23 @@ def test_a_folder_is_gone_on_with(tmp_path: Path) -> None:
     assert (out / "srd" / "traces.csv").read_text() == "name,step,value\nloss,0,3.0\nloss,1,2.0\nloss,2,1.0\n"
 
 
+def test_a_new_run_takes_nothing_over_from_what_lies_in_its_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        open_run("attack", "x", {}, track=False, out=out) as run,
+        run.child("srd", {"method": "srd"}) as part,
+    ):
+        part.log_metrics({"ssim": 0.5})
+    (out / "run.json").unlink()
+    with (
+        open_run("attack", "x", {}, track=False, out=out) as run,
+        run.child("srd", {"method": "other"}) as part,
+    ):
+        part.log_metrics({"pcc": 0.25})
+    inner = json.loads((out / "srd" / "run.json").read_text())
+    assert (inner["params"], inner["metrics"]) == ({"method": "other"}, {"pcc": 0.25})
+
+
 def test_refusals_of_a_folder_to_go_on_with(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with open_run("attack", "x", {"steps": 3}, track=False, out=out):

@@ -304,6 +304,7 @@ class FolderRun(Run):
         self._metrics: dict[str, float] = {}
         self._traces: dict[tuple[str, int], float] = {}
         self._not_finite: set[str] = set()
+        self._again = again
         if again and (self._folder / _ABOUT).exists():
             self._read()
         self._about["status"] = "RUNNING"
@@ -358,7 +359,7 @@ class FolderRun(Run):
 
     def _child(self, name: str, params: Params) -> Run:
         folder = self._folder / quote(name, safe=" ,+=()")
-        part = FolderRun(self._about["command"], name, params, folder, again=True)
+        part = FolderRun(self._about["command"], name, params, folder, again=self._again)
         part.where = self.where
         return part
 
