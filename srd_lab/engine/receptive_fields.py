@@ -19,10 +19,8 @@ from srd_lab.engine.spellings import Function
 _CELLS = (1 / 6, 1 / 2, 5 / 6)  # of the map's height and width
 _MOVES = 0.08  # of the image (standard deviation); what cells that read nearly all of it read moves by half of that
 _ALIKE = 0.5  # correlation; of trained networks it is .9 and more from four cells a side on
-_FEW, _BACKWARDS = (
-    3,
-    -0.25,
-)  # cells a side up to which a map has to run backwards to be refused: .1 to 1 is seen there
+_FEW = 3  # cells a side; up to these chance makes .07 to 1, and a map has to run backwards to be refused:
+_BACKWARDS = -0.25
 _SHIFT = 0.2  # of the image, or
 _STRIDE = 0.6  # of the distance of two cells; strides alone make 0.5
 
