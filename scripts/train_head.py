@@ -316,22 +316,7 @@ def student_of(name: str, weights: Path, head: Head, seed: int, device: torch.de
 
 def teacher_of(name: str, weights: Path, device: torch.device) -> tuple[Classifier, int]:
     """A torchvision classifier, or timm's under ``timm:NAME``; and the side of the images that it is made for."""
-    if not name.startswith("timm:"):
-        return load_model(name, "imagenet", weights, str(device)), input_size(name)
-    try:
-        import timm
-    except ImportError:
-        raise SrdLabError(
-            f"{name} needs timm, which is not installed; pip install timm, or name a torchvision network"
-        ) from None
-    try:
-        network = timm.create_model(name.removeprefix("timm:"), pretrained=False)
-    except RuntimeError as error:
-        raise SrdLabError(f"timm has no network {name!r} ({error}); timm.list_models() tells all") from None
-    fill(network, read_state(weights), f"{weights} for {name}")
-    recipe = network.pretrained_cfg
-    model = Classifier(network, recipe["mean"], recipe["std"]).eval().requires_grad_(False)
-    return model.to(device), int(recipe["input_size"][-1])
+    return load_model(name, "imagenet", weights, str(device)), input_size(name)
 
 
 # --- training ---------------------------------------------------------------------------------------------

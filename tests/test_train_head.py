@@ -580,40 +580,19 @@ def test_of_the_backbones_file_only_the_classifier_may_be_missing(
             student(changed)
 
 
-class _Lite(nn.Module):
-    pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "input_size": (3, 64, 64)}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.mean((2, 3)))
-
-
-def test_a_teacher_from_timm(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def create_model(name: str, pretrained: bool) -> nn.Module:
-        assert not pretrained
-        if name != "lite":
-            raise RuntimeError(f"Unknown model ({name})")
-        return _Lite().train()
-
-    timm = ModuleType("timm")
-    timm.create_model = create_model  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "timm", timm)
-    state = _Lite().state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    model, side = script.teacher_of("timm:lite", tmp_path / "w.pth", torch.device("cpu"))
-    assert side == 64
-    assert not model.training
-    x = torch.rand(2, 3, 64, 64)
-    expected = ((x - 0.5) / 0.25).mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
-    torch.testing.assert_close(model(x), expected)
-    with pytest.raises(SrdLabError, match=r"timm has no network 'timm:lit' \(Unknown model \(lit\)\)"):
-        script.teacher_of("timm:lit", tmp_path / "w.pth", torch.device("cpu"))
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(SrdLabError, match=r"timm:lite needs timm, which is not installed; pip install timm"):
-        script.teacher_of("timm:lite", tmp_path / "w.pth", torch.device("cpu"))
+def test_a_teacher_from_timm(script: ModuleType, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("mobilenetv3_small_050", pretrained=False).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    name = "timm:mobilenetv3_small_050"
+    model, side = script.teacher_of(name, tmp_path / "w.pth", torch.device("cpu"))
+    assert side == network.pretrained_cfg["input_size"][-1]
+    x = torch.rand(1, 3, side, side)
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), network((x - mean) / std))
+    with pytest.raises(SrdLabError, match="timm has no network 'nothing'"):
+        script.teacher_of("timm:nothing", tmp_path / "w.pth", torch.device("cpu"))
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
