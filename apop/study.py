@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,8 +18,11 @@ from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.normalise import split_normalisation
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import checked_networks, data_for, network_for, preprocessing_for, weights_sums
-from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.label import drawn_from
+from srd_lab.runs.outcome import Outcome, over_images, publish
+from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.types import Dataset
@@ -41,6 +45,7 @@ class Survey:
         self.dataset: Dataset = checked_networks(settings, self.models, self._pattern)
         self.weights_sha256 = weights_sums(settings, self.models)
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
+        self.drawn = drawn_from(settings, self.dataset, self.indices)
         self.seconds = 0.0
         source = settings.source
         self.about = f"{source}, {len(self.indices)} of {len(self.dataset)} images"
@@ -102,6 +107,10 @@ class Survey:
             key: hits.interval(key).accuracy for key in hits.right if not key.startswith("binarized_top5")
         }
         child.log_metrics({**metrics, "seconds": seconds})
+        child.log_traces(over_images(_scores(hits)))
+        if hits.layers:
+            accuracies = [interval.accuracy for interval in hits.curve()]
+            child.log_traces({"over_layers/binarized_top1": (range(1, len(accuracies) + 1), accuracies)})
         self._draw(name, child, hits)
 
     def _draw(self, name: str, child: Run, hits: Hits) -> None:
@@ -123,19 +132,19 @@ class Survey:
         """Print and store what compares the networks; results : network -> its hits."""
         classes = len(self.dataset.classes)
         chance = f"Guessing: {1 / classes:.3f} top-1, {min(TOP_5, classes) / classes:.3f} top-5."
-        text = "\n".join(
-            [
-                f"APOP on {self.about}: accuracy ±half the 95 % Wilson interval",
-                "",
-                text_table(*table_3(results, self.experiment)),
-                "",
-                chance,
-                *(line for name, hits in results.items() if hits.layers for line in _curve(name, hits)),
-            ]
-        )
+        blocks: list[Block] = [Table(*table_3(results, self.experiment)), chance]
+        for name, hits in results.items():
+            blocks += _curve(name, hits) if hits.layers else []
         if skipped := next(iter(results.values())).skipped:
-            text += f"\n\n{skipped_report(skipped)}"
-        publish(run, text, self.seconds)
+            blocks.append(skipped_report(skipped))
+        title = f"APOP on {self.about}: accuracy ±half the 95 % Wilson interval"
+        publish(run, self.outcome(Document(title, blocks), results))
+
+    def outcome(self, document: Document, results: dict[str, Hits]) -> Outcome:
+        """A report with the hits of every image; results : network -> its hits."""
+        images = [str(name) for name in next(iter(results.values())).name]
+        scores = {name: _scores(hits) for name, hits in results.items()}
+        return Outcome(document, self.seconds, images, scores)
 
 
 def table_3(results: dict[str, Hits], experiment: Experiment) -> tuple[list[str], list[list[str]]]:
@@ -160,16 +169,25 @@ def _cell(interval: Interval) -> str:
     return f"{interval.accuracy:.3f} ±{interval.half_width:.3f}"
 
 
-def _curve(model: str, hits: Hits) -> list[str]:
-    """Fig. 6 as text: a line per activation call."""
+def _scores(hits: Hits) -> dict[str, np.ndarray]:
+    """What other runs are held against: ``top1``, ``top5``, ``INPUT_apop_top1``, ...; 1 = a hit."""
+    found = {}
+    for condition, right in hits.right.items():
+        top, *of = condition.split("/")
+        if top in ("top1", "top5"):
+            found["_".join([part for part in of if part != "original"] + [top])] = right.astype(float)
+    return found
+
+
+def _curve(model: str, hits: Hits) -> list[Block]:
+    """Fig. 6 as a table: a line per activation call."""
     original = hits.interval("top1/original").accuracy
     lines = [
         [layer, f"{one.accuracy:.3f}", f"[{one.low:.3f}, {one.high:.3f}]", f"{five.accuracy:.3f}"]
         for layer, one, five in zip(hits.layers, hits.curve(), hits.curve(TOP_5), strict=True)
     ]
-    table = text_table(["Activation call", "Top-1", "95 % interval", "Top-5"], lines)
     title = f"{model}: one activation call binarised, all else as it is (untouched: {original:.3f} top-1)"
-    return ["", title, "", table]
+    return [title, Table(["Activation call", "Top-1", "95 % interval", "Top-5"], lines)]
 
 
 def _summary(hits: Hits) -> list[dict[str, Any]]:

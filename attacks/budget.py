@@ -35,6 +35,13 @@ from srd_lab.errors import BadValue
 NORMS = ("legacy", "l2", "linf")
 LEGACY_MSE, LEGACY_LINF = 1e-3, 8.0
 DEFAULTS = {"l2": 2.0, "linf": 8.0}  # units of 0..255
+
+
+def default_size(norm: str) -> float:
+    """The size of a budget that none is given for, in its own units; the published one is a factor of 1."""
+    return DEFAULTS.get(norm, 1.0)
+
+
 _NEWTON = 1000  # it ends by itself, after one step for each pixel size at the most
 _MARGIN = 1e-6  # relative; single precision must not carry the norm over the bound
 

@@ -26,8 +26,10 @@ from srd_lab.data import skipped_report
 from srd_lab.errors import BadData
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
-from srd_lab.runs.report import csv_text, publish, text_table
-from srd_lab.runs.settings import options_of
+from srd_lab.runs.document import Block, Document, Table
+from srd_lab.runs.outcome import Outcome, over_images, publish
+from srd_lab.runs.report import csv_text
+from srd_lab.runs.settings import explainer_params
 from srd_lab.runs.tracking import Run
 from srd_lab.types import Explainer
 
@@ -71,7 +73,7 @@ class ManipulationStudy(PairStudy):
         tables = {}
         for name, (method, start) in self.variants.items():
             how = self.manipulation(method, start)
-            with run.child(name, {"method": method, **options_of(how.explainer)}) as child:
+            with run.child(name, {"method": method, **explainer_params(how.explainer)}) as child:
                 tables[name] = self._attack(name, how, child)
         self.report(run, tables)
 
@@ -107,7 +109,8 @@ class ManipulationStudy(PairStudy):
         child.save_text("pairs.csv", csv_text(rows(table)))
         child.log_metrics({**metrics_of(table, self.settings.seed), "seconds": float(table["seconds"])})
         loss = _nanmean(table["loss"])
-        child.log_traces({"loss": (range(1, len(loss) + 1), loss)})
+        child.log_traces({"over_steps/loss": (range(1, len(loss) + 1), loss)})
+        child.log_traces(over_images({name: table[name] for name in ("pcc", "ssim")}))
         child.save_figure("pictures.png", render.picture_grid(self.shown[name]))
 
     def _pictures(self, table: Arrays) -> list[render.PictureRow]:
@@ -130,7 +133,17 @@ class ManipulationStudy(PairStudy):
     def report(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Print and store what compares the methods; tables : method -> arrays over the pairs."""
         self.figures(run, tables)
-        publish(run, self.tables(tables), seconds(tables))
+        publish(run, self.outcome(self.document(tables), tables))
+
+    def outcome(self, document: Document, tables: dict[str, Arrays]) -> Outcome:
+        """A report with the scores of every pair."""
+        images = [str(name) for name in next(iter(tables.values()))["original"]]
+        scores = {
+            method: {name: table[name] for name in ("pcc", "ssim", "pcc_target", "ssim_target")}
+            | {f"noise_{name}": table[f"{name}_noise"] for name in ("pcc", "ssim")}
+            for method, table in tables.items()
+        }
+        return Outcome(document, seconds(tables), images, scores)
 
     def figures(self, run: Run, tables: dict[str, Arrays]) -> None:
         """Store the box plots, and the scores over the perturbation reached."""
@@ -142,19 +155,19 @@ class ManipulationStudy(PairStudy):
             figure = render.perturbation(over, c.reached, c.pairs, c.bands, self.title)
             run.save_figure(f"scores_over_{over}.png", figure)
 
-    def tables(self, tables: dict[str, Arrays]) -> str:
-        """The summary as text."""
+    def document(self, tables: dict[str, Arrays]) -> Document:
+        """The report."""
         seed = self.settings.seed
-        text = f"{self.title}; original map against the map after the attack, mean [95 % interval]\n\n"
-        text += text_table(*summary_table(tables, seed)) + "\n"
+        title = f"{self.title}; original map against the map after the attack, mean [95 % interval]"
+        parts: list[Block] = [Table(*summary_table(tables, seed))]
         if len(tables) > 1:
             reach = {over: common_reach(tables, over) for over in ("mse", "linf")}
-            text += EQUAL.format(**{over: _mean(values) for over, values in reach.items()})
-            text += "\n" + text_table(*equal_table(tables, seed)) + "\n"
+            parts.append(EQUAL.format(**{over: _mean(values) for over, values in reach.items()}))
+            parts.append(Table(*equal_table(tables, seed)))
         stalled = _stalled(tables, self.settings.stop_mse)
         notes = [*_ended_early(tables), *stalled, *_left_out(tables), few_note(len(self.pairs), "pairs")]
         notes.append(skipped_report(self.skipped) if self.skipped else "")
-        return text + "".join(f"\n{note}\n" for note in notes if note) + LEGEND
+        return Document(title, [*parts, *notes, LEGEND])
 
 
 def manipulation_of(explainer: Explainer, s: ManipulationSettings) -> Manipulation:

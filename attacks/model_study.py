@@ -29,9 +29,12 @@ from srd_lab.errors import BadData, BadValue
 from srd_lab.metrics.summary import few_note
 from srd_lab.normalise import split_normalisation
 from srd_lab.registry import make_explainer
+from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import data_for, labelled, network_for, preprocessing_for, weights_sums
-from srd_lab.runs.report import csv_text, progress, publish, text_table
-from srd_lab.runs.settings import options_of
+from srd_lab.runs.label import drawn_from
+from srd_lab.runs.outcome import Outcome, publish
+from srd_lab.runs.report import csv_text, progress
+from srd_lab.runs.settings import explainer_params
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, generator, pick_device
 from srd_lab.types import Dataset, Sample
@@ -120,6 +123,7 @@ class ModelStudy:
             self.manipulation(method)  # wrong settings show before a run is opened
         self.source, self.training, self.held = self._indices(name)
         self.title = f"{name} on {settings.source}"
+        self.drawn = drawn_from(settings, self.dataset, self.held)
         self._before = 0.0  # seconds of training in earlier sessions
 
     def _indices(self, name: str) -> tuple[Dataset, list[int], list[int]]:
@@ -165,10 +169,11 @@ class ModelStudy:
             control = self._network(child, CONTROL, how, training)
             untouched = {m: self._read(m, control, cases) for m in self.read}
             child.log_metrics({"accuracy": self._accuracy(control, x, labels)})
-        texts = []
+        blocks: list[Block] = []
+        scores: dict[str, dict[str, np.ndarray]] = {}
         for method in self.methods:
             how = self.manipulation(method)
-            params = {**self._params(how), "method": method, **options_of(how.explainer)}
+            params = {**self._params(how), "method": method, **explainer_params(how.explainer)}
             with run.child(method, params) as child:
                 network = self._network(child, method, how, training)
                 found = {m: self._read(m, network, cases) for m in self.read}
@@ -176,9 +181,11 @@ class ModelStudy:
                 accuracies = {name: self._accuracy(net, x, labels) for name, net in networks.items()}
                 self._log(child, method, found, untouched, accuracies)
                 child.save_figure("pictures.png", self._pictures(method, network, cases, held))
-            texts.append(self._text(method, found, untouched, accuracies, len(cases.images)))
-        text = "\n\n".join(texts) + LEGEND.format(what=self.objective.what)
-        publish(run, text, self._before + time.perf_counter() - began)
+            blocks += self._blocks(method, found, untouched, accuracies, len(cases.images))
+            scores |= _scores(method, found, untouched)
+        document = Document(f"{self.title}, manipulated", [*blocks, LEGEND.format(what=self.objective.what)])
+        images = [f"case {i}" for i in range(len(cases.images))]
+        publish(run, Outcome(document, self._before + time.perf_counter() - began, images, scores))
 
     def _params(self, how: ModelManipulation) -> dict[str, Any]:
         return {"map_weight": how.weight, "objective": str(how.objective)}
@@ -196,7 +203,9 @@ class ModelStudy:
         child.save_text(_SECONDS, f"{time.perf_counter() - began:.3f}\n")
         child.save_arrays("weights.npz", {k: v.numpy() for k, v in weights_of(done.model).items()})
         steps = range(1, how.steps + 1)
-        child.log_traces({"task": (steps, done.task.numpy()), "score": (steps, done.score.numpy())})
+        child.log_traces(
+            {"over_steps/task": (steps, done.task.numpy()), "over_steps/score": (steps, done.score.numpy())}
+        )
         return done.model
 
     def _accuracy(self, network: nn.Module, x: Tensor, labels: Tensor) -> float:
@@ -256,16 +265,26 @@ class ModelStudy:
             metrics[f"{m}/gain"] = verdict.gain.mean
         child.log_metrics(metrics)
 
-    def _text(
+    def _blocks(
         self, method: str, found: Maps, untouched: Maps, accuracies: Mapping[str, float], count: int
-    ) -> str:
+    ) -> list[Block]:
         accuracy = ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())
-        head = f"{self.title}, manipulated against {method}; accuracy on {len(self.held)} held-out images: {accuracy}"
+        head = f"Manipulated against {method}; accuracy on {len(self.held)} held-out images: {accuracy}"
         found_verdicts = verdicts(method, found, untouched, self.settings.seed)
         note = few_note(count, "images")
-        return f"{head}\n\n{text_table(*table(found, untouched, found_verdicts))}" + (
-            f"\n{note}" if note else ""
-        )
+        return [head, Table(*table(found, untouched, found_verdicts)), note]
+
+
+def _scores(attacked: str, found: Maps, untouched: Maps) -> dict[str, dict[str, np.ndarray]]:
+    """Per method that was read, what became of its maps in the network manipulated against ``attacked``."""
+    return {
+        f"{m}, manipulated against {attacked}": {
+            "pcc": own["pcc"],
+            "ssim": own["ssim"],
+            "gain": own["after"] - untouched[m]["after"],
+        }
+        for m, own in found.items()
+    }
 
 
 class _Once:

@@ -9,6 +9,7 @@ from attacks.settings import PairSettings
 from srd_lab.data.draw import draw_pairs
 from srd_lab.methods.smoothed import plain_name
 from srd_lab.runs.inputs import data_for, labelled, network_for, weights_sums
+from srd_lab.runs.label import drawn_from
 from srd_lab.runtime import Batcher, pick_device
 
 PIXELS_AT_ONCE = 48 * 64 * 64  # on a CPU; an accelerator takes 16 times as many
@@ -37,6 +38,7 @@ class PairStudy:
         self.pairs, self.skipped = draw_pairs(
             *(self.dataset, self.model, settings.pairs, settings.seed, self.device, settings.workers)
         )
+        self.drawn = drawn_from(settings, self.dataset, [pair.original for pair in self.pairs])
         side = self.dataset[self.pairs[0].original].image.shape[-1]
         self.batcher = Batcher(settings.batch_size or pairs_at_once(side, self.device.type))
         self.where = f"{name} on {settings.source}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attacks.budget import default_size
 from attacks.ensemble import LETTERS
 from attacks.flags import HALF
 from attacks.scores import SCORES
@@ -15,7 +16,9 @@ from attacks.statistics import Difference, against, area, breaking_budget, expla
 from attacks.thresholds import TAU
 from srd_lab import render
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.document import Block, Document, Table
+from srd_lab.runs.outcome import Outcome, over_images, publish
+from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import Run
 
 if TYPE_CHECKING:
@@ -80,6 +83,12 @@ class Report:
         """Store figures, table and pictures of one method in its child run."""
         child, table = subject.child, subject.table
         child.log_metrics(self.score(subject))
+        child.log_traces(over_images({f"worst_{name}": table[f"worst/{name}"] for name in SCORES[:2]}))
+        if len(subject.curve) > 1:
+            size = self.settings.budget or default_size(self.settings.norm)
+            percent = [round(100 * budget / size) for budget in subject.curve]
+            means = [float(scores.mean()) for scores in subject.curve.values()]
+            child.log_traces({"over_budget_percent/worst_pcc": (percent, means)})
         child.save_text("images.csv", csv_text(_rows(table)))
         child.save_text("flags.txt", "".join(f"{name}: {said}\n" for name, said in subject.flags.items()))
         child.save_figure("worst.png", render.picture_grid(self._pictures(subject)))
@@ -123,12 +132,10 @@ class Report:
         }
         noise = {s.name: {k: s.table[f"control/noise/{k}"] for k in ("pcc", "ssim")} for s in subjects}
         run.save_figure("scores.png", render.box_plots(scores, noise, self.title))
-        run.log_metrics(
-            {f"{s.name}/worst_{k}": float(s.table[f"worst/{k}"].mean()) for s in subjects for k in SCORES}
-        )
-        publish(
-            run, self.text(subjects, differences, skipped), sum(float(s.table["seconds"]) for s in subjects)
-        )
+        seconds = sum(float(s.table["seconds"]) for s in subjects)
+        images = [str(name) for name in subjects[0].table["original"]]
+        scored = {s.name: _scores(s.table) for s in subjects}
+        publish(run, Outcome(self.document(subjects, differences, skipped), seconds, images, scored))
 
     def _certificates(self, run: Run, subjects: Sequence[Subject]) -> None:
         """One figure with both sides: what an attack leaves, and what is certified."""
@@ -139,19 +146,22 @@ class Report:
         title = f"{self.title.rpartition(',')[0]}, maps smoothed with sigma {self.settings.sigma:g}"
         run.save_figure("certificate.png", render.certificate_plot(attacked, certified, values, title=title))
 
-    def text(self, subjects: Sequence[Subject], differences: Sequence[Difference], skipped: str) -> str:
+    def document(
+        self, subjects: Sequence[Subject], differences: Sequence[Difference], skipped: str
+    ) -> Document:
         """The report; arguments as in :meth:`all`, and the comparisons of the methods."""
-        parts = [f"{self.title}; worst case over the {self.settings.mode} ensemble, mean [95 % interval]"]
-        parts.append(text_table(*self._table(_ranked(subjects))))
+        title = f"{self.title}; worst case over the {self.settings.mode} ensemble, mean [95 % interval]"
+        parts: list[Block] = [Table(*self._table(_ranked(subjects)))]
         ran = [m for m in LETTERS if any(f"member/{m}/pcc" in s.table for s in subjects)]
         members = ", ".join(f"{m} ({LETTERS[m]})" for m in ran)
-        parts[-1] += "\n" + LEGEND.format(members=members, tau=TAU["pcc"], eq10=EQ10 if self.eq10 else "")
+        legend = LEGEND.format(members=members, tau=TAU["pcc"], eq10=EQ10 if self.eq10 else "")
         if checks := next((s.checks for s in subjects if s.checks), {}):
             names = [f"{m} ({LETTERS[m]})" for m in LETTERS if f"member/{m}/pcc" in checks]
             count = len(next(iter(checks.values())))
-            parts[-1] += f"\nchecked on {count} images, not counted: {', '.join(names)}."
+            legend += f"\nchecked on {count} images, not counted: {', '.join(names)}."
+        parts.append(legend)
         if differences:
-            parts.append(self._compared(differences))
+            parts += self._compared(differences)
         flagged = [f"  {s.name}: {name}: {said}" for s in subjects for name, said in s.flags.items()]
         if flagged:
             parts.append("Flags (a figure with a flag is unreliable):\n" + "\n".join(flagged))
@@ -167,7 +177,7 @@ class Report:
         if gated:
             parts.append("Not ranked (gates):\n" + "\n".join(gated))
         notes = [few_note(len(subjects[0].table["pair"]), "images"), skipped]
-        return "\n\n".join([*parts, *filter(None, notes)])
+        return Document(title, [*parts, *notes])
 
     def _table(self, subjects: Sequence[Subject]) -> tuple[list[str], list[list[str]]]:
         gates = any(s.gates for s in subjects)
@@ -207,7 +217,7 @@ class Report:
             ]
         return cells
 
-    def _compared(self, differences: Sequence[Difference]) -> str:
+    def _compared(self, differences: Sequence[Difference]) -> list[Block]:
         rows = [
             [
                 d.method,
@@ -218,8 +228,10 @@ class Report:
             ]
             for d in differences
         ]
-        title = f"Against {differences[0].reference} on the same images (paired bootstrap, Holm's correction):\n\n"
-        return title + text_table(["method", "score", "difference", "p", "verdict"], rows)
+        title = (
+            f"Against {differences[0].reference} on the same images (paired bootstrap, Holm's correction):"
+        )
+        return [title, Table(["method", "score", "difference", "p", "verdict"], rows)]
 
 
 def _is_ranked(subject: Subject) -> bool:
@@ -259,6 +271,13 @@ def _heat(subjects: Sequence[Subject]) -> tuple[dict[str, dict[str, float]], lis
     }
     known = {name for own in heat.values() for name in own}
     return heat, [f"{n}{star}" for star in ("", "*") for n in LETTERS.values() if f"{n}{star}" in known]
+
+
+def _scores(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What other runs are held against, score -> (N,)."""
+    found = {f"worst_{name}": table[f"worst/{name}"] for name in SCORES}
+    found |= {f"noise_{name}": table[f"control/noise/{name}"] for name in SCORES[:2]}
+    return found | {f"eq10_{name}": table[f"eq10/{name}"] for name in SCORES[:2] if f"eq10/{name}" in table}
 
 
 def _rows(table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attacks import flags
-from attacks.budget import DEFAULTS, Budget, to_8_bits
+from attacks.budget import Budget, default_size, to_8_bits
 from attacks.certified import Sides, both_sides
 from attacks.ensemble import MODES, Ensemble
 from attacks.entry import write_entry
@@ -33,7 +33,7 @@ from srd_lab.data import skipped_report
 from srd_lab.errors import BadData
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.report import progress
-from srd_lab.runs.settings import options_of
+from srd_lab.runs.settings import explainer_params
 from srd_lab.runs.tracking import Run
 from srd_lab.types import Explainer
 
@@ -133,7 +133,7 @@ class RobustnessStudy(PairStudy):
     # attacks -------------------------------------------------------------------------------------------
     def _attacked(self, run: Run, name: str, method: str, start: str) -> Subject:
         explainer = attack_explainer(method, start)
-        child = run.child(name, {"method": method, **options_of(explainer)})
+        child = run.child(name, {"method": method, **explainer_params(explainer)})
         found = self._probe(child, explainer)
         beside = "eq10" in self.settings.attacks and found.best is not None
         eq10 = manipulation_of(explainer, self.settings) if beside else None
@@ -288,7 +288,7 @@ class RobustnessStudy(PairStudy):
         own = [
             subject.table[f"member/{m}/pcc"][: self.few] for m in CURVE if f"member/{m}/pcc" in subject.table
         ]
-        size = float(self.settings.budget or _default_size(self.settings.norm))
+        size = float(self.settings.budget or default_size(self.settings.norm))
         return subject.curve | {size: np.minimum.reduce(own)} if own else subject.curve
 
     def _sides(self, subject: Subject) -> Sides:
@@ -307,7 +307,7 @@ class RobustnessStudy(PairStudy):
 
     def _curve(self, subject: Subject) -> dict[float, np.ndarray]:
         """Budget (in its own units) -> lowest PCC of the first images, every budget attacked by itself."""
-        size = float(self.settings.budget or _default_size(self.settings.norm))
+        size = float(self.settings.budget or default_size(self.settings.norm))
         if "curve.npz" in subject.child.list():
             stored = subject.child.load_arrays("curve.npz")
             return dict(zip(stored["size"].tolist(), stored["pcc"], strict=True))
@@ -342,10 +342,6 @@ def _members(attacks: Sequence[str], mode: str) -> tuple[str, ...]:
     """The members that count: ``standard`` are the mode's; ``eq10`` is none."""
     named = [m for name in attacks for m in (MODES[mode].members if name == "standard" else (name,))]
     return tuple(name for name in dict.fromkeys(named) if name != "eq10")
-
-
-def _default_size(norm: str) -> float:
-    return DEFAULTS.get(norm, 1.0)
 
 
 def _light(arrays: Arrays) -> Arrays:

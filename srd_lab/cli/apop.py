@@ -51,5 +51,4 @@ def apop(ctx: click.Context, /, **_: Any) -> None:
     """
     from apop.study import Survey
 
-    subject = ", ".join(ctx.params["models"])
-    tracked(ctx, "apop", subject, lambda given: Survey(given.read(SurveySettings)))
+    tracked(ctx, "apop", lambda given: Survey(given.read(SurveySettings)))

@@ -83,7 +83,7 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
             return ManipulationStudy(published)
         return RobustnessStudy(given.read(RobustnessSettings, gates=False, curve=False, entries=False))
 
-    tracked(ctx, "attack", ctx.params["model"], study)
+    tracked(ctx, "attack", study)
 
 
 @click.command()
@@ -138,7 +138,7 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
 
         return RobustnessStudy(given.read(RobustnessSettings))
 
-    tracked(ctx, "robustness", ctx.params["model"], study)
+    tracked(ctx, "robustness", study)
 
 
 @click.command()

@@ -63,8 +63,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.evaluation.study import Evaluation
 
-    subject = ctx.params["model"]
-    tracked(ctx, "evaluate", subject, lambda given: Evaluation(given.read(EvaluationSettings)))
+    tracked(ctx, "evaluate", lambda given: Evaluation(given.read(EvaluationSettings)))
 
 
 @click.command()

@@ -55,10 +55,6 @@ def _default(ctx: click.Context, paper: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in paper if n in BUNDLED) if ctx.params["data"] == "scenes" else paper
 
 
-def _models(ctx: click.Context) -> str:
-    return ", ".join(ctx.params["models"])
-
-
 def table_methods(paper: tuple[str, ...]) -> Callable[..., Any]:
     """``--methods``, by default those of the paper's table."""
     return methods_option(["all"], "Explanation method of the table.", only=paper)
@@ -75,7 +71,7 @@ def table1(ctx: click.Context, /, **_: Any) -> None:
     """Prediction from activation patterns alone (zeros)."""
     from srd_lab.reproduce.patterns import Table1
 
-    tracked(ctx, "reproduce table1", _models(ctx), lambda given: Table1(given.read(SurveySettings)))
+    tracked(ctx, "reproduce table1", lambda given: Table1(given.read(SurveySettings)))
 
 
 @reproduce.command()
@@ -89,7 +85,7 @@ def table3(ctx: click.Context, /, **_: Any) -> None:
     """The same from zeros, ones and noise, & relu."""
     from srd_lab.reproduce.patterns import Table3
 
-    tracked(ctx, "reproduce table3", _models(ctx), lambda given: Table3(given.read(SurveySettings)))
+    tracked(ctx, "reproduce table3", lambda given: Table3(given.read(SurveySettings)))
 
 
 @reproduce.command()
@@ -103,7 +99,7 @@ def fig6(ctx: click.Context, /, **_: Any) -> None:
     """One activation call binarised, each in turn."""
     from srd_lab.reproduce.patterns import Figure6
 
-    tracked(ctx, "reproduce fig6", _models(ctx), lambda given: Figure6(given.read(SurveySettings)))
+    tracked(ctx, "reproduce fig6", lambda given: Figure6(given.read(SurveySettings)))
 
 
 @reproduce.command()
@@ -122,9 +118,7 @@ def fig4(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.manipulation import Figure4
 
-    tracked(
-        ctx, "reproduce fig4", ctx.params["model"], lambda given: Figure4(given.read(ManipulationSettings))
-    )
+    tracked(ctx, "reproduce fig4", lambda given: Figure4(given.read(ManipulationSettings)))
 
 
 @reproduce.command()
@@ -141,7 +135,7 @@ def fig7(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.ablation import Figure7
 
-    tracked(ctx, "reproduce fig7", _models(ctx), lambda given: Figure7(given.read(AblationSettings)))
+    tracked(ctx, "reproduce fig7", lambda given: Figure7(given.read(AblationSettings)))
 
 
 @reproduce.command()
@@ -157,7 +151,7 @@ def table2(ctx: click.Context, /, **_: Any) -> None:
     """Seventeen methods by five metrics."""
     from srd_lab.reproduce.evaluation import Table2
 
-    tracked(ctx, "reproduce table2", _models(ctx), lambda given: Table2(given.read(TableSettings)))
+    tracked(ctx, "reproduce table2", lambda given: Table2(given.read(TableSettings)))
 
 
 @reproduce.command()
@@ -178,4 +172,4 @@ def table4(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.reproduce.evaluation import Table4
 
-    tracked(ctx, "reproduce table4", _models(ctx), lambda given: Table4(given.read(TableSettings)))
+    tracked(ctx, "reproduce table4", lambda given: Table4(given.read(TableSettings)))

@@ -17,11 +17,13 @@ import click
 from srd_lab.cli.errors import Notes
 from srd_lab.errors import BadValue, OtherWork
 from srd_lab.parts import code_in, code_of
+from srd_lab.runs.label import Drawn, Label, label_of
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
 # options that no study knows
 OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug")
 _NAMES = ("model", "models", "data", "methods", "metrics")  # settings that may name parts of the user's own
+_LISTS = ("methods", "metrics")
 _OPTIONS = {"models": "model"}  # where an option is spelled in another way
 FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
 
@@ -49,7 +51,7 @@ class Given:
 class Study(Protocol):
     """What a command does: made from its settings (and so checked) before a run is opened for it.
 
-    weights_sha256 : ``NAME:SHA256`` of every network.
+    weights_sha256 : ``NAME:SHA256`` of every network. drawn : the images that it uses.
     """
 
     @property
@@ -57,11 +59,12 @@ class Study(Protocol):
 
     weights_sha256: tuple[str, ...]
     device: Any
+    drawn: Drawn
 
     def run(self, run: Any) -> None: ...
 
 
-def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[Given], Study]) -> None:
+def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]) -> None:
     """Make the study that the options describe, or that ``--resume`` names, and run it under tracking.
 
     Wrong settings leave no run behind. Stored with the run: every setting, the environment and the device. An error
@@ -76,10 +79,11 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
     resume = ctx.params["resume"]
     with Notes() as notes:
         study = None if resume else study_of(Given(ctx.params))
+        name = command if study is None else _label(study).name
         record = typed(ctx) if study is None else {**_decisive(study), **_surroundings(study)}
         run = tracking.open_run(
             command,
-            f"{command} {subject}",
+            name,
             record,
             track=ctx.params["track"],
             tracking_uri=ctx.params["tracking_uri"],
@@ -94,7 +98,10 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
                     study = study_of(Given(ctx.params, run.params))
                     _check_same(run, study)
                     _note_what_changed(run, study, notes)
+                else:
+                    run.save_text("command.txt", f"{command_line(ctx, command)}\n")
                 notes.keep_in(run)
+                run.describe(_label(study))
                 study.run(run)
         except OtherWork:
             raise
@@ -102,6 +109,28 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
             error.add_note(_what_is_left(ctx, command, run))
             raise
     click.echo(f"\n{run.where}")
+
+
+def command_line(ctx: click.Context, command: str) -> str:
+    """The command as it was typed, to be run again, less where its results went."""
+    source = click.core.ParameterSource.COMMANDLINE
+    parts = ["srd-lab", *command.split()]
+    for option in ctx.command.params:
+        name = option.name or ""
+        if name in OUTSIDE or ctx.get_parameter_source(name) is not source:
+            continue
+        value = ctx.params[name]
+        if isinstance(value, bool):
+            parts.append((option.opts if value else option.secondary_opts)[0])
+        elif option.multiple or (isinstance(value, tuple) and name in _LISTS):
+            parts += [part for one in value for part in (option.opts[0], str(one))]
+        else:
+            parts += [option.opts[0], ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(parts)
+
+
+def _label(study: Study) -> Label:
+    return label_of(study.settings, study.device, study.drawn)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -20,9 +20,12 @@ from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_tabl
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import data_for, labelled, network_for, preprocessing_for, weights_sums
-from srd_lab.runs.report import csv_text, publish, text_table
-from srd_lab.runs.settings import options_of
+from srd_lab.runs.label import drawn_from
+from srd_lab.runs.outcome import Outcome, over_images, publish
+from srd_lab.runs.report import csv_text
+from srd_lab.runs.settings import explainer_params
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
 
@@ -59,6 +62,7 @@ class Evaluation:
         self.has_labels = known is self.dataset
         self.weights_sha256 = weights_sums(settings, models or [name])
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
+        self.drawn = drawn_from(settings, self.dataset, self.indices)
         asked = tuple(METHODS) if "all" in settings.methods else settings.methods
         explainers = {method: registry.make_explainer(method) for method in asked}
         self.metrics = tuple(METRICS) if "all" in settings.metrics else settings.metrics
@@ -124,14 +128,17 @@ class Evaluation:
         scores, seed = self.scores(table), self.settings.seed
         against = comparisons(scores, self.settings.reference, seed)
         for method in scores:
-            with run.child(method, options_of(self.experiment.methods[method])) as child:
+            params = {"method": method, **explainer_params(self.experiment.methods[method])}
+            with run.child(method, params) as child:
                 child.log_metrics(self._metrics(table, scores[method], method))
+                child.log_traces(over_images(scores[method]))
         run.save_text("images.csv", csv_text(self._rows(table)))
         if against:
             run.save_text("comparisons.csv", csv_text([vars(c) for c in against]))
         self.figures(run, table)
-        text = self.text(table, scores, against)
-        publish(run, text, float(table["seconds"]))
+        images = [str(name) for name in table["name"]]
+        document = self.document(table, scores, against)
+        publish(run, Outcome(document, float(table["seconds"]), images, scores))
 
     def _metrics(self, table: Arrays, own: dict[str, np.ndarray], method: str) -> dict[str, float]:
         found: dict[str, float] = {"seconds_per_image": float(table[f"{method}/seconds"].mean())}
@@ -166,23 +173,23 @@ class Evaluation:
         ]
         run.save_figure("pictures.png", render.method_sheet(rows, self.title))
 
-    def text(
+    def document(
         self, table: Arrays, scores: dict[str, dict[str, np.ndarray]], against: Sequence[Comparison]
-    ) -> str:
+    ) -> Document:
         """The report: scores, comparisons, cost and notes."""
         seed = self.settings.seed
         right = float((table["label"] == table["predicted"]).mean())
         accuracy = f"; accuracy {right:.3f}" if self.has_labels else ""
-        parts = [f"{self.title}{accuracy}. Mean [95 % interval]"]
+        parts: list[Block] = []
         for first in range(0, len(self.metrics), COLUMNS):
             some = self.metrics[first : first + COLUMNS]
-            parts.append(text_table(*score_table(scores, some, against, seed)))
+            parts.append(Table(*score_table(scores, some, against, seed)))
         tests = sum(np.isfinite(c.p) for c in against)
         held = COMPARED.format(reference=self.settings.reference, tests=tests) if tests else ""
         parts.append(LEGEND.format(compared=held))
-        parts.append("Cost:\n\n" + text_table(*_cost_table(table, tuple(self.experiment.methods))))
+        parts += ["Cost:", Table(*_cost_table(table, tuple(self.experiment.methods)))]
         parts += self._notes(table, scores)
-        return "\n\n".join(parts)
+        return Document(f"{self.title}{accuracy}. Mean [95 % interval]", parts)
 
     def _notes(self, table: Arrays, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
         count = len(table["name"])

@@ -15,11 +15,14 @@ from srd_lab.data.draw import draw_images
 from srd_lab.methods.srd import SRD
 from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, publish
+from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, report, store_findings
 from srd_lab.reproduce.settings import AblationSettings
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.document import Block, Table
 from srd_lab.runs.inputs import checked_networks, data_for, network_for, preprocessing_for, weights_sums
-from srd_lab.runs.report import csv_text, text_table
+from srd_lab.runs.label import drawn_from
+from srd_lab.runs.outcome import Outcome, publish
+from srd_lab.runs.report import csv_text
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher, pick_device
@@ -50,6 +53,7 @@ class Figure7:
         self.dataset = checked_networks(settings, self.models)
         self.weights_sha256 = weights_sums(settings, self.models)
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
+        self.drawn = drawn_from(settings, self.dataset, self.indices)
         self.seconds = 0.0
 
     def run(self, run: Run) -> None:
@@ -90,6 +94,7 @@ class Figure7:
             found.append({key: values for key, values in arrays.items() if values.ndim <= 2})
         table = joined(found)
         self.skipped = skipped_in(table)
+        self.names = [str(image) for image in table["name"]]
         self.seconds += float(table["seconds"])
         measured = {variant: {f: table[f"{variant}/{f}"] for f in FIGURES} for variant in VARIANTS}
         rows = [
@@ -122,9 +127,16 @@ class Figure7:
             "measured is our choice"
         )
         findings = [f for name, measured in results.items() for f in self._findings(name, measured)]
-        tables = [text_table(header, lines) + "\n" + LEGEND, few_note(count, "images")]
+        tables: list[Block] = [Table(header, lines), LEGEND, few_note(count, "images")]
         run.save_figure("fig7.png", render.map_sheet(sheets, title))
-        publish(run, title, tables, findings, deviations, self.seconds)
+        store_findings(run, findings)
+        scores = {
+            f"{name}, {variant}": dict(own)
+            for name, measured in results.items()
+            for variant, own in measured.items()
+        }
+        document = report(title, tables, findings, deviations)
+        publish(run, Outcome(document, self.seconds, self.names, scores))
 
     def _findings(self, name: str, measured: dict[str, Arrays]) -> list[Finding]:
         seed = self.settings.seed

@@ -15,10 +15,11 @@ from srd_lab.data import skipped_report
 from srd_lab.errors import BadValue
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
-from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report
+from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report, store_findings
 from srd_lab.reproduce.settings import TableSettings
+from srd_lab.runs.document import Block, Table
 from srd_lab.runs.inputs import weights_sums
-from srd_lab.runs.report import csv_text, publish, text_table
+from srd_lab.runs.outcome import Outcome, publish
 from srd_lab.runs.settings import weights_of
 from srd_lab.runs.tracking import Run
 from srd_lab.runtime import pick_device
@@ -54,6 +55,7 @@ class _Table(ABC):
         self.device = pick_device(settings.device, float64=True)
         self.evaluations = {name: Evaluation(self.settings.of(name), self.models) for name in self.models}
         self.weights_sha256 = weights_sums(settings, self.models)
+        self.drawn = self.evaluations[self.models[0]].drawn
 
     def run(self, run: Run) -> None:
         """Evaluate every network and report; errors are those of :meth:`Evaluation.evaluate`."""
@@ -68,7 +70,7 @@ class _Table(ABC):
                 seconds += float(table["seconds"])
                 click.echo("")
         found = [f for name, own in scores.items() for f in self.findings(name, own)]
-        run.save_text("findings.csv", csv_text([vars(finding) for finding in found]))
+        store_findings(run, found)
         inside = sum(finding.verdict == "inside" for finding in found)
         judged = sum(finding.verdict in ("inside", "outside") for finding in found)
         said = UNANSWERED
@@ -77,7 +79,8 @@ class _Table(ABC):
         elif found:
             said = "Too few images for intervals to hold the paper's values against."
         tables = self.tables(scores, accuracy)
-        publish(run, report(self.title(), tables, [], self.deviations(), said), seconds)
+        document = report(self.title(), tables, [], self.deviations(), said)
+        publish(run, Outcome(document, seconds))
 
     def title(self) -> str:
         """What was done, in a line."""
@@ -116,7 +119,7 @@ class _Table(ABC):
         """The paper's value; None where it has none."""
 
     @abstractmethod
-    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
+    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[Block]:
         """The experiment's own tables.
 
         scores : network -> method -> metric -> (N,). accuracy : network -> share of images classified correctly.
@@ -170,9 +173,9 @@ class Table2(_Table):
         """The paper's value of a cell; None where it has none."""
         return paper()["table2"].get(name, {}).get(method, {}).get(metric)
 
-    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
+    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[Block]:
         """A table per network, and how alike the order of the methods is."""
-        texts = []
+        blocks: list[Block] = []
         for name, own in scores.items():
             header = [
                 name,
@@ -186,8 +189,11 @@ class Table2(_Table):
                 for method in own
             ]
             lines.append(["rank correlation", *(self._agreement(name, m, own) for m in self.metrics)])
-            texts.append(text_table(header, lines))
-        return [*texts, LEGEND + "\nRank correlation (Spearman) of the methods' order here and in the paper."]
+            blocks.append(Table(header, lines))
+        return [
+            *blocks,
+            LEGEND + "\nRank correlation (Spearman) of the methods' order here and in the paper.",
+        ]
 
     def _agreement(self, name: str, metric: str, scores: Scores) -> str:
         pairs = [
@@ -214,7 +220,7 @@ class Table4(_Table):
         """The paper's value for the network's activation; None where it has none."""
         return paper()["table4"][metric].get(method, {}).get(activation_of(name))
 
-    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[str]:
+    def tables(self, scores: dict[str, Scores], accuracy: Mapping[str, float]) -> list[Block]:
         """Methods by networks, and the accuracies."""
         lines = [
             [
@@ -230,7 +236,7 @@ class Table4(_Table):
         lines.append(
             ["accuracy", *(f"{accuracy[name]:.3f} ({said[activation_of(name)]:.3f})" for name in scores)]
         )
-        return [text_table(["fidelity ↑", *scores], lines), LEGEND]
+        return [Table(["fidelity ↑", *scores], lines), LEGEND]
 
 
 def activation_of(name: str) -> str:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from attacks.experiment import Arrays, at_equal_perturbation
-from attacks.manipulation_study import ManipulationStudy, seconds
+from attacks.manipulation_study import ManipulationStudy
 from attacks.settings import ManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
-from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, paper, publish
+from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, paper, report, store_findings
+from srd_lab.runs.outcome import publish
 from srd_lab.runs.tracking import Run
 
 SRD = "srd_ones"
@@ -37,9 +38,11 @@ class Figure4(ManipulationStudy):
         """Print and store tables, findings and deviations."""
         self.figures(run, tables)
         run.save_figure("fig4.png", render.manipulation_figure(self.shown, _scores(tables), self.title))
-        title, took = f"Fig. 4 of the paper: {self.tables(tables)}", seconds(tables)
-        findings, deviations = self.findings(tables), self.deviations()
-        publish(run, title, [], findings, deviations, took, unanswered=UNANSWERED)
+        said, findings = self.document(tables), self.findings(tables)
+        store_findings(run, findings)
+        title = f"Fig. 4 of the paper: {said.title}"
+        document = report(title, said.blocks, findings, self.deviations(), UNANSWERED)
+        publish(run, self.outcome(document, tables))
 
     def findings(self, tables: dict[str, Arrays]) -> list[Finding]:
         """The claim that SRD (from ones) stands above every other method: at the stop, and at equal perturbation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from srd_lab.metrics.summary import FEW, interval_text, summarise
-from srd_lab.runs.report import csv_text, text_table
-from srd_lab.runs.report import publish as publish_text
+from srd_lab.runs.document import Block, Document, Table
+from srd_lab.runs.report import csv_text
 from srd_lab.runs.settings import Settings, weights_of
 from srd_lab.runs.tracking import Run
 
@@ -99,45 +100,35 @@ UNANSWERED = "The paper has no value and no claim for what was measured here."
 
 def report(
     title: str,
-    tables: Sequence[str],
+    tables: Sequence[Block],
     findings: Sequence[Finding],
     deviations: Sequence[str],
     unanswered: str = UNANSWERED,
-) -> str:
-    """The whole output of a reproduction as text.
+) -> Document:
+    """The whole output of a reproduction.
 
-    tables : as text; empty ones are left out. deviations : from the paper's setting, a line each.
+    tables : and what is said of them. deviations : from the paper's setting, a line each.
     unanswered : stands where there are no findings.
     """
-    parts = [title, *filter(None, tables)]
+    parts = [*tables]
     if findings:
         parts.append("Beside the paper:")
-        parts.append(text_table(HEADER, [finding.cells() for finding in findings]))
+        parts.append(Table(HEADER, [finding.cells() for finding in findings]))
     else:
         parts.append(unanswered)
     parts.append(
         "Deviations from the paper's setting:\n" + "\n".join(f"- {d}" for d in deviations or ["none"])
     )
     parts.append(f"Paper: {paper()['source']}")
-    return "\n\n".join(parts)
+    return Document(title, parts)
 
 
-def publish(
-    run: Run,
-    title: str,
-    tables: Sequence[str],
-    findings: Sequence[Finding],
-    deviations: Sequence[str],
-    seconds: float,
-    unanswered: str = UNANSWERED,
-) -> None:
-    """Print and store the report, with the findings as a table for a spreadsheet where there are any.
-
-    seconds : that the work took, in all sessions. The other arguments are those of :func:`report`.
-    """
+def store_findings(run: Run, findings: Sequence[Finding]) -> None:
+    """Store the findings as a table for a spreadsheet, and how many of each verdict there are as metrics."""
     if findings:
         run.save_text("findings.csv", csv_text([vars(finding) for finding in findings]))
-    publish_text(run, report(title, tables, findings, deviations, unanswered), seconds)
+        counts = Counter(finding.verdict for finding in findings)
+        run.log_metrics({f"findings/{verdict}": float(count) for verdict, count in counts.items()})
 
 
 def data_deviations(

@@ -18,9 +18,11 @@ from srd_lab.reproduce.paper import (
     against_value,
     data_deviations,
     paper,
-    publish,
+    report,
+    store_findings,
 )
-from srd_lab.runs.report import text_table
+from srd_lab.runs.document import Block, Table
+from srd_lab.runs.outcome import publish
 from srd_lab.runs.tracking import Run
 
 WORDS = {"original": "original", "apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
@@ -45,14 +47,16 @@ class _Reproduction(Survey, ABC):
         if skipped := next(iter(results.values())).skipped:
             deviations.append(skipped_report(skipped))
         self.figure(run, results)
-        publish(run, self.title(), self.tables(results), findings, deviations, self.seconds)
+        store_findings(run, findings)
+        document = report(self.title(), self.tables(results), findings, deviations)
+        publish(run, self.outcome(document, results))
 
     def title(self) -> str:
         """What was done, in a line."""
         return f"{self.NAME} of the paper on {self.about}"
 
     @abstractmethod
-    def tables(self, results: dict[str, Hits]) -> list[str]:
+    def tables(self, results: dict[str, Hits]) -> list[Block]:
         """The experiment's own tables."""
 
     @abstractmethod
@@ -72,8 +76,8 @@ class Table3(_Reproduction):
     NAME = "Table 3"
     FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros", "ones", "normal"), "binarize": False}
 
-    def tables(self, results: dict[str, Hits]) -> list[str]:
-        return [text_table(*table_3(results, self.experiment)), HALF]
+    def tables(self, results: dict[str, Hits]) -> list[Block]:
+        return [Table(*table_3(results, self.experiment)), HALF]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         published = paper()["table3"].get(name, {})
@@ -99,13 +103,13 @@ class Table1(_Reproduction):
     FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros",), "binarize": False}
     CONDITIONS: ClassVar[dict[str, str]] = {"original": "original", "apop": "zeros/apop"}
 
-    def tables(self, results: dict[str, Hits]) -> list[str]:
+    def tables(self, results: dict[str, Hits]) -> list[Block]:
         header = ["Model", "Top-1 Ori.", "Top-1 APOP", "Top-5 Ori.", "Top-5 APOP"]
         lines = []
         for name, hits in results.items():
             each = [hits.interval(f"{top}/{c}") for top in ("top1", "top5") for c in self.CONDITIONS.values()]
             lines.append([name, *(f"{i.accuracy:.3f} ±{i.half_width:.3f}" for i in each)])
-        return [text_table(header, lines), HALF]
+        return [Table(header, lines), HALF]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         """Against the values of Table 3, which are the same before they were cut to three digits."""
@@ -129,7 +133,7 @@ class Figure6(_Reproduction):
     NAME = "Fig. 6"
     FIXED: ClassVar[dict[str, Any]] = {"inputs": (), "binarize": True}
 
-    def tables(self, results: dict[str, Hits]) -> list[str]:
+    def tables(self, results: dict[str, Hits]) -> list[Block]:
         header = ["Model", "original", "calls", "lowest", "at", "median", *VERDICTS]
         lines = []
         for name, hits in results.items():
@@ -144,7 +148,7 @@ class Figure6(_Reproduction):
         title = (
             "One activation call binarised, top-1; for how many calls the claim, above chance, holds or not:"
         )
-        return [title, text_table(header, lines)]
+        return [title, Table(header, lines)]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         """The claim is about all layers: every call above guessing."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from srd_lab.errors import BadRun, BadValue, StoreTrouble
 from srd_lab.runs.addresses import database_of, shown, store_uri
 from srd_lab.runs.guard import guarded
-from srd_lab.runs.store import EXPERIMENT, follow_move, quiet_mlflow
+from srd_lab.runs.store import follow_move, quiet_mlflow
 
 
 def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "127.0.0.1") -> None:
@@ -62,7 +62,7 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
 def _page(host: str, port: int, file: Path | None) -> str:
     """The address of the runs; MLflow's own start page shows tools for language models first."""
     try:
-        number = follow_move(file, EXPERIMENT) if file else ""
+        number = follow_move(file) if file else ""
     except sqlite3.Error as error:
         raise StoreTrouble(f"{file} is not an MLflow store ({error}); see --tracking-uri") from None
     path = f"/#/experiments/{number}/runs?workflowType=machine_learning" if number else ""

@@ -1,4 +1,4 @@
-"""Progress, tables as text and CSV, and what a study prints in the end."""
+"""Progress, and tables as text and CSV."""
 
 from __future__ import annotations
 
@@ -58,10 +58,3 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def publish(run: Any, text: str, seconds: float) -> None:
-    """Print a study's summary ``text``; store it, and the ``seconds`` that its batches took in all sessions."""
-    run.save_text("summary.txt", text + "\n")
-    run.log_metrics({"seconds": seconds})
-    click.echo(text)

@@ -128,6 +128,11 @@ def options_of(explainer: Any) -> dict[str, str]:
     return {name: as_text(value) for name, value in _fields_of(explainer).items()}
 
 
+def explainer_params(explainer: Any) -> dict[str, str]:
+    """The same as parameters of a run, ``explainer.NAME`` -> text: a study's settings have names of their own."""
+    return {f"explainer.{name}": text for name, text in options_of(explainer).items()}
+
+
 def _fields_of(value: Any) -> Any:
     """A dataclass as a dict, and those inside it; without fields whose metadata say ``"stored": False``."""
     if not dataclasses.is_dataclass(value):

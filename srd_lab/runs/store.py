@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import os
 import re
 import sqlite3
@@ -22,12 +23,13 @@ from urllib.parse import quote
 from srd_lab.errors import BadRun, SrdLabError, SrdLabWarning, StoreTrouble, Unavailable
 from srd_lab.runs.addresses import DEFAULT_STORE, absolute, database_of, secrets_in, shown
 from srd_lab.runs.environment import git_commit
+from srd_lab.runs.label import Drawn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as StoredRun
 
-EXPERIMENT = "srd-lab"
+EXPERIMENT = "srd-lab"  # the names of all experiments begin so
 _PARAMS_PER_CALL = 100
 _METRICS_PER_CALL = 1000
 _COMMAND = "srd_lab.command"
@@ -70,10 +72,14 @@ class Store:
             )
             time.sleep(0.2)
 
-    def create_run(self, name: str, parent: str = "") -> StoredRun:
-        """A new run called ``name``; parent : id of the run that it is a part of, "" = none."""
+    def create_run(self, name: str, parent: str = "", experiment: str = "") -> StoredRun:
+        """A new run called ``name``.
+
+        parent : id of the run that it is a part of, "" = none. experiment : id of its experiment, "" = that of this store.
+        """
         tags = _source_tags(self.command) | ({"mlflow.parentRunId": parent} if parent else {})
-        return self._patiently(lambda: self.client.create_run(self.experiment_id, run_name=name, tags=tags))
+        where = experiment or self.experiment_id
+        return self._patiently(lambda: self.client.create_run(where, run_name=name, tags=tags))
 
     def get_run(self, run_id: str) -> StoredRun:
         """The run with this id. Raises BadRun if it is not there, was deleted, is part of another or of another command."""
@@ -99,11 +105,12 @@ class Store:
             raise BadRun(f"run {run_id} was made by {made_by!r}, not by {self.command!r}")
         return stored
 
-    def find_child(self, parent: str, name: str) -> StoredRun | None:
-        """The oldest part called ``name`` of the run with the id ``parent``; None if there is none."""
+    def find_child(self, parent: str, name: str, experiment: str) -> StoredRun | None:
+        """The oldest part called ``name`` of the run with the id ``parent``, which is in the experiment of this id; None if
+        there is none."""
         query = f"tags.`mlflow.parentRunId` = '{parent}'"
         found = self._patiently(
-            lambda: self.client.search_runs([self.experiment_id], query, order_by=["start_time ASC"])
+            lambda: self.client.search_runs([experiment], query, order_by=["start_time ASC"])
         )
         return next((run for run in found if run.info.run_name == name), None)
 
@@ -117,6 +124,27 @@ class Store:
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         """Set a tag of a run, replacing its value."""
         self._patiently(lambda: self.client.set_tag(run_id, key, value))
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set several tags of a run, name -> text; of a long text the first 250 characters."""
+        from mlflow.entities import RunTag
+
+        rows = [RunTag(key, value[:250]) for key, value in tags.items()]
+        self._patiently(lambda: self.client.log_batch(run_id, tags=rows))
+
+    def log_drawn(self, run_id: str, drawn: Drawn) -> None:
+        """Store which images a run uses, as MLflow's data set of the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        about = Dataset(
+            name=drawn.source[:250],
+            digest=drawn.digest,
+            source_type="srd-lab",
+            source=json.dumps({"data": drawn.source}),
+            profile=json.dumps({"images": drawn.images, "of": drawn.of}),
+        )
+        given = [DatasetInput(about, [InputTag("mlflow.data.context", self.command)])]
+        self._patiently(lambda: self.client.log_inputs(run_id, given))
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Store parameters, name -> text; MLflow refuses another value for a name that is stored already."""
@@ -170,8 +198,19 @@ def open_store(uri: str, experiment: str, command: str) -> Store:
         client = MlflowClient(tracking_uri=uri)
         store = Store(client, uri, _experiment_id(client, experiment, location), command)
         if file:
-            follow_move(file, experiment)
+            follow_move(file)
     return store
+
+
+def experiment_of(command: str) -> str:
+    """The experiment that the runs of a command are in: scores of another kind would stand in the same columns.
+
+    Example
+    -------
+    >>> experiment_of("reproduce table1")
+    'srd-lab reproduce'
+    """
+    return f"{EXPERIMENT} {command.partition(' ')[0]}"
 
 
 def _is_there(file: Path) -> bool:
@@ -242,28 +281,32 @@ def _alone(file: Path) -> Iterator[None]:
         ) from None
 
 
-def follow_move(file: Path, experiment: str) -> str:
+def follow_move(file: Path) -> str:
     """Point the store at the artifacts beside it after its directory was moved or copied.
 
-    MLflow records absolute paths; without this the runs of a renamed project lose their files and new
-    ones are written under the old name. Gives the experiment's id, "" if the store has no such experiment.
+    MLflow records absolute paths; without this the runs of a renamed project lose their files and new ones are written under
+    the old name. Gives the id of the experiment that the newest run is in, "" if the store has none of this package's.
     """
-    folder = _artifact_folder(file, experiment)
     with contextlib.closing(sqlite3.connect(file, timeout=60)) as database, database:
-        query = "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?"
-        found = database.execute(query, (experiment,)).fetchone()
-        if found is None:
-            return ""
-        number, old = found
-        beside = Path(old).parts[-2:] == Path(folder).parts[-2:]  # else somebody chose another place
-        if old != folder and beside and Path(folder).is_dir():
-            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-                database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                    f"WHERE experiment_id = ? AND substr({column}, 1, ?) = ?",
-                    (folder, len(old) + 1, number, len(old), old),
-                )
-        return str(number)
+        query = "SELECT experiment_id, name, artifact_location FROM experiments WHERE name = ? OR name LIKE ?"
+        found = database.execute(query, (EXPERIMENT, f"{EXPERIMENT} %")).fetchall()
+        for number, name, old in found:
+            folder = _artifact_folder(file, name)
+            beside = Path(old).parts[-2:] == Path(folder).parts[-2:]  # else somebody chose another place
+            if old != folder and beside and Path(folder).is_dir():
+                for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                        f"WHERE experiment_id = ? AND substr({column}, 1, ?) = ?",
+                        (folder, len(old) + 1, number, len(old), old),
+                    )
+        numbers = [number for number, *_ in found]
+        newest = database.execute(
+            f"SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' AND experiment_id IN "
+            f"({','.join('?' * len(numbers))}) ORDER BY start_time DESC LIMIT 1",
+            numbers,
+        ).fetchone()
+        return str(newest[0] if newest else numbers[-1] if numbers else "")
 
 
 @contextlib.contextmanager

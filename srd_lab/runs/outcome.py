@@ -1,0 +1,117 @@
+"""What a study found: the report that it prints, and the scores of every image that other runs are held against."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import click
+import numpy as np
+
+from srd_lab.errors import BadRun
+from srd_lab.runs.document import Document
+from srd_lab.runs.report import csv_text
+from srd_lab.runs.tracking import Run, Traces
+
+REPORT, SUMMARY, SCORES = "report.json", "summary.txt", "scores.csv"
+_POINTS = 50  # of a curve over the images
+
+Scores = Mapping[str, Mapping[str, np.ndarray]]  # subject -> score -> (N,), NaN = not scored
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study ends with.
+
+    document : the report. seconds : that its batches took, in all sessions.
+    images : (N,) names of what was scored, each once.
+    scores : subject (a method, or a network) -> score -> (N,).
+    """
+
+    document: Document
+    seconds: float
+    images: Sequence[str] = ()
+    scores: Scores = field(default_factory=dict)
+
+
+def publish(run: Run, outcome: Outcome) -> None:
+    """Print a study's report, and store it with the scores and their means.
+
+    The means are metrics of the run, ``SUBJECT/SCORE``; of a single subject also ``SCORE``, so that runs of one method each
+    stand side by side in a chart.
+    """
+    document = outcome.document
+    run.save_text(REPORT, document.to_json())
+    if outcome.scores:
+        run.save_text(SCORES, scores_text(outcome.images, outcome.scores))
+    run.note(document.markdown())
+    run.save_text(SUMMARY, document.text() + "\n")
+    means = {f"{s}/{name}": _mean(v) for s, own in outcome.scores.items() for name, v in own.items()}
+    if len(outcome.scores) == 1:
+        means |= {name: _mean(v) for own in outcome.scores.values() for name, v in own.items()}
+    run.log_metrics(means | {"seconds": outcome.seconds})
+    click.echo(document.text())
+
+
+def over_images(scores: Mapping[str, np.ndarray]) -> Traces:
+    """Curves ``over_images/SCORE``: the mean of the first images (N,), by their number, at 50 points at most."""
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, values in scores.items():
+        known = np.isfinite(values)
+        count, total = known.cumsum(), np.where(known, values, 0.0).cumsum()
+        at = np.unique(np.linspace(0, len(values) - 1, min(_POINTS, len(values))).round().astype(int))
+        at = at[count[at] > 0]
+        found[f"over_images/{name}"] = at + 1, total[at] / count[at]
+    return found
+
+
+def scores_text(images: Sequence[str], scores: Scores) -> str:
+    """``scores.csv``: a row per subject and image, a column per score; a score that there is not is empty."""
+    names = list(dict.fromkeys(name for own in scores.values() for name in own))
+    rows = [
+        {"subject": subject, "image": str(image)}
+        | {name: _cell(own[name][i]) if name in own else "" for name in names}
+        for subject, own in scores.items()
+        for i, image in enumerate(images)
+    ]
+    return csv_text(rows)
+
+
+def read_scores(text: str) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
+    """The images' names (N,), and subject -> score -> (N,), of a ``scores.csv``.
+
+    Raises BadRun where it is none, or its subjects are not of the same images.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+        names = [name for name in (rows[0] if rows else {}) if name not in ("subject", "image")]
+        by_subject: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            by_subject.setdefault(row["subject"], []).append(row)
+        images = [[row["image"] for row in own] for own in by_subject.values()]
+        if any(own != images[0] for own in images):
+            raise ValueError("methods of different images")
+        found = {
+            subject: {
+                name: np.array([float(row[name] or "nan") for row in own])
+                for name in names
+                if any(row[name] for row in own)
+            }
+            for subject, own in by_subject.items()
+        }
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise BadRun(f"{SCORES} is damaged ({error!r})") from None
+    return images[0] if images else [], found
+
+
+def _cell(value: float) -> str:
+    return repr(float(value)) if np.isfinite(value) else ""
+
+
+def _mean(values: np.ndarray) -> float:
+    with warnings.catch_warnings():  # a score that no image has is NaN, which is stored as such
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(np.nanmean(np.asarray(values, float)))
