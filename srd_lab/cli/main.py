@@ -11,6 +11,7 @@ from srd_lab.cli.attacks import attack, leaderboard, robustness, verify
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.evaluation import evaluate, explain
 from srd_lab.cli.reproduce import reproduce
+from srd_lab.cli.runs import compare, export, list_, report, ui
 from srd_lab.runs.report import text_table
 
 # Read when PyTorch is loaded. Threads that wait actively cost 5 to 15 times the time once another process holds a core.
@@ -30,7 +31,10 @@ def main(debug: bool) -> None:
       srd-lab evaluate --images 200              score and rank every method by every metric
       srd-lab explain photo.jpg                  maps of your own pictures
       srd-lab reproduce table3                   the paper's experiments, its numbers beside yours
-      srd-lab ui                                 look at the runs
+      srd-lab runs                               list what was run; compare, export and report take runs from there
+      srd-lab compare RUN RUN                    hold runs against each other, paired where the images are the same
+      srd-lab report RUN                         one HTML file to send
+      srd-lab ui                                 look at the runs in MLflow
     """
 
 
@@ -76,19 +80,7 @@ def methods() -> None:
     click.echo(text_table(["metric", "", "paper", "what", "better", "tested against"], scored))
 
 
-@main.command()
-@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]")
-@command_errors
-def ui(port: int, host: str, tracking_uri: str | None) -> None:
-    """Open the MLflow UI on the runs made here."""
-    from srd_lab.runs.page import launch_ui
-
-    launch_ui(tracking_uri, port, host)
-
-
-for command in (attack, robustness, verify, leaderboard):
+for command in (attack, robustness, verify, leaderboard, list_, compare, report, export, ui):
     main.add_command(command)
 main.add_command(apop)
 main.add_command(evaluate)

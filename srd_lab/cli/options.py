@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from srd_lab.catalogue import BASELINES, METHODS, outer_parts
+from srd_lab.cli.config import read_config
 from srd_lab.parts import is_own
 from srd_lab.runs.settings import named_file
 
@@ -65,8 +66,8 @@ class Colours(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
+        if isinstance(value, tuple | list):
+            return tuple(value)
         try:
             numbers = tuple(float(part) for part in str(value).split(","))
         except ValueError:
@@ -298,6 +299,17 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default="auto",
             show_default=True,
             help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            is_eager=True,
+            expose_value=False,
+            callback=read_config,
+            help="Options from a TOML file, such as the run.toml of a run; what is typed beside it goes first.",
+        ),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print everything that was found as JSON, and no table."
         ),
         click.option("--track/--no-track", default=True, show_default=True, help="Log to MLflow."),
         click.option(

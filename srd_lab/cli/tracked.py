@@ -5,15 +5,19 @@ Nothing heavy is imported here, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
+import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import click
 
+from srd_lab.cli.config import as_given, config_text, options_of
 from srd_lab.cli.errors import Notes
 from srd_lab.errors import BadValue, OtherWork
 from srd_lab.parts import code_in, code_of
@@ -21,9 +25,8 @@ from srd_lab.runs.label import Drawn, Label, label_of
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
 # options that no study knows
-OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug")
+OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug", "as_json")
 _NAMES = ("model", "models", "data", "methods", "metrics")  # settings that may name parts of the user's own
-_LISTS = ("methods", "metrics")
 _OPTIONS = {"models": "model"}  # where an option is spelled in another way
 FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
 
@@ -76,7 +79,7 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
     _check_options(ctx.params)
     keep_freed_memory()
     full_precision()
-    resume = ctx.params["resume"]
+    resume, as_json = ctx.params["resume"], ctx.params["as_json"]
     with Notes() as notes:
         study = None if resume else study_of(Given(ctx.params))
         name = command if study is None else _label(study).name
@@ -100,33 +103,56 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
                     _note_what_changed(run, study, notes)
                 else:
                     run.save_text("command.txt", f"{command_line(ctx, command)}\n")
+                    run.save_text("run.toml", config_text(ctx, command))
                 notes.keep_in(run)
                 run.describe(_label(study))
-                study.run(run)
+                with _silent() if as_json else contextlib.nullcontext():
+                    study.run(run)
+                found = _found(run) if as_json else ""
         except OtherWork:
             raise
         except (Exception, KeyboardInterrupt) as error:
             error.add_note(_what_is_left(ctx, command, run))
             raise
-    click.echo(f"\n{run.where}")
+    click.echo(found if as_json else f"\n{run.where}")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Within: nothing is printed to stdout."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _found(run: Any) -> str:
+    """What a run has found, as JSON."""
+    from srd_lab.runs.outcome import content
+
+    about = {"run": run.id, "settings": dict(run.params)}
+    return json.dumps(about | content(run.list(), run.load_text), indent=1, ensure_ascii=False)
 
 
 def command_line(ctx: click.Context, command: str) -> str:
-    """The command as it was typed, to be run again, less where its results went."""
-    source = click.core.ParameterSource.COMMANDLINE
+    """The command to be run again: what was typed, or stood in a file of options and is no default, less where results went."""
     parts = ["srd-lab", *command.split()]
-    for option in ctx.command.params:
-        name = option.name or ""
-        if name in OUTSIDE or ctx.get_parameter_source(name) is not source:
+    for option in options_of(ctx.command):
+        value, source = as_given(ctx, option), ctx.get_parameter_source(option.name or "")
+        in_file = source is click.core.ParameterSource.DEFAULT_MAP and _differs(value, option.default)
+        if source is not click.core.ParameterSource.COMMANDLINE and not in_file:
             continue
-        value = ctx.params[name]
         if isinstance(value, bool):
             parts.append((option.opts if value else option.secondary_opts)[0])
-        elif option.multiple or (isinstance(value, tuple) and name in _LISTS):
+        elif option.multiple:
             parts += [part for one in value for part in (option.opts[0], str(one))]
+        elif option.nargs > 1:
+            parts += [option.opts[0], *map(str, value)]
         else:
             parts += [option.opts[0], ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return shlex.join(parts)
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return bool(value != (tuple(default) if isinstance(default, list) else default))
 
 
 def _label(study: Study) -> Label:

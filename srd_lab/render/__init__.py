@@ -5,6 +5,7 @@ display needed); ``figure.savefig(path)`` or ``Run.save_figure`` writes it.
 """
 
 from srd_lab.render.certificate import certificate_plot
+from srd_lab.render.comparison import score_intervals
 from srd_lab.render.pictures import (
     PictureRow,
     SheetRow,
@@ -47,6 +48,7 @@ __all__ = [
     "picture_grid",
     "rank_chart",
     "save_picture",
+    "score_intervals",
     "signed",
     "strength",
 ]

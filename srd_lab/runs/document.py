@@ -104,7 +104,8 @@ class Document:
         def table(one: Table) -> str:
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in one.header)
             body = "".join(
-                f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in one.rows
+                f"<tr>{''.join(f'<td>{html.escape(cell.strip())}</td>' for cell in row)}</tr>"
+                for row in one.rows
             )
             return (
                 f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -167,11 +168,11 @@ def _markdown(text: str) -> str:
 
 
 def _escaped(cells: Sequence[str]) -> list[str]:
-    return [_markdown(cell) for cell in cells]
+    return [_markdown(cell.strip()) for cell in cells]
 
 
 def _latex(cell: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in cell)
+    return "".join(_LATEX.get(c, c) for c in cell.strip())
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

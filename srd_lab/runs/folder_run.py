@@ -49,7 +49,7 @@ class FolderRun(Run):
 
     def _read(self) -> None:
         """Take over what an earlier session has stored."""
-        about = _about(self._folder)
+        about = about_folder(self._folder)
         if "run" in about:
             raise BadRun(
                 f"{self._folder} holds copies of what run {about['run']} has stored; resume that one"
@@ -153,12 +153,12 @@ def refuse_taken(
 def _holds(out: Path, run_id: str) -> bool:
     """Whether the files in a folder are copies of those of a run."""
     try:
-        return _about(out).get("run") == run_id
+        return about_folder(out).get("run") == run_id
     except BadRun:
         return False
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def about_folder(folder: Path) -> dict[str, Any]:
     """What a folder says of the run whose files it holds; BadRun if it says nothing."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))

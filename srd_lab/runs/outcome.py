@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import click
 import numpy as np
@@ -105,6 +107,26 @@ def read_scores(text: str) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise BadRun(f"{SCORES} is damaged ({error!r})") from None
     return images[0] if images else [], found
+
+
+def content(names: Sequence[str], load: Callable[[str], str]) -> dict[str, Any]:
+    """Report, images and scores of a run, as JSON has them; what there is not is left out.
+
+    names : of the run's files. load : gives the text of one.
+    """
+    found: dict[str, Any] = {}
+    if REPORT in names:
+        found["report"] = json.loads(Document.from_json(load(REPORT)).to_json())
+    if SCORES in names:
+        images, scores = read_scores(load(SCORES))
+        found["images"] = images
+        found["scores"] = {
+            subject: {
+                name: [float(v) if np.isfinite(v) else None for v in values] for name, values in own.items()
+            }
+            for subject, own in scores.items()
+        }
+    return found
 
 
 def _cell(value: float) -> str:

@@ -202,6 +202,24 @@ def open_store(uri: str, experiment: str, command: str) -> Store:
     return store
 
 
+def open_to_read(uri: str) -> Store:
+    """Connect to a store that is there, for reading alone; arguments and errors as in :func:`open_store`."""
+    quiet_mlflow()
+    try:
+        from mlflow import MlflowClient
+    except ImportError:
+        raise Unavailable(
+            "mlflow is not installed; `pip install mlflow`, or give the folder of a run"
+        ) from None
+    file = database_of(uri)
+    with _store_errors(uri), _impatient():
+        if file and not _is_there(file):
+            raise StoreTrouble(f"{file} is empty; give another --tracking-uri")
+        if file:
+            follow_move(file)
+        return Store(MlflowClient(tracking_uri=uri), uri, "", "")
+
+
 def experiment_of(command: str) -> str:
     """The experiment that the runs of a command are in: scores of another kind would stand in the same columns.
 

@@ -1,0 +1,224 @@
+"""``srd-lab runs``, ``compare``, ``report``, ``export`` and ``ui``: what has been stored, side by side, and to send."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from srd_lab.cli.errors import command_errors
+from srd_lab.cli.options import whole
+from srd_lab.runs.report import text_table
+
+if TYPE_CHECKING:
+    from srd_lab.runs.reading import StoredRun
+
+FORMATS = {"csv": "csv", "json": "json", "latex": "tex", "markdown": "md"}
+_HEADLINES = (
+    "worst_pcc",
+    "pcc",
+    "zeros_apop_top1",
+    "top1",
+)  # the score that the list shows, the first that there is
+tracking_uri_option = click.option(
+    "--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"
+)
+out_option = click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write; none is overwritten."
+)
+
+
+def runs_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One or more runs."""
+    return click.argument("references", nargs=-1, required=True, metavar="RUN...")(command)
+
+
+@click.command("runs")
+@click.option(
+    "--command", default="", help="Only those of this command, such as attack or 'reproduce table1'."
+)
+@click.option("--limit", default=20, show_default=True, type=whole(1), help="The newest so many.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all settings and metrics.")
+@tracking_uri_option
+@command_errors
+def list_(command: str, limit: int, as_json: bool, tracking_uri: str | None) -> None:
+    """List the runs that were stored, the newest first."""
+    from srd_lab.runs.reading import list_runs
+
+    found = list_runs(tracking_uri, command, limit)
+    if as_json:
+        click.echo(json.dumps([_row(run) for run in found], indent=1, ensure_ascii=False))
+        return
+    if not found:
+        click.echo(f"no runs{f' of {command}' if command else ''} yet")
+        return
+    rows = [
+        [
+            *(run.short, run.command, run.name, f"{run.started:%Y-%m-%d %H:%M}" if run.started else "-"),
+            *(run.status.lower(), _headline(run)),
+        ]
+        for run in found
+    ]
+    click.echo(text_table(["run", "command", "of", "made", "status", "score"], rows))
+
+
+def _row(run: StoredRun) -> dict[str, Any]:
+    return {
+        "run": run.id,
+        "command": run.command,
+        "name": run.name,
+        "made": run.started.isoformat() if run.started else None,
+        "status": run.status,
+        "settings": dict(run.params),
+        "metrics": dict(run.metrics),
+    }
+
+
+def _headline(run: StoredRun) -> str:
+    for score in (*_HEADLINES, *run.params.get("metrics", "").split(",")):
+        own = {k: v for k, v in run.metrics.items() if k.endswith(f"/{score}")}
+        if len(own) == 1:
+            return f"{score} {next(iter(own.values())):.3f}"
+        if own:
+            best = max(own, key=lambda name: own[name])
+            return f"{score} {best.rpartition('/')[0]} {own[best]:.3f} (highest of {len(own)})"
+    return "-"
+
+
+@click.command()
+@runs_argument
+@click.option(
+    "--reference", default="", metavar="NAME", help="What the others are held against. [default: the first]"
+)
+@click.option(
+    "--score",
+    "scores",
+    multiple=True,
+    metavar="NAME",
+    help="Only this one; repeatable. [default: all shared]",
+)
+@click.option("--seed", default=0, show_default=True, type=whole(0, 2**63 - 1), help="Of the bootstrap.")
+@click.option("--track/--no-track", default=True, show_default=True, help="Log the comparison to MLflow.")
+@tracking_uri_option
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for table and figure too. [default: none]",
+)
+@command_errors
+def compare(
+    references: tuple[str, ...],
+    reference: str,
+    scores: tuple[str, ...],
+    seed: int,
+    track: bool,
+    tracking_uri: str | None,
+    out: Path | None,
+) -> None:
+    """Hold runs against each other: paired where they are of the same images, with intervals and corrected tests.
+
+    RUN is an id, the beginning of one, or the folder of a run without tracking. One run of several methods compares these.
+    """
+    from srd_lab.evaluation.comparing import Comparing
+    from srd_lab.runs.reading import find_run
+    from srd_lab.runs.settings import as_text
+    from srd_lab.runs.tracking import open_run
+
+    found = [find_run(name, tracking_uri) for name in references]
+    comparing = Comparing(found, reference, scores, seed)
+    settings = {
+        "runs": as_text(tuple(run.id for run in found)),
+        "reference": comparing.reference.name,
+        "scores": as_text(tuple(comparing.scores)),
+        "seed": seed,
+    }
+    with open_run(
+        "compare", comparing.label.name, settings, track=track, tracking_uri=tracking_uri, out=out
+    ) as run:
+        comparing.run(run)
+    click.echo(f"\n{run.where}")
+
+
+@click.command()
+@runs_argument
+@out_option
+@click.option("--title", default="", help="Of the page. [default: what the runs are of]")
+@tracking_uri_option
+@command_errors
+def report(references: tuple[str, ...], out: Path | None, title: str, tracking_uri: str | None) -> None:
+    """Write one HTML file about RUNs that can be sent and printed: tables, figures, settings, how to read it.
+
+    Of a single run it is stored with the run as well, where the MLflow UI shows it (Artifacts, report.html).
+    """
+    from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
+    from srd_lab.runs.html_report import html_report
+    from srd_lab.runs.reading import find_run
+
+    if out is not None:
+        refuse_taken([out])
+    found = [find_run(name, tracking_uri) for name in references]
+    page = html_report(found, title).encode()
+    file = out or _html(
+        first_free(f"report-{'-'.join(_file_name(run) for run in found)}"[:80], lambda p: [_html(p)])
+    )
+    write_new(file, page)
+    if len(found) == 1:
+        found[0].files.write("report.html", page)
+    click.echo(f"written: {file}")
+
+
+def _html(place: Path) -> Path:
+    return place.with_name(f"{place.name}.html")
+
+
+def _file_name(run: StoredRun) -> str:
+    return Path(run.short).name
+
+
+@click.command()
+@click.argument("reference", metavar="RUN")
+@click.option(
+    "--to",
+    "kind",
+    required=True,
+    type=click.Choice(list(FORMATS)),
+    help="csv: the scores of every image; latex, markdown: the report; json: everything.",
+)
+@out_option
+@tracking_uri_option
+@command_errors
+def export(reference: str, kind: str, out: Path | None, tracking_uri: str | None) -> None:
+    """Print what a RUN has found, or write it to a file, for another program or a paper."""
+    from srd_lab.evaluation.outputs import refuse_taken, write_new
+    from srd_lab.runs.outcome import scores_text
+    from srd_lab.runs.reading import as_json, find_run
+
+    if out is not None:
+        refuse_taken([out])
+    run = find_run(reference, tracking_uri)
+    if kind == "csv":
+        text = scores_text(*run.scores())
+    elif kind == "json":
+        text = json.dumps(as_json(run), indent=1, ensure_ascii=False) + "\n"
+    else:
+        text = (run.document().latex() if kind == "latex" else run.document().markdown()) + "\n"
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        write_new(out, text.encode())
+        click.echo(f"written: {out}")
+
+
+@click.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@tracking_uri_option
+@command_errors
+def ui(port: int, host: str, tracking_uri: str | None) -> None:
+    """Open the MLflow UI on the runs made here, at the command that was run last."""
+    from srd_lab.runs.page import launch_ui
+
+    launch_ui(tracking_uri, port, host)

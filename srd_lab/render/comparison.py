@@ -1,0 +1,53 @@
+"""Runs beside each other: means with intervals, a panel per score."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from srd_lab.render.style import COLOURS, GREY, blank, style, title_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ACROSS = 3  # panels in a row
+_LABEL = 28  # characters of a line of a label
+
+
+def score_intervals(
+    scores: Mapping[str, Mapping[str, tuple[float, float, float]]], reference: str, title: str = ""
+) -> Figure:
+    """A panel per score, a line per subject: a point for the mean, a bar for its 95 % interval.
+
+    scores : score -> subject -> (mean, low, high); low and high may be NaN. reference : the subject whose mean is drawn
+        through as a dashed line. title : of the figure; "" says what points and lines are.
+    """
+    subjects = list(next(iter(scores.values())))
+    across = min(_ACROSS, len(scores))
+    down = -(-len(scores) // across)
+    labels = [textwrap.fill(name, _LABEL) for name in subjects]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    with style():
+        figure = blank((2.2 + 2.2 * across, 0.8 + down * (0.75 + 0.2 * lines)))
+        grid = figure.subplots(down, across, squeeze=False, sharey=True)
+        for axes in grid.flat[len(scores) :]:
+            axes.set_visible(False)
+        for axes, (score, own) in zip(grid.flat, scores.items(), strict=False):
+            axes.axvline(own[reference][0], color=GREY, linestyle="--", linewidth=0.8)
+            for i, name in enumerate(subjects):
+                mean, low, high = own[name]
+                colour = COLOURS[i % len(COLOURS)]
+                if np.isfinite([low, high]).all():
+                    axes.plot([low, high], [i, i], color=colour, linewidth=2, alpha=0.6)
+                axes.plot(mean, i, "o", color=colour, markersize=5)
+            axes.set_title(score)
+            axes.margins(x=0.08)
+            axes.set_ylim(len(subjects) - 0.5, -0.5)
+            axes.set_yticks(range(len(subjects)), labels)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+        title_of(figure, title or f"Mean and 95 % interval; dashed: {reference}")
+    return figure

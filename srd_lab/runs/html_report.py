@@ -1,0 +1,172 @@
+"""One HTML file about one or several runs that can be sent, printed and read without a network.
+
+Tables, figures, pictures, settings, the command, how to read it, and what it does not say.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from srd_lab.runs.reading import StoredRun
+
+_KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
+_SURROUNDINGS = (
+    *("python", "platform", "torch", "torchvision", "numpy", "scikit-image", "scipy", "mlflow", "srd-lab"),
+    *("git_commit", "torch_threads", "device", "hardware", "weights_sha256", "preprocessing", "own_code"),
+)
+_CAPTIONS = {
+    "scores": "Every point is an image; boxes hold the middle half of them, the line in a box is the median, and whiskers "
+    "reach the farthest point within 1.5 box heights. Pale: random noise instead of an attack.",
+    "members": "Mean correlation of the maps before and after each attack of the ensemble. A star marks an attack that was "
+    "tried on some images and does not count.",
+    "worst": "The images that came off worst: the image, the attacked one, the map before and after.",
+    "robustness": "Worst-case correlation over the size of the budget.",
+    "pictures": "Images and their maps. Red is for the class, blue against it.",
+    "ranks": "Rank of every method by every metric, 1 is best; best on average on top.",
+    "apop": "Accuracy of ordinary passes, and from the activation pattern alone.",
+    "binarisation": "Accuracy with one activation call binarised at a time.",
+    "comparison": "Points are means, lines 95 % intervals, the dashed line is the reference.",
+    "certificate": "What an attack leaves of the map, and what is certified that none can take.",
+}
+_READING: Mapping[str, Sequence[str]] = {
+    "attack": (
+        "A score near 1 means that the attacks within the budget did not move the map; near 0, that nothing of it is left. "
+        "It is an upper bound: a stronger attack can only lower it.",
+        "Compare with the noise column. A method whose map random noise of the same size moves as much is not attacked, "
+        "but unstable.",
+        "Robust does not mean right: a map that ignores the network is the most robust of all. `srd-lab robustness` has "
+        "gates for that, and `srd-lab evaluate` scores other sides.",
+    ),
+    "apop": (
+        "APOP is what the network answers when it is given nothing of the image but which of its activations were on.",
+        "Far above guessing, the pattern holds the answer, and the values of the image add little.",
+        "It says nothing of which explanation method to trust.",
+    ),
+    "evaluate": (
+        "No single metric says which explanation is right: localisation asks whether the map lies on the object, "
+        "faithfulness whether the network needs what is marked, complexity how few pixels it is, "
+        "robustness whether small changes move it.",
+        "Where an interval holds the other's mean, the images do not settle which is better.",
+        "Metrics that set pixels to a baseline show the network images that it never saw; their absolute values mean "
+        "little.",
+    ),
+    "compare": (
+        "A difference counts where its interval does not hold 0 and the corrected p is below 0.05.",
+        "On the same images the comparison is paired, which is far more precise; different images are compared as groups.",
+    ),
+    "reproduce": (
+        "The paper's value lies inside the interval, or does not: with other weights or images it need not.",
+        "What differs from the paper's setting stands under the tables.",
+    ),
+}
+_READING = {**_READING, "robustness": _READING["attack"]}
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1d1f; --paper: #fff; --faint: #62666d; --line: #d6d9de; --fill: #f5f6f8;
+  --link: #0b62a8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --paper: #16181b; --faint: #a3a9b2; --line: #3a3f46; --fill: #20242a; --link: #79b8f3 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1rem }
+h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.5rem 0 .75rem; border-top: 1px solid var(--line); padding-top: 1.25rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
+a { color: var(--link) }
+.faint, figcaption { color: var(--faint); font-size: .9rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
+  vertical-align: top }
+th:first-child, td:first-child { text-align: left }
+table.about td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+figure { margin: 1rem 0 1.5rem }
+figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
+pre { background: var(--fill); padding: .75rem; border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .86rem }
+details { margin: .75rem 0 } summary { cursor: pointer }
+@media print { body { max-width: none; font-size: 11px } h2 { break-after: avoid } figure, tr { break-inside: avoid }
+  details > *:not(summary) { display: block } }
+"""
+
+
+def html_report(runs: Sequence[StoredRun], title: str = "") -> str:
+    """The page.
+
+    runs : that it is about; one that has not finished says so. title : of the page; "" = made of the runs' names.
+
+    Raises BadRun where a report is damaged.
+    """
+    name = title or " | ".join(f"{run.command} {run.name}" for run in runs)
+    many = len(runs) > 1
+    contents = "".join(f'<li><a href="#{run.short}">{_(run.command)}: {_(run.name)}</a></li>' for run in runs)
+    sections = "\n".join(_section(run) for run in runs)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_(name)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{_(name)}</h1>\n"
+        f"{f'<ul>{contents}</ul>' if many else ''}\n{sections}\n</body></html>\n"
+    )
+
+
+def _section(run: StoredRun) -> str:
+    made = f"{run.started:%d %B %Y, %H:%M}" if run.started else "at an unknown time"
+    head = (
+        f'<section id="{_(run.short)}"><p class="faint">Run {_(run.id)}, made {made} by '
+        f"srd-lab {_(run.command)}; {_(run.status.lower())}.</p>"
+    )
+    parts = [head]
+    names = run.top_files
+    if "report.json" in names:
+        parts.append(run.document().html())
+    else:
+        parts.append("<h2>No report</h2><p>This run has not finished.</p>")
+    parts += [_figure(run, name) for name in names if PurePosixPath(name).suffix in _KINDS]
+    for part in run.parts:
+        shown = [name for name in part.top_files if PurePosixPath(name).suffix in _KINDS]
+        if shown:
+            parts.append(f"<h3>{_(part.name)}</h3>" + "".join(_figure(part, name) for name in shown))
+    parts.append(_how_to_read(run.command.partition(" ")[0]))
+    parts.append(_made(run, names))
+    return "\n".join(parts) + "</section>"
+
+
+def _figure(run: StoredRun, name: str) -> str:
+    path = PurePosixPath(name)
+    data = base64.b64encode(run.files.read(name)).decode()
+    caption = _CAPTIONS.get(path.stem, "")
+    alt = caption or path.stem.replace("_", " ")
+    return (
+        f'<figure><img alt="{_(alt)}" src="data:{_KINDS[path.suffix]};base64,{data}">'
+        f"<figcaption>{_(caption)}</figcaption></figure>"
+    )
+
+
+def _how_to_read(command: str) -> str:
+    said = _READING.get(command, ())
+    lines = "".join(f"<li>{_(line)}</li>" for line in said)
+    return f"<h2>How to read it, and what it does not say</h2><ul>{lines}</ul>" if said else ""
+
+
+def _made(run: StoredRun, names: Sequence[str]) -> str:
+    """How to make it again: the command, the settings, the surroundings, what was noted on the way."""
+    parts = ["<h2>How it was made</h2>"]
+    if "command.txt" in names:
+        parts.append(f"<pre>{_(run.load_text('command.txt').strip())}</pre>")
+    if "notes.txt" in names:
+        parts.append(f"<h3>Noted on the way</h3><pre>{_(run.load_text('notes.txt').strip())}</pre>")
+    settings = {k: v for k, v in run.params.items() if k not in _SURROUNDINGS and v}
+    around = {k: run.params[k] for k in _SURROUNDINGS if run.params.get(k)}
+    for title, values in (("Settings", settings), ("Versions, machine and weights", around)):
+        rows = "".join(f"<tr><td>{_(k)}</td><td>{_(v)}</td></tr>" for k, v in values.items())
+        parts.append(
+            f'<details><summary>{title}</summary><table class="about"><tbody>{rows}</tbody></table></details>'
+        )
+    return "\n".join(parts)
+
+
+def _(text: str) -> str:
+    return html.escape(text)
