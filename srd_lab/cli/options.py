@@ -109,7 +109,7 @@ class Names(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(outer_parts(value))
+        names = tuple(value) if isinstance(value, tuple | list) else tuple(outer_parts(value))
         allowed = self.allowed()
         if wrong := [
             name for name in names if name not in allowed and not (self.free and self._later(name, allowed))

@@ -79,10 +79,9 @@ def _row(run: StoredRun) -> dict[str, Any]:
 
 def _headline(run: StoredRun) -> str:
     for score in (*_HEADLINES, *run.params.get("metrics", "").split(",")):
-        own = {k: v for k, v in run.metrics.items() if k.endswith(f"/{score}")}
-        if len(own) == 1:
-            return f"{score} {next(iter(own.values())):.3f}"
-        if own:
+        if score in run.metrics:
+            return f"{score} {run.metrics[score]:.3f}"
+        if own := {k: v for k, v in run.metrics.items() if k.endswith(f"/{score}")}:
             best = max(own, key=lambda name: own[name])
             return f"{score} {best.rpartition('/')[0]} {own[best]:.3f} (highest of {len(own)})"
     return "-"

@@ -133,7 +133,7 @@ def _found(run: Any) -> str:
 
 
 def command_line(ctx: click.Context, command: str) -> str:
-    """The command to be run again: what was typed, or stood in a file of options and is no default, less where results went."""
+    """The command to be run again: what was typed, or stands in a file of options and is no default; not where results go."""
     parts = ["srd-lab", *command.split()]
     for option in options_of(ctx.command):
         value, source = as_given(ctx, option), ctx.get_parameter_source(option.name or "")
@@ -141,7 +141,7 @@ def command_line(ctx: click.Context, command: str) -> str:
         if source is not click.core.ParameterSource.COMMANDLINE and not in_file:
             continue
         if isinstance(value, bool):
-            parts.append((option.opts if value else option.secondary_opts)[0])
+            parts += (option.opts if value else option.secondary_opts)[:1]
         elif option.multiple:
             parts += [part for one in value for part in (option.opts[0], str(one))]
         elif option.nargs > 1:

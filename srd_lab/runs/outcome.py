@@ -42,8 +42,8 @@ class Outcome:
 def publish(run: Run, outcome: Outcome) -> None:
     """Print a study's report, and store it with the scores and their means.
 
-    The means are metrics of the run, ``SUBJECT/SCORE``; of a single subject also ``SCORE``, so that runs of one method each
-    stand side by side in a chart.
+    The means are metrics of the run: ``SUBJECT/SCORE``, or ``SCORE`` alone where there is one subject, so that runs of one
+    method each stand side by side in a chart.
     """
     document = outcome.document
     run.save_text(REPORT, document.to_json())
@@ -51,9 +51,12 @@ def publish(run: Run, outcome: Outcome) -> None:
         run.save_text(SCORES, scores_text(outcome.images, outcome.scores))
     run.note(document.markdown())
     run.save_text(SUMMARY, document.text() + "\n")
-    means = {f"{s}/{name}": _mean(v) for s, own in outcome.scores.items() for name, v in own.items()}
-    if len(outcome.scores) == 1:
-        means |= {name: _mean(v) for own in outcome.scores.values() for name, v in own.items()}
+    many = len(outcome.scores) > 1
+    means = {
+        f"{subject}/{name}" if many else name: _mean(values)
+        for subject, own in outcome.scores.items()
+        for name, values in own.items()
+    }
     run.log_metrics(means | {"seconds": outcome.seconds})
     click.echo(document.text())
 

@@ -1,0 +1,103 @@
+"""A report in every form says the same, and comes back from JSON as it was."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srd_lab.errors import BadRun
+from srd_lab.runs.document import Document, Table
+
+CELLS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), max_size=8)
+TABLE = Table(
+    ["method", "pcc", "pcc"], [["srd | 1", "0.9 [0.8, 1.0]¹ ", "<b>"], ["lrp_zplus", "50 %", "a & b"]]
+)
+REPORT = Document("Two methods_x", [TABLE, "", "first line\nsecond <line>", TABLE])
+
+
+class _Cells(HTMLParser):
+    """The text of every cell, row by row, and of every paragraph."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.open = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.open = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.open = "" if tag == self.open else self.open
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.rows[-1][-1] += data
+
+
+def test_text_is_title_tables_and_paragraphs_with_a_blank_line_between() -> None:
+    assert REPORT.text() == f"Two methods_x\n\n{TABLE}\n\nfirst line\nsecond <line>\n\n{TABLE}"
+    assert REPORT.tables == [TABLE, TABLE]
+
+
+def test_html_shows_every_cell_and_runs_nothing() -> None:
+    page = REPORT.html()
+    expected = [list(TABLE.header), *([cell.strip() for cell in row] for row in TABLE.rows)]
+    assert _Cells(page).rows == expected * 2
+    assert "first line<br>second &lt;line&gt;" in page
+    assert "<b>" not in page
+
+
+def test_markdown_escapes_what_would_end_a_cell_or_be_markup() -> None:
+    lines = REPORT.markdown().splitlines()
+    assert lines[0] == r"### Two methods\_x"
+    assert lines[4] == r"| srd \| 1 | 0.9 \[0.8, 1.0\]¹ | \<b\> |"
+    assert lines[5] == r"| lrp\_zplus | 50 % | a & b |"
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in lines if line.startswith("|"))
+
+
+def test_latex_escapes_its_special_characters() -> None:
+    said = REPORT.latex()
+    assert r"lrp\_zplus & 50 \% & a \& b \\" in said
+    assert r"\textless{}b\textgreater{}" in said
+    assert "% second <line>" in said
+    assert said.count(r"\toprule") == 2
+
+
+def test_csv_holds_the_tables_with_columns_named_apart() -> None:
+    first = REPORT.csv().split("\n\n")[0]
+    rows = list(csv.DictReader(io.StringIO(first)))
+    assert rows[1] == {"method": "lrp_zplus", "pcc": "50 %", "pcc 2": "a & b"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(CELLS, st.lists(st.lists(CELLS, min_size=2, max_size=2), max_size=3), CELLS)
+def test_json_gives_back_what_was_written(title: str, rows: list[list[str]], said: str) -> None:
+    document = Document(title, [Table(["a", "b"], rows), said])
+    assert Document.from_json(document.to_json()) == document
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"title": "a"}',
+        '{"title": "a", "blocks": [1]}',
+        '{"title": "a", "blocks": [{"header": ["x"], "rows": [["1", "2"]]}]}',
+        '{"title": "a", "blocks": [{"header": ["x"], "rows": [[1]]}]}',
+    ],
+)
+def test_a_damaged_report_is_one_line(text: str) -> None:
+    with pytest.raises(BadRun, match="the stored report is damaged"):
+        Document.from_json(text)
