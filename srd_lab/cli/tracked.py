@@ -133,7 +133,7 @@ def _found(run: Any) -> str:
 
 
 def command_line(ctx: click.Context, command: str) -> str:
-    """The command to be run again: what was typed, or stands in a file of options and is no default; not where results go."""
+    """The command to be run again: what was typed, or stands in a file of options and is no default."""
     parts = ["srd-lab", *command.split()]
     for option in options_of(ctx.command):
         value, source = as_given(ctx, option), ctx.get_parameter_source(option.name or "")
