@@ -14,13 +14,14 @@ from test_methods import Mixed, chain, normalised, pixels
 from torch import Tensor, nn
 
 from srd_lab import maps
+from srd_lab.catalogue import for_any_network
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import BadValue, Refused, SrdLabError, SrdLabWarning
 from srd_lab.methods.cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.lrp import ExcitationBackprop
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import make_explainer
 
 CAMS = {
     "gradcam": GradCAM,
@@ -637,7 +638,7 @@ def test_fullgrad_of_a_network_without_biases_is_its_input_gradient() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.SiLU, nn.ELU])
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", for_any_network())
 def test_smooth_networks_are_explained_by_all_but_the_rules_for_positive_values(
     name: str, kind: type[nn.Module]
 ) -> None:
