@@ -43,6 +43,7 @@ class Method:
     tested : what it is held against in the tests; "definition" is the formula, written out slowly.
     attackable : whether the map has a derivative in the image that an attack can use.
     explainer : an instance with the options that the name stands for.
+    needs : what a network must have for it, "attention"; "" where any will do.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Method:
     tested: str
     attackable: bool
     explainer: Any
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ _OTHER_METRICS = (
     *("randomization", "roughness"),
 )
 _OTHER_METHODS = (
-    *("deconvnet", "lrp_epsilon", "lrp_gamma", "excitation_backprop", "contrastive_excitation"),
+    *("deconvnet", "lrp_epsilon", "lrp_gamma", "attnlrp", "excitation_backprop", "contrastive_excitation"),
+    *("attention_rollout", "gradient_rollout"),
     *("random", "sobel"),
 )
 
@@ -171,6 +174,7 @@ def method(
     passes: str = "-",
     tested: str = "-",
     attackable: bool = True,
+    needs: str = "",
     **options: Any,
 ) -> Callable[[Class], Class]:
     """Declare the decorated class as the method ``name``, with these ``options``; the rest as in :class:`Method`.
@@ -188,7 +192,7 @@ def method(
 
     def declare(cls: Class) -> Class:
         METHODS.add(
-            name, Method(title or name, paper, resolution, passes, tested, attackable, cls(**options))
+            name, Method(title or name, paper, resolution, passes, tested, attackable, cls(**options), needs)
         )
         return cls
 
@@ -268,9 +272,14 @@ def cards() -> list[dict[str, Any]]:
     return found
 
 
+def for_any_network() -> tuple[str, ...]:
+    """The names of the methods that need nothing of a network in particular, in the order of the list."""
+    return tuple(name for name, known in METHODS.items() if not known.needs)
+
+
 def attackable() -> tuple[str, ...]:
-    """The names of the methods whose maps have a derivative in the image, in the order of the list."""
-    return tuple(name for name, known in METHODS.items() if known.attackable)
+    """Those of :func:`for_any_network` whose maps have a derivative in the image."""
+    return tuple(name for name in for_any_network() if METHODS[name].attackable)
 
 
 def title_of(method: str) -> str:

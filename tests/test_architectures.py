@@ -951,13 +951,13 @@ def test_the_encoder_of_a_transformer_ends_in_its_last_tokens(pick: Any) -> None
         assert torch.equal(a, b)
 
 
-def test_rows_of_tokens_are_no_maps() -> None:
+def test_relevance_of_tokens_is_that_of_patches_and_of_the_class_token() -> None:
     model, x = Tokens(), noise(2, 3, 4, 4)
-    for level in ("low", "blocks.1", "blocks.0.activation"):
-        with pytest.raises(
-            SrdLabError, match=rf"level '{level}' holds relevance of shape \(2, 5\) here \(tokens\)"
-        ):
-            SRD(level=level).explain(model, x)
+    relevance = SRD().relevance(model, x)
+    for level in ("blocks.1.activation", "blocks.0.activation"):
+        patches = relevance[level][:, 1:].unflatten(1, (2, 2))
+        assert torch.equal(SRD(level=level).explain(model, x), patches)
+    close(SRD(level="low").explain(model, x), _start_of(model, x)[:, 1:].unflatten(1, (2, 2)))
     assert SRD(level="relu").explain(model, x).shape == (2, 2, 2)
     with pytest.raises(BadInput, match=r"shape \(2, 5\), got \(2, 2, 2\)"):
         SRD().relevance(model, x, start=torch.ones(2, 2, 2))

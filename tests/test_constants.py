@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from small_networks import OPTIONS
 from torch import Tensor, nn
 
+from srd_lab.catalogue import for_any_network
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.srd import SRD
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import make_explainer
 
 
 class Net(nn.Module):
@@ -62,7 +63,7 @@ def x() -> Tensor:
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", for_any_network())
 def test_a_map_does_not_ask_whether_weights_are_trained(name: str, step: str, x: Tensor) -> None:
     method = make_explainer(name, **OPTIONS.get(name, {}))
     trained, frozen = (method.explain(Net(STEPS[step], trainable), x, 1) for trainable in (True, False))

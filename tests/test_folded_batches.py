@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from small_networks import OPTIONS
 from torch import Tensor, nn
 
+from srd_lab.catalogue import for_any_network
 from srd_lab.errors import Refused, SrdLabError
 from srd_lab.methods.cam import GradCAM
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.methods.lrp import ExcitationBackprop
 from srd_lab.methods.srd import SRD
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import make_explainer
 
 SIDE, WIDTH, CLASSES = 16, 6, 4
-RUN = [name for name in EXPLAINERS if name not in ("random", "sobel")]
+RUN = [name for name in for_any_network() if name not in ("random", "sobel")]
 
 
 def drawn(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -184,7 +184,7 @@ def test_rules_refuse_by_name() -> None:
     x = pixels(1, 3, 8, 8)
     with pytest.raises(BadValue, match=r"lrp_gamma needs gamma >= 0, got -1"):
         LRPGamma(gamma=-1)
-    with pytest.raises(BadValue, match=r"lrp_epsilon needs epsilon > 0, got 0"):
+    with pytest.raises(BadValue, match=r"LRP needs epsilon > 0, got 0"):
         LRPEpsilon(epsilon=0)
     leaky = chain()
     leaky[4] = nn.LeakyReLU(0.1)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from small_networks import OPTIONS, Small
 from torch import Tensor, nn
 
+from srd_lab.catalogue import for_any_network
 from srd_lab.engine import interceptor, layer_trace, model_checks
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import Refused, SrdLabWarning
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import make_explainer
 
 Step = Callable[[Tensor], Tensor]
-RUN = [name for name in EXPLAINERS if name not in ("random", "sobel")]
+RUN = [name for name in for_any_network() if name not in ("random", "sobel")]
 
 
 class Stepped(nn.Module):

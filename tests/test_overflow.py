@@ -16,10 +16,11 @@ from small_networks import OPTIONS, images, small_model
 from torch import Tensor, nn
 
 import srd_lab
+from srd_lab.catalogue import for_any_network
 from srd_lab.cli.main import main
 from srd_lab.errors import BadInput, Refused, SrdLabError
 from srd_lab.methods.smoothed import BetaSmoothed, Smoothed
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import make_explainer
 from srd_lab.types import Explainer
 
 WAYS: dict[str, Callable[[str, nn.Module, Tensor], Tensor]] = {
@@ -74,7 +75,7 @@ def with_pixel(value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", for_any_network())
 @pytest.mark.parametrize("value", [1e20, -1e20, torch.inf, torch.nan])
 def test_pixels_without_a_sensible_value_are_refused(name: str, way: str, value: float) -> None:
     for model in (small_model(), small_model().network):
@@ -84,7 +85,7 @@ def test_pixels_without_a_sensible_value_are_refused(name: str, way: str, value:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", for_any_network())
 def test_logits_that_overflow_are_refused_where_it_begins(name: str, way: str) -> None:
     said = r"^numbers inside the model overflow float32 \(it begins at linear in network\.fc\), so there is no map; check"
     with pytest.raises(Refused, match=said) as caught:
@@ -92,7 +93,7 @@ def test_logits_that_overflow_are_refused_where_it_begins(name: str, way: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", for_any_network())
 def test_activations_that_overflow_give_no_zero_map_where_the_logits_are_finite(name: str) -> None:
     """ReLU6 of infinity is 6, and its slope is 0."""
     model, x = Inside(lambda y: F.relu6(y * 1e30 * 1e30)), images(2)
@@ -115,7 +116,7 @@ LARGE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("case", LARGE)
-@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name != "random"])
+@pytest.mark.parametrize("name", [name for name in for_any_network() if name != "random"])
 def test_maps_that_overflow_in_float32_alone_are_right_in_float64(name: str, case: str) -> None:
     made, place = LARGE[case]
     explainer, model, x = make_explainer(name, **OPTIONS.get(name, {})), made(), images(2)

@@ -15,11 +15,12 @@ from small_networks import OPTIONS
 from torch import Tensor, nn
 
 import srd_lab
+from srd_lab.catalogue import for_any_network
 from srd_lab.errors import BadInput, Refused, SrdLabError
 from srd_lab.models import Classifier
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import make_explainer
 
-RUN = [name for name in EXPLAINERS if name != "random"]  # what runs the model
+RUN = [name for name in for_any_network() if name != "random"]  # what runs the model
 
 
 class Net(nn.Module):

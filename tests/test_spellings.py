@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms.functional import normalize
 
+from srd_lab.catalogue import for_any_network
 from srd_lab.engine.hidden_activations import check_no_hidden_activation
 from srd_lab.errors import Refused, SrdLabWarning
 from srd_lab.methods.fullgrad import FullGrad
 from srd_lab.models import Classifier
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import make_explainer
 
 LRP = ("lrp_zplus", "lrp_gamma", "excitation_backprop")  # by modified weights
 MODIFIED = {*LRP, "contrastive_excitation"}
@@ -343,7 +344,7 @@ def x() -> Tensor:
     return torch.rand(2, 3, 8, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", for_any_network())
 @pytest.mark.parametrize("spelling", EQUAL)
 def test_two_ways_to_write_a_function_have_one_map(spelling: str, name: str, x: Tensor) -> None:
     one, other, apart = EQUAL[spelling]
@@ -355,7 +356,7 @@ def test_two_ways_to_write_a_function_have_one_map(spelling: str, name: str, x: 
     torch.testing.assert_close(maps(other, name, x), expected, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", for_any_network())
 @pytest.mark.parametrize(
     ("kind", "i"), [(kind, i) for kind, (_, others) in WRITTEN_OUT.items() for i in range(len(others))]
 )
@@ -676,7 +677,7 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
         "torch.addmm in|ends in a linear layer",
     ),
     "branches": (apart, {*CAMS, "srd", "srd_low"}, "several maps are pooled, each by itself"),
-    "logits among others": (lambda s, x: (None, plain(s, x)), set(EXPLAINERS), "must be logits"),
+    "logits among others": (lambda s, x: (None, plain(s, x)), set(for_any_network()), "must be logits"),
     "recomputation": (
         lambda s, x: head(s, F.relu(checkpoint(s.d, F.relu(s.c(x)), use_reentrant=False))),
         {"srd", "srd_low", "lrp_zplus", "lrp_epsilon"},

@@ -21,6 +21,7 @@ from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_checks import memory_of
 from srd_lab.engine.receptive_fields import reads_elsewhere
 from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
+from srd_lab.engine.token_grid import TokenGrid, grid_of, laid_over
 from srd_lab.errors import Refused
 
 _WRITING = (Tensor.__setitem__, Tensor.data.__set__)  # type: ignore[attr-defined]  # and what overwrites its first operand
@@ -32,10 +33,11 @@ _SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
 class _Known:
     """What is remembered of a model that makes the same calls with the same numbers.
 
-    over_image, events_of_calls : see :class:`CoordinateTrace`. events : how many torch functions it calls.
+    over_image, grids, events_of_calls : see :class:`CoordinateTrace`. events : how many torch functions it calls.
     """
 
     over_image: dict[int, dict[int | None, bool]]
+    grids: dict[int, dict[int, TokenGrid]]
     events_of_calls: list[int]
     events: int
 
@@ -75,13 +77,17 @@ class Alignment:
                     "the model calls other functions when it runs again on the same images, so that it cannot be told where "
                     "its maps lie; use a method whose map is made at the image, such as srd or grad_input"
                 )
-            known[key] = _Known(run.over_image, run.events_of_calls, run.events)
+            known[key] = _Known(run.over_image, run.grids, run.events_of_calls, run.events)
         return cls(model, x, known[key])
+
+    def event_of_call(self, call: int) -> int:
+        """Which torch function of the model activation call number ``call``, from 0, was; 0 if there was none."""
+        events = self._known.events_of_calls
+        return events[call] if call < len(events) else 0
 
     def check_call(self, call: int, what: str) -> None:
         """:meth:`check` for the output of activation call number ``call``, from 0, along whatever axis its channels lie."""
-        events = self._known.events_of_calls
-        event = events[call] if call < len(events) else 0
+        event = self.event_of_call(call)
         axis = next((axis for axis, lies in self._known.over_image.get(event, {}).items() if lies), None)
         self.check(event, axis, what)
 
@@ -92,26 +98,57 @@ class Alignment:
         """
         return self._known.over_image.get(event, {}).get(axis, False)
 
+    def grid(self, event: int, axis: int) -> TokenGrid | None:
+        """The grid of the tokens that torch function number ``event`` put out, channels along ``axis``; None for what is no
+        row of tokens, of which each lies over a cell of the image or nowhere."""
+        return self._known.grids.get(event, {}).get(axis)
+
     def check(self, event: int, axis: int | None, what: str, *, ask: bool = True) -> None:
         """Refuse (SrdLabError) what does not (:meth:`lies`) lie over the image, or whose cells read it elsewhere.
 
         what : its name, for the message.
         ask : whether to ask what its cells read (:func:`reads_elsewhere`), which takes nine backward passes, once.
         """
-        if not self.lies(event, axis) or (ask and self._reads_elsewhere(event, axis)):
-            raise Refused(
-                f"the rows and columns of {what} are not known to be those of the image: the model flips, rolls, "
-                "transposes, crops, cuts up or samples its maps on the way, so that this one cannot be laid over the image; "
-                "name another layer, or use a method whose map is made at the image, such as srd or grad_input"
-            )
+        if not self.lies(event, axis) or (ask and self._reads_elsewhere(event, axis, None)):
+            raise _not_over_image(what)
 
-    def _reads_elsewhere(self, event: int, axis: int | None) -> bool:
+    def check_tokens(self, event: int, axis: int, what: str, *, ask: bool = True) -> TokenGrid:
+        """The :meth:`grid` of tokens; refuses (SrdLabError) those that have none, and those that read the image elsewhere.
+
+        what, ask : as for :meth:`check`.
+        """
+        grid = self.grid(event, axis)
+        if grid is None:
+            raise Refused(
+                f"{what} holds tokens of which it is not known where in the image they lie: expected one for each cell of "
+                "a grid of patches, beside class and register tokens; name another layer, or use a method whose map is made "
+                "at the image, such as srd or grad_input"
+            )
+        if ask and self._reads_elsewhere(event, axis, grid):
+            raise _not_over_image(what)
+        return grid
+
+    def _reads_elsewhere(self, event: int, axis: int | None, grid: TokenGrid | None) -> bool:
         events = self._known.events
         known: dict[Any, bool] = memory_of(self._model).setdefault(reads_elsewhere, {})
         key = event, axis, events, tuple(self._x.shape[1:])
+
+        def laid(out: Tensor) -> Tensor:
+            if grid is not None and axis is not None:
+                return grid.lay(out, axis)
+            return out if axis is None else out.movedim(axis, -3)
+
         if key not in known:
-            known[key] = reads_elsewhere(self._model, self._x, event, axis, events)
+            known[key] = reads_elsewhere(self._model, self._x, event, laid, events)
         return known[key]
+
+
+def _not_over_image(what: str) -> Refused:
+    return Refused(
+        f"the rows and columns of {what} are not known to be those of the image: the model flips, rolls, "
+        "transposes, crops, cuts up or samples its maps on the way, so that this one cannot be laid over the image; "
+        "name another layer, or use a method whose map is made at the image, such as srd or grad_input"
+    )
 
 
 class CoordinateTrace(Watch):
@@ -119,12 +156,14 @@ class CoordinateTrace(Watch):
 
     coordinates : of every tensor that has some.
     over_image : whether the output of a torch function lies over the image, by event and by the axis of its channels.
+    grids : of outputs of three dimensions that are tokens over the image, by event and by the axis of their channels.
     events_of_calls : of every activation call, which torch function it was.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.over_image: dict[int, dict[int | None, bool]] = {}
+        self.grids: dict[int, dict[int, TokenGrid]] = {}
         self.events_of_calls: list[int] = []
         self.coordinates = WeakTensorKeyDictionary()
         self._images = 0
@@ -182,6 +221,8 @@ class CoordinateTrace(Watch):
             self.coordinates.pop(t, None)
             return
         self.coordinates[t] = coordinates
+        if t.dim() == 3 and len(t) == self._images and self.events not in self.grids:
+            self.grids[self.events] = _grids(coordinates)
         if t.dim() in (3, 4):
             if self._judged[0] is not coordinates:
                 self._judged = coordinates, self._by_axis(coordinates)
@@ -202,6 +243,14 @@ class CoordinateTrace(Watch):
             for axis in (1, 2, 3)
         )
         return {axis: lies_over_image(laid) for axis, laid in channels_first}
+
+
+def _grids(of: Coordinates) -> dict[int, TokenGrid]:
+    """The grids that a tensor of three dimensions has over the image, by the axis that its channels may lie along."""
+    found = ((axis, grid_of(of, axis)) for axis in (1, 2))
+    return {
+        axis: grid for axis, grid in found if grid is not None and lies_over_image(laid_over(of, grid, axis))
+    }
 
 
 def lies_over_image(of: Coordinates) -> bool:

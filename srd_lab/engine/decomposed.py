@@ -260,6 +260,14 @@ class Decomposed(Gated):
         """``out``, of which ``constant`` came from no map: its relevance in the live pass is counted as leaked."""
         return Absorb.apply(out, constant, self.live_pass)
 
+    def factors(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps that attention is about to multiply."""
+        return one, other
+
+    def attention(self, weights: Tensor) -> Tensor:
+        """The weights of an attention, which the live pass takes for constants."""
+        return self.live_constant(weights)
+
     def as_gate(self, t: Tensor, function: Function) -> Tensor:
         """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
         return self.as_factor(self._guarded(t, function, _NO_GATE), True)

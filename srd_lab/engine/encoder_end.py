@@ -72,7 +72,7 @@ class EncoderEnd:
         self._records.note(out, pooled=True)
         if self._found is None:
             self._found, self._pooled = self._end(first), {out.grad_fn}
-        elif original_of(first) is self._found.output:
+        elif original_of(first) is self._found.output or _is_some_of(first, self._found.output):
             self._pooled.add(out.grad_fn)
         elif extended and not self._records[first].pooled:
             # a gate, say, whose pooled factor is the map's own: the later map is the end; or one branch of several
@@ -138,6 +138,11 @@ class EncoderEnd:
         output = original_of(output)  # other branches do not pass a view
         known = self._records[output]
         return End(output, output._version, self._channels.of(output), known.call, known.event)
+
+
+def _is_some_of(part: Tensor, found: Tensor) -> bool:
+    """Whether ``part`` is some of the tokens ``found``: patches, say, that are averaged beside the class token."""
+    return part.dim() == found.dim() == 3 and part._base is not None and original_of(part._base) is found
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,28 @@ from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.spellings import Call, Function
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """An output (N, T, C) or (N, C, T) of a running model: a row of tokens, perhaps.
+
+    output : in the graph; version : of the tensor then. channels : the axis of its channels. event : which torch function of
+        the model made it.
+    """
+
+    output: Tensor
+    version: int
+    channels: int
+    event: int
+
+
 class LayerTrace(ImageTrace):
-    """Records the output of every activation call, and where the encoder ends.
+    """Records the output of every activation call, of every call that may make tokens, and where the encoder ends.
 
     encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
     v : outputs of the activation calls.
     made : of each, which torch function of the model made it (:class:`srd_lab.engine.interceptor.Exchange`) and the axis of
         its channels.
+    shape : of the images. tokens : outputs of three dimensions. bottom : the image's node in autograd's graph.
     """
 
     def __init__(self, model: nn.Module, encoder: str | None) -> None:
@@ -30,23 +46,24 @@ class LayerTrace(ImageTrace):
         self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
         self.v: list[Tensor] = []
         self.made: list[tuple[int, int]] = []
-        self._shape = torch.Size()
-        self._fed: Any = None  # the image's node in autograd's graph
-        self._top: Any = None  # and that of the logits
+        self.tokens: list[Tokens] = []
+        self.shape = torch.Size()
+        self.bottom: Any = None
+        self._top: Any = None  # the node of the logits
 
     def trace(self, leaf: Tensor) -> Any:
         """The model's output for the image ``leaf`` (N, C, H, W), which asks for a gradient."""
-        self._shape = leaf.shape
+        self.shape = leaf.shape
         fed = leaf.clone()  # a model may change its input in place; the caller's stays as it was
-        self._fed = fed.grad_fn
+        self.bottom = fed.grad_fn
         output = self.run(fed)
         self._top = output.grad_fn if isinstance(output, Tensor) else None
         return output
 
     def end(self) -> End:
         """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
-        end = self.encoder.found(self._shape[0])
-        self.encoder.check_cut(self._top, self._fed)
+        end = self.encoder.found(self.shape[0])
+        self.encoder.check_cut(self._top, self.bottom)
         return end
 
     def call_index(self, layer: str | int) -> int:
@@ -58,7 +75,7 @@ class LayerTrace(ImageTrace):
         another one where none is such a map; with the axis of its channels, and which torch function made it."""
         shapes = [tuple(v.movedim(axis, 1).shape) for v, (_, axis) in zip(self.v, self.made, strict=True)]
         calls = [Place(i, shape, self.v[i].grad_fn) for i, shape in enumerate(shapes)]
-        is_call, index = high(calls, self.places(), self._shape, logits.grad_fn, self._fed)
+        is_call, index = high(calls, self.places(), self.shape, logits.grad_fn, self.bottom)
         if is_call:
             event, axis = self.made[index]
             return self.v[index], axis, event
@@ -69,7 +86,8 @@ class LayerTrace(ImageTrace):
         super().release()
         self.encoder.clear()
         self.v.clear()
-        self._fed = None
+        self.tokens.clear()
+        self.bottom = None
 
     # calls ---------------------------------------------------------------------------------------------
     def __torch_function__(
@@ -81,6 +99,8 @@ class LayerTrace(ImageTrace):
         # .cpu() in a hook, say, returns its argument, and the network does not use what it returned
         if isinstance(out, Tensor) and before < self.events and (out is not first or out._version != version):
             self.records.note(out, event=self.events)
+            if out.dim() == 3 and len(out) == self.shape[0] and self.is_map(out):
+                self.tokens.append(Tokens(out, out._version, self.channels.of(out), self.events))
         return out
 
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
@@ -128,6 +148,14 @@ class LayerTrace(ImageTrace):
 
     def live_constant(self, t: Tensor) -> Tensor:
         return t
+
+    def factors(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps that attention is about to multiply."""
+        return one, other
+
+    def attention(self, weights: Tensor) -> Tensor:
+        """The weights of an attention, as they are."""
+        return weights
 
     def as_gate(self, t: Tensor, function: Function) -> Tensor:
         return t

@@ -81,13 +81,13 @@ def high(
 
     Raises SrdLabError if there is no such map of any size.
     """
-    cuts = _cuts(top, bottom)
-    wanted = tuple(-(-side // 8) for side in image[2:])
+    passed = cuts(top, bottom)
+    wanted = _an_eighth(image)
     fitting = [
-        (_distance(place.shape[2:], wanted), is_other, -place.index, place)
+        (distance_to_high(place.shape[2:], image), is_other, -place.index, place)
         for is_other, places in ((False, activations), (True, others))
         for place in places
-        if len(place.shape) == 4 and max(place.shape[2:]) > 1 and place.node in cuts
+        if len(place.shape) == 4 and max(place.shape[2:]) > 1 and place.node in passed
         if place.shape[0] == image[0]
     ]
     if not fitting:
@@ -105,8 +105,13 @@ def high(
     return not is_other, nearest.index
 
 
-def _distance(size: Sequence[int], wanted: Sequence[int]) -> float:
-    return sum(abs(log(a / b)) for a, b in zip(size, wanted, strict=True))
+def distance_to_high(size: Sequence[int], image: Sequence[int]) -> float:
+    """How far height and width of a map are from 1/8 of those of images (N, C, H, W), in natural logarithms."""
+    return sum(abs(log(a / b)) for a, b in zip(size, _an_eighth(image), strict=True))
+
+
+def _an_eighth(image: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-side // 8) for side in image[2:])
 
 
 def is_cut(node: Any, top: Any, bottom: Any) -> bool:
@@ -128,7 +133,7 @@ def leads_to(top: Any, bottom: Any, past: AbstractSet[Any] = frozenset()) -> boo
     return False
 
 
-def _cuts(top: Any, bottom: Any) -> set[Any]:
+def cuts(top: Any, bottom: Any) -> set[Any]:
     """The nodes that every path from ``top`` down to ``bottom`` passes: no edge leads past them, in topological order."""
     order = [*_sorted(top)]  # from the bottom up
     leading = {bottom}  # nodes that a path leads on from, down to the bottom

@@ -106,6 +106,19 @@ class LiveConstant(torch.autograd.Function):
         return (None if ctx.live_pass.on else grads[0]), None
 
 
+class Halve(torch.autograd.Function):
+    """One factor of a product of two maps: half of the signal while the rule is live, all of it otherwise."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, live_pass: LivePass) -> Tensor:
+        ctx.live_pass = live_pass
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (grads[0] / 2 if ctx.live_pass.on else grads[0]), None
+
+
 class Refuse(torch.autograd.Function):
     """Forward: y. Backward: an SrdLabError, ``complaint``, if a signal arrives while the rule is live."""
 

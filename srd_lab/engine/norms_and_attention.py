@@ -39,6 +39,14 @@ class Trace(Protocol):
         """``t`` as a factor that the live pass takes for a constant."""
         ...
 
+    def factors(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps that attention is about to multiply: queries and keys, weights and values."""
+        ...
+
+    def attention(self, weights: Tensor) -> Tensor:
+        """The weights (N, heads, L, S) of an attention, as they multiply the values."""
+        ...
+
     def as_gate(self, t: Tensor, function: Function) -> Tensor:
         """``t``, which ``function`` made, for multiplying maps by it and nothing else."""
         ...
@@ -150,8 +158,7 @@ def scaled_dot_product_attention(
         attn_mask = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = _masking(~attn_mask, query)
-    weights = trace.live_constant(_weights(query, key, attn_mask, scale))
-    return trace.channels.put(weights @ value, -1)
+    return trace.channels.put(_attended(trace, query, key, value, attn_mask, scale)[0], -1)
 
 
 def multi_head_attention_forward(
@@ -208,8 +215,8 @@ def multi_head_attention_forward(
     if key_padding_mask is not None:
         padded = _masking(key_padding_mask, q)[:, None, None]
         mask = padded if mask is None else mask + padded
-    weights = _weights(q, k, mask)
-    attended = (trace.live_constant(weights) @ v).transpose(1, 2).flatten(2)
+    attended, weights = _attended(trace, q, k, v, mask)
+    attended = attended.transpose(1, 2).flatten(2)
     out = trace.channels.put(trace.linear(attended, out_proj_weight, out_proj_bias).transpose(0, 1), -1)
     if not need_weights:
         return out, None
@@ -274,6 +281,12 @@ def _masking(mask: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+def _attended(
+    trace: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """What attention puts out, and its weights."""
+    query, key = trace.factors(query, key)
     scores = query @ key.transpose(-2, -1) * (1 / sqrt(query.shape[-1]) if scale is None else scale)
-    return torch.softmax(scores if mask is None else scores + mask, -1)
+    weights = torch.softmax(scores if mask is None else scores + mask, -1)
+    by, value = trace.factors(trace.attention(weights), value)
+    return by @ value, weights

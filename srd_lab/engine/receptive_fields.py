@@ -7,6 +7,7 @@ once more, by autograd alone: the middle of the pixels that a cell depends on ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -25,17 +26,20 @@ _SHIFT = 0.2  # of the image, or
 _STRIDE = 0.6  # of the distance of two cells; strides alone make 0.5
 
 
-def reads_elsewhere(model: nn.Module, x: Tensor, event: int, axis: int | None, events: int) -> bool:
+def reads_elsewhere(
+    model: nn.Module, x: Tensor, event: int, laid: Callable[[Tensor], Tensor], events: int
+) -> bool:
     """Whether the pixels that the cells of a map depend on run against the map: mirrored, transposed or moved.
 
-    x : images (N, C, H, W). event, axis : the map, as for :meth:`srd_lab.engine.alignment.Alignment.lies`.
+    x : images (N, C, H, W). event : the torch function of the model whose output is asked; laid : lays that as a map
+        (..., h, w).
     events : how many torch functions the model calls for x.
 
     Asked are nine cells, by their squared gradient, on two images where the model calls as many functions for two. A map of
     one cell, and one that does not depend on the image, does not.
     """
     for some in dict.fromkeys((min(2, len(x)), len(x))):
-        trace = _Asked(model, event, axis)
+        trace = _Asked(model, event, laid)
         with torch.enable_grad():
             trace.run(x[:some].detach().clone().requires_grad_())
         if trace.events == events:
@@ -56,9 +60,9 @@ class _Asked(Watch):
 
     needs_activations = False
 
-    def __init__(self, model: nn.Module, event: int, axis: int | None) -> None:
+    def __init__(self, model: nn.Module, event: int, laid: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model)
-        self.event, self.axis = event, axis
+        self.event, self.laid = event, laid
         self.sides = (1, 1)
         self.claims: list[tuple[float, float]] = []
         self.found: list[Tensor] = []
@@ -73,7 +77,7 @@ class _Asked(Watch):
         before = self.events
         out = super().__torch_function__(func, types, args, kwargs)
         if before < self.event == self.events and isinstance(out, Tensor) and out.requires_grad:
-            self._ask(out if self.axis is None else out.movedim(self.axis, -3))
+            self._ask(self.laid(out))
         return out
 
     def _ask(self, maps: Tensor) -> None:

@@ -113,6 +113,20 @@ class BackwardPasses:
             )
         return self.run.finish(relevance[index])
 
+    def over_image(self, relevance: Tensor, index: int | None, what: str) -> Tensor:
+        """Relevance of tokens (N, T) as a map (N, h, w), each where it lies over the image, less class and register tokens.
+
+        index : of the activation call that it is at; None for the encoder's output. what : its name, for messages.
+
+        Raises SrdLabError for tokens of which it is not known where they lie.
+        """
+        alignment, end = self.run.alignment(self.trace), self.trace.end()
+        if index is None and end.call is not None:
+            index = end.call.index
+        event = (end.event or 0) if index is None else alignment.event_of_call(index)
+        axis = end.channels if index is None else self.trace.axes[index]
+        return alignment.check_tokens(event, axis, what).lay_numbers(relevance)
+
     def at_high(self, start: Start) -> Tensor:
         """Relevance (N, h, w) at the last map of 1/8 of the image that all of it passes, see :meth:`SRDTrace.high`."""
         place = self.trace.high(start.call)

@@ -27,7 +27,7 @@ class SRDTrace(Decomposed):
     rule : see :mod:`srd_lab.engine.rules`.
     encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
     with_bias : whether biases, shifts of normalisations and added constants are shared (Eq. 11).
-    u, v : pre-activations and outputs of the activation calls, channels along dimension 1.
+    u, v : pre-activations and outputs of the activation calls, channels along dimension 1; axes : where they lay.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class SRDTrace(Decomposed):
         super().__init__(model, rule)
         self.u: list[Tensor] = []
         self.v: list[Tensor] = []
+        self.axes: list[int] = []
         self._gates: list[Any] = []  # their nodes in autograd's graph
         self._fed: Any = None  # that of the image
         self._top: Any = None  # and that of the logits
@@ -111,6 +112,7 @@ class SRDTrace(Decomposed):
             u, v = u.movedim(self._axis, 1), v.movedim(self._axis, 1)
         self.u.append(u)
         self.v.append(v)
+        self.axes.append(self._axis)
         out = super().gate(call, u, v)
         self._gates.append(out.grad_fn)
         return out.squeeze(1) if self._lone else out.movedim(1, self._axis)

@@ -11,6 +11,10 @@ The layer is the encoder output (``level="low"``, 7 x 7 of 224 x 224), the last 
 ("high", 28 x 28), or any activation by name. Those that need forward passes only are in
 :mod:`srd_lab.methods.cam_by_passes`.
 
+Tokens are laid on the grid of their patches; class and register tokens are dropped. The last layer of a vision transformer,
+for "low" and "high" alike, is the last one through which all passes that the logit owes to patches
+(:mod:`srd_lab.engine.last_tokens`): where the head reads a class token, what the last attention reads.
+
 Example
 -------
 >>> GradCAM().explain(model, x).shape                    # the encoder output; (N, 7, 7) of 224 x 224
@@ -31,9 +35,12 @@ from torch import Tensor, nn
 
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
+from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.attribution import Attribution, attribution, slope_of
+from srd_lab.engine.last_tokens import last_tokens
 from srd_lab.engine.layer_trace import LayerTrace
-from srd_lab.engine.layers import check_rows
+from srd_lab.engine.layers import check_rows, distance_to_high
+from srd_lab.engine.token_grid import TokenGrid
 from srd_lab.errors import Refused
 from srd_lab.logits import check_logits, class_logit
 from srd_lab.types import Explainer
@@ -44,8 +51,9 @@ class Layer:
     """A layer of a running model.
 
     run : the attribution that it is a part of.
-    output : in the graph, with its channels along dimension ``channels``; activation : along dimension 1, (N, K, h, w).
+    output : in the graph, with its channels along dimension ``channels``: a map, or tokens.
     event : which torch function of the model made it.
+    grid : where the tokens lie over the image; None for a map.
     logits : (N, classes).
     """
 
@@ -53,17 +61,31 @@ class Layer:
     output: Tensor
     channels: int
     event: int
+    grid: TokenGrid | None
     logits: Tensor
 
     @property
     def activation(self) -> Tensor:
-        """The output with its channels along dimension 1, (N, K, h, w)."""
-        return self.output.movedim(self.channels, 1)
+        """The output as a map with its channels along dimension 1, (N, K, h, w)."""
+        return self._laid(self.output)
 
     def slope(self, score: Tensor) -> Tensor:
         """The derivative of ``score`` by the activation, (N, K, h, w)."""
-        slope = slope_of(score, self.output, differentiable=self.run.differentiable)
-        return slope.movedim(self.channels, 1)
+        return self._laid(slope_of(score, self.output, differentiable=self.run.differentiable))
+
+    def without(self, made: Tensor, channels: Tensor) -> Tensor:
+        """What the layer put out, ``made``, with zeros in channel ``channels[j]`` (n,) of row j, wherever that is a part of
+        the activation: class and register tokens stay."""
+        copies = made.movedim(self.channels, 1)
+        mask = torch.zeros(copies.shape[:2], dtype=torch.bool, device=copies.device)
+        mask[torch.arange(len(channels), device=copies.device), channels] = True
+        mask = mask.view(*mask.shape, *[1] * (copies.dim() - 2))
+        if self.grid is not None:
+            mask = mask & self.grid.lies(copies.shape[2])
+        return copies.masked_fill(mask, 0).movedim(1, self.channels)
+
+    def _laid(self, t: Tensor) -> Tensor:
+        return t.movedim(self.channels, 1) if self.grid is None else self.grid.lay(t, self.channels)
 
 
 @contextmanager
@@ -73,42 +95,77 @@ def layer_of(
     """Within: the layer at ``level`` of a forward pass, with its graph; level and encoder as in :class:`GradCAM`, slopes as
     in :func:`srd_lab.engine.attribution.attribution`.
 
-    Raises SrdLabError for a layer that is not there or puts out no map.
+    Raises SrdLabError for a layer that is not there or puts out neither a map nor tokens over the image.
     """
     with attribution(model, x, split=False, slopes=slopes) as run:
         trace = run.recording(LayerTrace(model, encoder))
         trace.keeps_maps = level == "high"
         logits = trace.trace(run.given)
-        layer = Layer(run, *_at(trace, level, logits), logits)
-        if layer.output.dim() != 4:
+        alignment, what = run.alignment(trace), f"level {level!r}"
+        output, channels, event = _at(trace, alignment, level, logits)
+        if output.dim() not in (3, 4):
             raise Refused(
-                f"level {level!r} puts out shape {tuple(layer.output.shape)}, which is no map (N, K, h, w); "
+                f"{what} puts out shape {tuple(output.shape)}, which is no map (N, K, h, w); "
                 "name a layer that has one with level="
             )
-        check_rows(f"level {level!r}", layer.output.shape, len(x))
-        run.alignment(trace).check(layer.event, layer.channels, f"level {level!r}")
-        yield layer
+        check_rows(what, output.shape, len(x))
+        grid = None
+        if output.dim() == 3:
+            grid = alignment.check_tokens(event, channels, what)
+        else:
+            alignment.check(event, channels, what)
+        yield Layer(run, output, channels, event, grid, logits)
 
 
-def _at(trace: LayerTrace, level: str | int, logits: Tensor) -> tuple[Tensor, int, int]:
+def _at(trace: LayerTrace, alignment: Alignment, level: str | int, logits: Tensor) -> tuple[Tensor, int, int]:
     """Output, axis of the channels and event of the layer at ``level``."""
     if level == "low":
-        end = trace.end()
-        return end.output, end.channels, end.event or 0
+        return _low(trace, alignment, logits)
     if level == "high":
-        return trace.high(check_logits(logits))
+        return _high(trace, alignment, check_logits(logits))
     i = trace.call_index(level)
     event, axis = trace.made[i]
     return trace.v[i], axis, event
+
+
+def _low(trace: LayerTrace, alignment: Alignment, logits: Tensor) -> tuple[Tensor, int, int]:
+    """The encoder's output; that of a transformer is a part of few maps, so that the last tokens stand for it."""
+    try:
+        end = trace.end()
+    except Refused:
+        if trace.encoder.name is not None or (tokens := last_tokens(trace, alignment, logits)) is None:
+            raise
+        return tokens.output, tokens.channels, tokens.event
+    if end.output.dim() == 3 and trace.encoder.name is None:
+        tokens = last_tokens(trace, alignment, check_logits(logits))
+        if tokens is not None:
+            return tokens.output, tokens.channels, tokens.event
+    return end.output, end.channels, end.event or 0
+
+
+def _high(trace: LayerTrace, alignment: Alignment, logits: Tensor) -> tuple[Tensor, int, int]:
+    """The last map at 1/8 of the image, or the last tokens where they are no farther from that size."""
+    tokens = last_tokens(trace, alignment, logits)
+    grid = None if tokens is None else alignment.grid(tokens.event, tokens.channels)
+    if tokens is None or grid is None:
+        return trace.high(logits)
+    image, last = trace.shape, (tokens.output, tokens.channels, tokens.event)
+    try:
+        map_, channels, event = trace.high(logits)
+    except Refused:
+        return last
+    size = map_.movedim(channels, 1).shape[2:]
+    nearer = distance_to_high(grid.cells.shape, image) <= distance_to_high(size, image)
+    return last if nearer else (map_, channels, event)
 
 
 @dataclass(frozen=True)
 class _CAM(Explainer, ABC):
     """What all share: the layer, and the sum over its channels.
 
-    level : "low" = the encoder output, "high" = the last activation at 1/8 of the image, or the name of an
-        activation call or of a submodule (its last activation).
-    encoder : see :class:`srd_lab.methods.srd.SRD`.
+    level : "low" = the encoder output, "high" = the last activation at 1/8 of the image (both of tokens, see above), or the
+        name of an activation call or of a submodule (its last activation).
+    encoder : see :class:`srd_lab.methods.srd.SRD`; a submodule that puts out tokens is taken as it is.
     """
 
     level: str = "low"

@@ -139,9 +139,7 @@ class AblationCAM(_PassCAM):
         def run(channels: Tensor, images: Tensor) -> Tensor:
             def ablated(made: Tensor) -> Tensor:
                 copies = made if len(images) > 1 else made.repeat(len(channels), *[1] * (made.dim() - 1))
-                copies = copies.movedim(layer.channels, 1)
-                copies = copies.masked_fill(_one_of_each(channels, copies), 0)
-                return copies.movedim(1, layer.channels)
+                return layer.without(copies, channels)
 
             return Exchange(model, layer.event, ablated).run(images)
 
@@ -166,13 +164,6 @@ class AblationCAM(_PassCAM):
         for some in alive.split(at_once) if len(alive) else ():
             drop = drop.index_put((some,), score - recomputed(without, some, x))
         return rules.divide(drop, score)
-
-
-def _one_of_each(channels: Tensor, like: Tensor) -> Tensor:
-    """True at channel ``channels[j]`` of row j, broadcast over the places of ``like``."""
-    mask = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
-    mask[torch.arange(len(channels), device=like.device), channels] = True
-    return mask.view(*mask.shape, *[1] * (like.dim() - 2))
 
 
 def _constant(channels: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ biases b of all its layers. The map adds up what each term has to say about plac
     psi(d y_c / d x * x) + sum_layers sum_channels psi(d y_c / d b * b),    psi = stretch to the image of |.|
 
 every term stretched to [0, 1] over its channels and places first. The shift of a batch norm is a bias, and an activation
-f other than ReLU has the bias f(u) - f'(u) u. Biases of linear layers behind the maps have no
-place: they count for completeness only.
+f other than ReLU has the bias f(u) - f'(u) u. Tokens lie where their patches do. Biases of linear layers behind the maps and
+those of class tokens have no place: they count for completeness only. Those within ``nn.MultiheadAttention`` are not seen.
 
 Example
 -------
@@ -222,22 +222,28 @@ def _products(
         for g, value, term in zip(slopes, values, terms, strict=True):
             if g is not None:
                 product = g * value
-                products.append(
-                    run.finish(product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1))
-                )
+                product = product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1)
                 if laid_over_image and term.event:
-                    _check_place(run.alignment(trace), term, len(x), ask=term is last[tuple(term.y.shape)])
+                    ask = term is last[tuple(term.y.shape)]
+                    product = _placed(product, run.alignment(trace), term, len(x), ask=ask)
+                products.append(run.finish(product))
         return products, run.finish(logits)
 
 
-def _check_place(alignment: Alignment, term: _Bias, images: int, *, ask: bool) -> None:
-    """Refuse a bias on a map that does not lie over so many images; ask : whether its cells are asked what they read."""
+def _placed(product: Tensor, alignment: Alignment, term: _Bias, images: int, *, ask: bool) -> Tensor:
+    """The ``product`` of a bias, channels along dimension 1, with tokens laid where they lie over the image.
+
+    Refuses a map that does not lie over so many images; ask : whether its cells are asked what they read.
+    """
     what, cure = "the output of a layer with a bias", "use another method on this network"
     if term.y.dim() == (3 if term.lone else 4):
         check_rows(what, (term.y if term.lone else term.y.movedim(term.axis, 1)).shape, images, cure)
         alignment.check(term.event, None if term.lone else term.axis, what, ask=ask)
+    elif term.y.dim() == 3 and alignment.grid(term.event, term.axis) is not None:
+        return alignment.check_tokens(term.event, term.axis, what, ask=ask).lay(product, 1)
     elif term.y.dim() == 3 and alignment.lies(term.event, None):  # a map of one image
         raise not_by_rows(what, term.y.shape, images, cure)
+    return product
 
 
 def _unit_range(product: Tensor) -> Tensor:

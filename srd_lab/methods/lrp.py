@@ -10,6 +10,11 @@ Batch norm after a convolution is folded into w before the sign is taken; additi
 affine map, so a residual network needs no canonisation. z+ and gamma take activation outputs x >= 0; at the input, with
 pixels in a box [l, h], they use z^B: ``R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / (sum_k same) R_j``.
 
+On transformers there are two ways to go on. Epsilon holds attention weights and the scale of normalisations constant (Ali et
+al. 2022). AttnLRP (Achtibat et al. 2024) holds the scale constant alone: what is a product of two maps, such as queries and
+keys, weights and values, or a gate and what it gates, gives half to each; a softmax ``s`` of ``x`` gives
+``R_i = x_i (R_s,i - s_i sum_j R_s,j)``. z+ and gamma are for activations >= 0, and refuse GELU.
+
 Excitation backprop (Zhang et al. 2016) is the z+ rule with a one at the class; contrastive, what the negated weights of
 the class would excite is taken off in the last layer.
 
@@ -33,6 +38,7 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
+from srd_lab.engine.attnlrp_trace import AttnLRPTrace
 from srd_lab.engine.attribution import ON_LEAK, Attribution, attribution, check_conserved, slope_of, slopes_of
 from srd_lab.engine.layers import call_index, check_rows
 from srd_lab.engine.lrp_trace import ModifiedTrace
@@ -285,9 +291,11 @@ class LRPEpsilon(Explainer):
     epsilon: float = 1e-6
     channels: str = "sum"
 
+    trace = SRDTrace
+
     def __post_init__(self) -> None:
         if not self.epsilon > 0:
-            raise BadValue(f"lrp_epsilon needs epsilon > 0, got {self.epsilon}")
+            raise BadValue(f"LRP needs epsilon > 0, got {self.epsilon}")
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
@@ -295,7 +303,7 @@ class LRPEpsilon(Explainer):
         """Relevance per pixel (N, H, W), signed; the model's output, from one forward pass."""
         with attribution(model, x) as run:
             rule = rules.lrp_epsilon(self.epsilon)
-            trace = run.recording(SRDTrace(run.network, rule, with_bias=False))
+            trace = run.recording(self.trace(run.network, rule, with_bias=False))
             logits, _ = trace.trace(run.given)
             score = class_logit(logits, target)[:, None]
             signal = rules.divide(score, score + self.epsilon * rules.sign(score))
@@ -303,3 +311,21 @@ class LRPEpsilon(Explainer):
                 g = slope_of(score, run.given, signal, differentiable=run.differentiable)
             map_ = maps.reduce_channels(run.given * g, self.channels)
             return run.finish(map_), run.finish(logits)
+
+
+@method(
+    "attnlrp",
+    title="AttnLRP",
+    paper="Achtibat et al. 2024",
+    resolution="input",
+    passes="3",
+    tested="definition, LXT",
+)
+@dataclass(frozen=True)
+class AttnLRP(LRPEpsilon):
+    """LRP epsilon through queries and keys, too; of a network without products of two maps and softmax it is LRP epsilon.
+
+    epsilon, channels : see :class:`LRPEpsilon`. A sigmoid that gates a map stays a constant, as its value at 0 is not 0.
+    """
+
+    trace = AttnLRPTrace

@@ -91,7 +91,7 @@ class SRD(Explainer):
         class-agnostic).
     level : resolution of the map: "input"; "high" = the last activation at 1/8 of the input (28 of 224) that all of the
         relevance passes; "low" = the encoder output; or the name of an activation call or of a submodule (its last
-        activation).
+        activation). Relevance of tokens is laid on the grid of their patches; class and register tokens keep theirs.
     unit : "vector", or "scalar" for every neuron on its own (LRP-0, no bias shares; the ablation of Fig. 7).
     values : "pre"- or "post"-activation reference vector (Fig. 7).
     on_leak : "error" or "warn" where not all relevance that started arrives, and neither rounding nor :meth:`leaks`
@@ -258,18 +258,15 @@ class SRD(Explainer):
     def _at_level(self, passes: BackwardPasses, start: Start) -> Tensor:
         if self.level == "input":
             return passes.at_input(start)
+        index = None
         if self.level == "low":
             found = passes.run.finish(start.relevance)
         elif self.level == "high":
             found = passes.at_high(start)
         else:
-            found = passes.at_call(start, passes.trace.call_index(self.level))
-        if found.dim() != 3:
-            raise Refused(
-                f"level {self.level!r} holds relevance of shape {tuple(found.shape)} here (tokens), which is no map "
-                '(N, h, w); use level="input", or relevance() for the numbers as they are'
-            )
-        return found
+            index = passes.trace.call_index(self.level)
+            found = passes.at_call(start, index)
+        return passes.over_image(found, index, f"level {self.level!r}") if found.dim() == 2 else found
 
 
 def _start_relevance(passes: BackwardPasses, target: Tensor | int | None, start: str | Tensor) -> Tensor:
