@@ -184,8 +184,8 @@ GATES = Gates(0.1, 0.2, 0.3, 0.05, 0.04)
 def tiny_study(
     monkeypatch: pytest.MonkeyPatch, steps: int = 2, queries: int = 8, gates: Gates | None = GATES
 ) -> None:
-    """Make a run of the study cheap: few steps and queries, one image probed, short probes and backdoors, gates given unless None, no
-    figures."""
+    """Make a run of the study cheap: few steps and queries, one image probed, short probes and backdoors, no figures, and
+    gates given unless None."""
     members = ensemble.MODES["quick"].members
     monkeypatch.setitem(ensemble.MODES, "quick", ensemble.Mode(steps, 1, 1, queries, members))
     monkeypatch.setattr(robustness_study, "PROBED", 1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import in_a_copy, needs_copies, status_of
 from small_networks import command as call
 from small_networks import tiny_study
 
@@ -19,10 +19,7 @@ from srd_lab.runs.addresses import local_folder
 from srd_lab.runs.files import FolderFiles
 from srd_lab.runs.store import Store
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are copies of this one"),
-]
+pytestmark = [pytest.mark.slow, needs_copies]
 ON_CPU = ("--batch-size", "2", "--device", "cpu")
 COMMANDS = {
     "apop": ("--images", "4", "--inputs", "zeros", "--no-binarize", *ON_CPU),
@@ -33,23 +30,6 @@ COMMANDS = {
 }
 MOMENTS = {"apop": 12, "robustness": 4}  # that are tried; six of the others
 TABLES = ("images.csv", "pairs.csv")
-
-
-def in_a_copy(work: Callable[[], bool]) -> int:
-    """Start a copy of this process that does some work and is gone: with 0 if it went well, else 1. Its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if work() else 1)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return child
-
-
-def status_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def at_each_moment(patch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
@@ -139,7 +119,9 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(
         return f"sqlite:///{tmp_path / name}/mlflow.db"
 
     tiny_study(monkeypatch, steps=1, queries=4)
-    monkeypatch.setattr(ensemble, "MEMBERS", ("dissimilarity", "combined", "transfer"))  # the first is checked only
+    monkeypatch.setattr(
+        ensemble, "MEMBERS", ("dissimilarity", "combined", "transfer")
+    )  # the first is checked only
     monkeypatch.setitem(ensemble.MODES, "quick", ensemble.Mode(1, 1, 1, 4, ("combined", "transfer")))
     arguments, whole = (*command.split(), *COMMANDS[command]), store("whole")
     moments, expected = moments_of(*arguments, "--tracking-uri", whole), tables(whole)
