@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from attacks import ensemble, flags, robustness_study
+from attacks.backdoor import Backdoor
 from attacks.gates import Gates
+from attacks.probe import probe
 from srd_lab import render
 from srd_lab.cli.main import main
 from srd_lab.engine.surrogate import SmoothModel
@@ -181,13 +184,16 @@ GATES = Gates(0.1, 0.2, 0.3, 0.05, 0.04)
 def tiny_study(
     monkeypatch: pytest.MonkeyPatch, steps: int = 2, queries: int = 8, gates: Gates | None = GATES
 ) -> None:
-    """Make a run of the study cheap: few steps and queries, one image probed, gates given unless None, no figures."""
+    """Make a run of the study cheap: few steps and queries, one image probed, short probes and backdoors, no figures, and
+    gates given unless None."""
     members = ensemble.MODES["quick"].members
     monkeypatch.setitem(ensemble.MODES, "quick", ensemble.Mode(steps, 1, 1, queries, members))
     monkeypatch.setattr(robustness_study, "PROBED", 1)
+    monkeypatch.setattr(robustness_study, "probe", partial(probe, steps=steps))
     if gates:
         monkeypatch.setattr(robustness_study, "check_gates", lambda *_: gates)
     monkeypatch.setattr(flags, "unlimited", lambda *_: {})
+    monkeypatch.setattr(flags, "Backdoor", partial(Backdoor, steps=4))
     monkeypatch.setattr(Run, "save_figure", lambda *_: None)
     for figure in ("box_plots", "budget_curves", "member_heat", "picture_grid"):
         monkeypatch.setattr(render, figure, lambda *_, **__: None)

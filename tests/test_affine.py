@@ -1,5 +1,8 @@
 """The list of what is affine: every function that torch lets anybody override, put between a convolution and its ReLU, is
-affine there by measurement, or selects among the values of its map, or is refused by name."""
+affine there by measurement, or selects among the values of its map, or is refused by name.
+
+By default a function that is refused by name is called in one way; `-m peers` calls every function in all of them.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ DECOMPOSING = ("srd", "lrp_epsilon", "lrp_zplus", "lrp_gamma", "excitation_backp
 RULED = {*ACTIVATIONS, *IN_PLACE_ACTIVATIONS, *MAX_POOLS, *LAYERS, *AFFINE_FORMS, *GATES}
 # no operations on maps, or they leave the process changed
 NOT_CALLED = {"__setstate__", "__reduce_ex__", "share_memory_", "register_hook", "set_", "__array__"}
+NOT_CALLED |= {"lobpcg"}  # iterates for half a second at each call, and is on no list
 
 
 def drawn(*shape: int) -> Tensor:
@@ -154,19 +158,24 @@ def cases(function: Callable[..., Any]) -> Iterator[tuple[str, Step]]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of functions that are deprecated or experimental
-def test_every_function_of_torch_is_affine_a_selection_or_refused() -> None:
+@pytest.mark.parametrize("every_way", [False, pytest.param(True, marks=pytest.mark.peers)])
+def test_every_function_of_torch_is_affine_a_selection_or_refused(every_way: bool) -> None:
     """LRP's passes share what refuses, and are asked about every ninth case."""
     count, silent = Counter[str](), list[str]()
     for name, function in overridable():
+        refused = False
         for pattern, step in cases(function):
+            if refused and not every_way:
+                break
             count["cases"] += 1
             wrong = bent(step, (1e-5,) if function in SELECTIONS else (1e-3, 0.3, 3.0))
             others = DECOMPOSING[1:] if count["cases"] % 9 == 0 else ()
             for method in ("srd", *others):
                 try:
                     arrived = explain(Net(step, both=method in ("srd", "lrp_epsilon")), method).any()
-                except SrdLabError:
+                except SrdLabError as error:
                     count["refused"] += 1
+                    refused |= "there is no rule for it" in str(error)
                     continue
                 except Exception as error:
                     if "is not implemented" in str(error):  # torch has no derivative, and says so
@@ -177,9 +186,9 @@ def test_every_function_of_torch_is_affine_a_selection_or_refused() -> None:
                 if wrong and arrived:
                     silent.append(f"{name}{pattern} by {method}: a map")
     assert silent == []
-    assert count["cases"] > 1500
+    assert count["cases"] > (1500 if every_way else 700)
     assert count["taken"] > 400
-    assert count["refused"] > 1000
+    assert count["refused"] > (1000 if every_way else 600)
 
 
 class Recurrent(nn.Module):

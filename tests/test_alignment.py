@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -52,8 +53,14 @@ class Net(nn.Module):
         return self.head(y.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+@cache
+def built(step: Step) -> Net:
+    """One network for each step: what is tried once with every model is not tried again with every method."""
+    return Net(step)
+
+
 def explain(name: str, step: Step) -> Tensor:
-    return make_explainer(name).explain(Net(step), X, 1)
+    return make_explainer(name).explain(built(step), X, 1)
 
 
 def windows(y: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
 """Beyond VGG and ResNet: gates, normalisations that depend on the input, attention, tokens and constants, against a
-literal oracle on toy blocks and by conservation on torchvision's classifiers."""
+literal oracle on toy blocks and by conservation on torchvision's classifiers.
+
+By default conservation is tried on torchvision's networks that are neither compared with `tests/graph_oracle.py` nor large,
+and on small ones of the large families; `-m peers` tries one of every family as published, `scripts/architectures.py` any.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,12 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
 
 from srd_lab.engine import rules
 from srd_lab.engine.channels import Channels
@@ -69,13 +79,24 @@ def drawn(model: nn.Module, seed: int = 1) -> nn.Module:
 
 # --- torchvision's classifiers --------------------------------------------------------------------------------
 
-# MaxViT and Swin follow in small; the others differ from one that is tried in depth or width alone (scripts/architectures.py
-# tries them all)
-LIKE_ANOTHER = (
-    *("vgg13", "vgg16", "vgg19", "vgg13_bn", "vgg16_bn", "vgg19_bn", "resnet34", "resnet101", "resnet152"),
-    *("wide_resnet50_2", "mobilenet_v3_large", "swin_t", "maxvit_t"),
+NAMES = (
+    *(
+        "alexnet",
+        "resnet18",
+        "densenet121",
+        "inception_v3",
+        "mobilenet_v3_small",
+        "mnasnet1_0",
+        "regnet_y_400mf",
+    ),
+    "shufflenet_v2_x1_0",
 )
-NAMES = [name for name in architectures.FAMILIES if name not in LIKE_ANOTHER]
+# from the others, which differ from one that is tried in depth or width alone
+PEERS = (
+    *("vgg11", "vgg11_bn", "resnet50", "resnext50_32x4d", "squeezenet1_0", "squeezenet1_1", "googlenet"),
+    *("mobilenet_v2", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf"),
+    *("convnext_tiny", "vit_b_16", "swin_v2_t"),
+)
 LEAKING = {"vit_b_16": "constants", "swin_v2_t": "dead fields"}
 # how the relevance of an activation call is laid out
 TOKENS = {"vit_b_16": (17,), "swin_v2_t": (2, 2), "convnext_tiny": (2, 2)}
@@ -99,14 +120,14 @@ def check_conservation(model: nn.Module, x: Tensor, cause: str | None = None) ->
     return relevance
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.peers) for name in PEERS)])
 def test_torchvision_classifiers_conserve_relevance(name: str) -> None:
     size = architectures.SIZES.get(name, 64)
     model = architectures.random_network(name, size)
     relevance = check_conservation(model, noise(1, 3, size, size), LEAKING.get(name))
     total = relevance["input"].sum()
     cuts: list[str] = []
-    if name.startswith("vgg"):  # in a chain every layer holds it all
+    if name.startswith(("vgg", "alexnet")):  # in a chain every layer holds it all
         cuts = list(relevance)
     elif name.startswith("resn"):  # and so does the output of every residual block
         last = "#2" if name == "resnet18" else "#3"
@@ -124,15 +145,29 @@ def test_a_small_maxvit_conserves_relevance() -> None:
     check_conservation(drawn(model), noise(2, 3, 32, 32))
 
 
-def test_a_swin_without_padded_windows_conserves_relevance() -> None:
+@pytest.mark.parametrize(
+    ("block", "merging"),
+    [(SwinTransformerBlock, PatchMerging), (SwinTransformerBlockV2, PatchMergingV2)],
+    ids=["swin", "swin v2"],
+)
+def test_a_swin_without_padded_windows_conserves_relevance(
+    block: type[nn.Module], merging: type[nn.Module]
+) -> None:
     """What leaks at 64 pixels are the biases of padded tokens, which are zero."""
-    model = torchvision.models.SwinTransformer([4, 4], 12, [2, 2], [2, 4], [2, 2], num_classes=5)
+    model = torchvision.models.SwinTransformer(
+        [4, 4], 12, [2, 2], [2, 4], [2, 2], num_classes=5, block=block, downsample_layer=merging
+    )
     check_conservation(drawn(model), noise(2, 3, 32, 32))
     check_conservation(model, noise(2, 3, 24, 24), "dead fields")
 
 
-def small_vit() -> nn.Module:
-    return drawn(torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5))
+def small_vit(size: int = 32, patch: int = 8, layers: int = 2) -> nn.Module:
+    return drawn(torchvision.models.VisionTransformer(size, patch, layers, 4, 32, 64, num_classes=5))
+
+
+def test_a_small_vit_keeps_all_but_what_its_constants_take() -> None:
+    relevance = check_conservation(small_vit(), noise(2, 3, 32, 32), "constants")
+    assert list(relevance.values())[-1].shape == (2, 17)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "small_vit"])
@@ -1080,7 +1115,13 @@ def test_where_channels_lie_when_nothing_is_known() -> None:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_prints_what_it_measured() -> None:
+def test_the_script_prints_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = architectures.random_network
+    monkeypatch.setattr(
+        architectures,
+        "random_network",
+        lambda name, side, seed: small_vit(64, 32, 12) if name == "vit_b_32" else made(name, side, seed=seed),
+    )
     run = CliRunner().invoke(
         architectures.main, ["--model", "squeezenet1_1", "--model", "vit_b_32", "--images", "1", "--markdown"]
     )

@@ -5,23 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import in_a_copy, needs_copies, status_of
 from small_networks import command as call
 from small_networks import tiny_study
 
+from attacks import ensemble
 from srd_lab.runs.addresses import local_folder
 from srd_lab.runs.files import FolderFiles
 from srd_lab.runs.store import Store
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are copies of this one"),
-]
+pytestmark = [pytest.mark.slow, needs_copies]
 ON_CPU = ("--batch-size", "2", "--device", "cpu")
 COMMANDS = {
     "apop": ("--images", "4", "--inputs", "zeros", "--no-binarize", *ON_CPU),
@@ -30,60 +28,48 @@ COMMANDS = {
     "robustness": ("--method", "gradient", "--pairs", "4", "--no-curve", "--no-eq10", *ON_CPU),
     "reproduce table1": ("--model", "vgg16", "--images", "4", *ON_CPU),
 }
-MOMENTS = {"apop": 20, "robustness": 4}  # that are tried; eight of the others
+MOMENTS = {"apop": 12, "robustness": 4}  # that are tried; six of the others
 TABLES = ("images.csv", "pairs.csv")
 
 
-def in_a_copy(work: Callable[[], bool]) -> int:
-    """Start a copy of this process that does some work and is gone: with 0 if it went well, else 1. Its number."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if work() else 1)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return child
+def at_each_moment(patch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Have ``happens`` called before and after each call of the store and each file that is written."""
+
+    def around(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            happens()
+            out = function(*given, **named)
+            happens()
+            return out
+
+        return wrapped
+
+    replace = Path.replace
+    patch.setattr(Store, "_patiently", around(Store._patiently))
+    patch.setattr(FolderFiles, "write", around(FolderFiles.write))
+    patch.setattr(Path, "replace", lambda self, to: (happens(), replace(self, to))[1])
 
 
-def status_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def moments_of(*arguments: str) -> int:
+    """Run a command; the number of moments at which something is stored."""
+    moments = []
+    with pytest.MonkeyPatch.context() as patch:
+        at_each_moment(patch, lambda: moments.append(1))
+        ended = call(*arguments)
+    assert ended.exit_code == 0, ended.output
+    return len(moments)
 
 
-def killed(at: int, counted: Path, *arguments: str) -> bool:
-    """Run a command in a copy of this process that is gone at the ``at``-th moment at which something is stored, without a
-    word; whether it got there. If not, ``counted`` says how many moments there were."""
+def kill(at: int, *arguments: str) -> None:
+    """Run a command in a copy of this process that is gone at the ``at``-th moment, without a word."""
 
     def work() -> bool:
-        moments = 0
+        left = iter(range(at - 1))
+        with pytest.MonkeyPatch.context() as patch:
+            at_each_moment(patch, lambda: next(left, None) is None and os._exit(9))
+            return call(*arguments).exit_code == 0
 
-        def moment() -> None:
-            nonlocal moments
-            moments += 1
-            if moments == at:
-                os._exit(9)
-
-        def around(function: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*given: Any, **named: Any) -> Any:
-                moment()
-                out = function(*given, **named)
-                moment()
-                return out
-
-            return wrapped
-
-        Store._patiently = around(Store._patiently)  # type: ignore[method-assign]
-        FolderFiles.write = around(FolderFiles.write)  # type: ignore[method-assign]
-        replace = Path.replace
-        Path.replace = lambda self, to: (moment(), replace(self, to))[1]  # type: ignore[assignment,func-returns-value,method-assign]
-        ended = call(*arguments)
-        counted.write_text(str(moments))
-        return ended.exit_code == 0
-
-    status = status_of(in_a_copy(work))
-    assert status in (0, 9), "the command itself failed"
-    return status == 9
+    assert status_of(in_a_copy(work)) == 9, "it was not killed"
 
 
 def tables(uri: str) -> dict[str, str]:
@@ -133,15 +119,17 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(
         return f"sqlite:///{tmp_path / name}/mlflow.db"
 
     tiny_study(monkeypatch, steps=1, queries=4)
-    arguments, counted = (*command.split(), *COMMANDS[command]), tmp_path / "counted"
-    whole = store("whole")
-    assert not killed(-1, counted, *arguments, "--tracking-uri", whole)
-    expected, moments = tables(whole), int(counted.read_text())
+    monkeypatch.setattr(
+        ensemble, "MEMBERS", ("dissimilarity", "combined", "transfer")
+    )  # the first is checked only
+    monkeypatch.setitem(ensemble.MODES, "quick", ensemble.Mode(1, 1, 1, 4, ("combined", "transfer")))
+    arguments, whole = (*command.split(), *COMMANDS[command]), store("whole")
+    moments, expected = moments_of(*arguments, "--tracking-uri", whole), tables(whole)
     assert expected
     gone_on = told = 0
-    for at in range(1, moments + 1, max(1, moments // MOMENTS.get(command, 8))):
+    for at in range(1, moments + 1, max(1, moments // MOMENTS.get(command, 6))):
         uri = store(f"at-{at}")
-        assert killed(at, counted, *arguments, "--tracking-uri", uri)
+        kill(at, *arguments, "--tracking-uri", uri)
         run = last_run(uri)
         if run is None:  # killed before there was one
             continue
@@ -158,15 +146,15 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(
 
 
 def test_a_run_that_two_processes_go_on_with_ends_with_the_same_numbers(fresh: Path, tmp_path: Path) -> None:
-    command, counted = "apop", tmp_path / "counted"
+    command = "apop"
     arguments = (command, *COMMANDS[command])
     uris = []
     for name in ("whole", "twice"):
         shutil.copytree(fresh, tmp_path / name)
         uris.append(f"sqlite:///{tmp_path / name}/mlflow.db")
     whole, twice = uris
-    assert not killed(-1, counted, *arguments, "--tracking-uri", whole)
-    assert killed(int(counted.read_text()) // 2, counted, *arguments, "--tracking-uri", twice)
+    moments = moments_of(*arguments, "--tracking-uri", whole)
+    kill(moments // 2, *arguments, "--tracking-uri", twice)
     resume = (command, "--resume", last_run(twice).info.run_id, "--tracking-uri", twice)
     both = [in_a_copy(lambda: call(*resume).exit_code == 0) for _ in range(2)]
     assert [status_of(child) for child in both] == [0, 0]

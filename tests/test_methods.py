@@ -1,5 +1,8 @@
 """What every explanation method must do: per image, differentiable as a whole, equal to an independent oracle, without
-side effects, and with clear refusals."""
+side effects, and with clear refusals.
+
+By default LRP is tried on two of torchvision's networks; `-m peers` tries four.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import sqrt
 from typing import Any
 
@@ -92,6 +96,17 @@ def normalised(network: nn.Module) -> nn.Module:
     return Classifier(network, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double()
 
 
+def mixed(name: str = "srd", beta: float | None = None) -> nn.Module:
+    """One network for all tests of a method that leave it as it is, or its surrogate: what is tried once with every model is
+    not tried again with every method."""
+    return _shared("srd" if name in OF_CNNS else name, beta)
+
+
+@cache
+def _shared(name: str, beta: float | None) -> nn.Module:
+    return SmoothModel(_shared(name, None), beta) if beta else normalised(toy(name))
+
+
 def chain(inplace: bool = False) -> nn.Sequential:
     """Module ReLUs only, none called twice: what captum can do."""
     torch.manual_seed(2)
@@ -111,7 +126,7 @@ def chain(inplace: bool = False) -> nn.Sequential:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_equals_its_images_one_by_one(name: str) -> None:
-    model, x = normalised(toy(name)), pixels(3, 3, 10, 8)
+    model, x = mixed(name), pixels(3, 3, 10, 8)
     target = torch.tensor([3, 0, 1])
     maps, logits = method(name).explain_with_logits(model, x, target)
     assert maps.shape == ((3, 5, 4) if name in LOW else (3, 10, 8))
@@ -120,13 +135,13 @@ def test_a_batch_equals_its_images_one_by_one(name: str) -> None:
         alone = method(name).explain(model, x[i : i + 1], int(target[i]))[0]
         assert alone.abs().max() > 0
         torch.testing.assert_close(maps[i], alone, rtol=1e-11, atol=1e-11 * float(alone.abs().max()))
-    mixed = method(name).explain(model, x[[2, 0, 2]], target[[2, 0, 2]])
-    torch.testing.assert_close(mixed, maps[[2, 0, 2]], rtol=1e-11, atol=1e-13)
+    chosen = method(name).explain(model, x[[2, 0, 2]], target[[2, 0, 2]])
+    torch.testing.assert_close(chosen, maps[[2, 0, 2]], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_target_is_the_predicted_class(name: str) -> None:
-    model, x = normalised(toy(name)), pixels(4, 3, 8, 8)
+    model, x = mixed(name), pixels(4, 3, 8, 8)
     predicted = model(x).argmax(1)
     maps = explain(model, x, method=name, **QUICK.get(name, {}))
     assert torch.equal(maps, method(name).explain(model, x, predicted))
@@ -137,7 +152,7 @@ def test_no_target_is_the_predicted_class(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_maps_are_differentiable_only_where_x_is(name: str) -> None:
-    model, x = normalised(toy(name)), pixels(2, 3, 8, 8)
+    model, x = mixed(name), pixels(2, 3, 8, 8)
     plain, logits = method(name).explain_with_logits(model, x)
     assert not plain.requires_grad
     assert not logits.requires_grad
@@ -208,9 +223,7 @@ def test_whole_map_derivatives_equal_finite_differences(
     name: str, options: dict[str, Any], smooth: bool
 ) -> None:
     """On the ReLU network itself between its kinks, and on the surrogate that the attack differentiates."""
-    model = normalised(toy(name))
-    if smooth:
-        model = SmoothModel(model, 4.0)
+    model = mixed(name, 4.0 if smooth else None)
     x, target = pixels(2, 3, 8, 8), torch.tensor([2, 1])
     derivative, error = directional(lambda a: method(name, **options).explain(model, a, target), x)
     assert abs(derivative) > 1e-6
@@ -227,7 +240,7 @@ def test_random_maps_refuse_a_gradient() -> None:
 
 def test_deconvnet_has_no_derivative() -> None:
     """Where an activation was active plays no part, so that the map stays as it is until a max pool's winners change."""
-    model, leaf = SmoothModel(normalised(Mixed()), 4.0), pixels(2, 3, 8, 8).requires_grad_()
+    model, leaf = mixed(beta=4.0), pixels(2, 3, 8, 8).requires_grad_()
     map_ = method("deconvnet").explain(model, leaf, 1)
     (slope,) = torch.autograd.grad(map_.square().sum(), leaf)
     assert map_.max() > 0
@@ -236,7 +249,7 @@ def test_deconvnet_has_no_derivative() -> None:
 
 def test_finite_differences_would_notice_a_wrong_derivative() -> None:
     """The check itself: a share held constant, as the authors' code does, must show."""
-    model, x, target = SmoothModel(normalised(Mixed()), 4.0), pixels(2, 3, 8, 8), torch.tensor([2, 1])
+    model, x, target = mixed(beta=4.0), pixels(2, 3, 8, 8), torch.tensor([2, 1])
 
     def detached(a: Tensor) -> Tensor:
         map_ = method("grad_input").explain(model, a, target)
@@ -305,7 +318,7 @@ def noisy(given: Tensor, k: int, noise: float, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("at_once", [1, 3, None])
 def test_smoothgrad_is_a_mean_over_noisy_images(at_once: int | None) -> None:
-    model, x, target = normalised(Mixed()), pixels(2, 3, 8, 8), torch.tensor([2, 0])
+    model, x, target = mixed(), pixels(2, 3, 8, 8), torch.tensor([2, 0])
     options = {"samples": 4, "noise": 0.3, "seed": 5}
     expected = []
     for image, c in zip(model.normalise(x), target.tolist(), strict=True):
@@ -327,7 +340,7 @@ def test_smoothgrad_is_a_mean_over_noisy_images(at_once: int | None) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 8])
 def test_noisy_images_in_parts_are_the_same_images(at_once: int) -> None:
-    model, x = SmoothModel(normalised(Mixed()), 5.0), pixels(2, 3, 8, 8)
+    model, x = mixed(beta=5.0), pixels(2, 3, 8, 8)
     found = []
     for parts in (at_once, None):
         leaf = x.clone().requires_grad_()
@@ -402,32 +415,40 @@ def test_lrp_conserves_through_several_layers_on_the_input(name: str) -> None:
     torch.testing.assert_close(maps.sum((1, 2)), logits[:, 2])
 
 
+@cache
+def padded(kernel: int | tuple[int, int], by_name: bool) -> nn.Module:
+    torch.manual_seed(7)  # no map is zero
+    layers: list[nn.Module] = []
+    for before, after in ((3, 4), (4, 5), (5, 4)):
+        conv = nn.Conv2d(before, after, kernel, padding="same", dilation=1)
+        if not by_name:
+            (top, bottom), (left, right) = (((k - 1) // 2, k // 2) for k in conv.kernel_size)
+            conv.padding, conv._reversed_padding_repeated_twice = (0, 0), [0] * 4
+            layers.append(nn.ZeroPad2d((left, right, top, bottom)))
+        layers.append(conv)
+        if before != 4:  # two convolutions in a row, and one on the image
+            layers.append(nn.ReLU())
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers).double().eval().requires_grad_(False)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", OF_CNNS)
 @pytest.mark.parametrize("kernel", [3, 2, (4, 3)])
-def test_padding_by_name_is_padding_by_number(name: str, kernel: Any) -> None:
-    def build(by_name: bool) -> nn.Sequential:
-        torch.manual_seed(7)  # no map is zero
-        layers: list[nn.Module] = []
-        for before, after in ((3, 4), (4, 5), (5, 4)):
-            conv = nn.Conv2d(before, after, kernel, padding="same", dilation=1)
-            if not by_name:
-                (top, bottom), (left, right) = (((k - 1) // 2, k // 2) for k in conv.kernel_size)
-                conv.padding, conv._reversed_padding_repeated_twice = (0, 0), [0] * 4
-                layers.append(nn.ZeroPad2d((left, right, top, bottom)))
-            layers.append(conv)
-            if before != 4:  # two convolutions in a row, and one on the image
-                layers.append(nn.ReLU())
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
-        return nn.Sequential(*layers).double().eval().requires_grad_(False)
-
+def test_padding_by_name_is_padding_by_number(name: str, kernel: int | tuple[int, int]) -> None:
     x = pixels(2, 3, 37, 36)  # each shifts by half a pixel
-    maps = [method(name).explain(build(by_name), x, 1) for by_name in (True, False)]
+    maps = [method(name).explain(padded(kernel, by_name), x, 1) for by_name in (True, False)]
     assert maps[0].abs().max() > 0
     torch.testing.assert_close(*maps)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "squeezenet1_1"),
+        *(pytest.param(name, marks=pytest.mark.peers) for name in ("mobilenet_v2", "densenet121")),
+    ],
+)
 def test_lrp_conserves_on_torchvision_networks(name: str) -> None:
     """Captum is off by 1e9 on residual networks, zennit without canonisers by 200."""
     import torchvision
@@ -446,7 +467,7 @@ def test_lrp_conserves_on_torchvision_networks(name: str) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 6, 1000])
 def test_a_long_path_in_parts_is_the_same_path(at_once: int) -> None:
-    model, x, target = SmoothModel(normalised(Mixed()), 5.0), pixels(2, 3, 8, 8), torch.tensor([2, 1])
+    model, x, target = mixed(beta=5.0), pixels(2, 3, 8, 8), torch.tensor([2, 1])
     maps, slopes = [], []
     for parts in (at_once, None):
         leaf = x.clone().requires_grad_()
@@ -461,7 +482,7 @@ def test_a_long_path_in_parts_is_the_same_path(at_once: int) -> None:
 
 
 def test_a_path_in_parts_can_be_differentiated_twice() -> None:
-    model, leaf = SmoothModel(normalised(Mixed()), 5.0), pixels(1, 3, 8, 8).requires_grad_()
+    model, leaf = mixed(beta=5.0), pixels(1, 3, 8, 8).requires_grad_()
     curvatures = []
     for at_once in (1, None):
         map_ = IntegratedGradients(steps=4, images_at_once=at_once).explain(model, leaf, 1)
@@ -582,16 +603,21 @@ class Forked(nn.Module):
         return self.fc((self.mean(y) + share * self.max(y)).flatten(1))
 
 
+@cache
+def forked(kind: str, first: int = 0, step: int = 1) -> nn.Module:
+    """With a hook of some kind on every ``step``-th module from the ``first``; without any if ``kind`` is empty."""
+    model = Forked()
+    for child in [*model.children()][first::step] if kind else ():
+        getattr(child, kind)(lambda *_: None)
+    return model
+
+
 @pytest.mark.parametrize("name", OF_CNNS)
 def test_backward_hooks_of_the_model_change_no_map(name: str) -> None:
     """They put views in the place of what modules are given and return, where gradients are on."""
     x, found = pixels(2, 3, 8, 8), []
     hook, early = "register_full_backward_hook", "register_full_backward_pre_hook"
-    every = [*dict(Forked().named_children())]
-    for hooked, kind in (([], ""), (every, hook), (every, early), (every[::2], hook), (every[1::2], early)):
-        model = Forked()
-        for child in hooked:
-            getattr(getattr(model, child), kind)(lambda *_: None)
+    for model in (forked(""), forked(hook), forked(early), forked(hook, 0, 2), forked(early, 1, 2)):
         maps = [method(name).explain(model, x, 2)]
         if name in DIFFERENTIABLE and name != "sobel":
             smooth, leaf = SmoothModel(model, 5.0), x.clone().requires_grad_()
@@ -680,7 +706,7 @@ def test_no_graph_outlives_its_map(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_was_recorded_is_released_after_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, open_traces = normalised(toy(name)), pixels(2, 3, 8, 8), set[int]()
+    model, x, open_traces = mixed(name), pixels(2, 3, 8, 8), set[int]()
     run, release = ImageTrace.run, ImageTrace.release
 
     def noted(trace: ImageTrace, fed: Tensor) -> Any:
@@ -793,7 +819,7 @@ def test_checkpointed_parts_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inputs_that_make_no_sense_are_refused(name: str) -> None:
-    model, x = normalised(toy(name)), pixels(2, 3, 8, 8)
+    model, x = mixed(name), pixels(2, 3, 8, 8)
     nan, infinite = x.clone(), x.clone()
     nan[1, 0, 0, 0] = torch.nan
     infinite[0, 0, 0, 0] = torch.inf
@@ -816,7 +842,7 @@ def test_inputs_that_make_no_sense_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_targets_that_make_no_sense_are_refused(name: str) -> None:
-    model, x = normalised(toy(name)), pixels(2, 3, 8, 8)
+    model, x = mixed(name), pixels(2, 3, 8, 8)
     cases: list[tuple[Any, str]] = [
         (4, r"target out of range: the model has classes 0\.\.3, got \[4, 4\]"),
         (-1, r"target out of range"),
@@ -847,7 +873,7 @@ def test_what_is_not_affine_is_named(name: str) -> None:
 
 
 def test_names_and_options_are_refused_by_name() -> None:
-    model, x = normalised(Mixed()), pixels(1, 3, 8, 8)
+    model, x = mixed(), pixels(1, 3, 8, 8)
     with pytest.raises(BadValue, match=r"unknown method 'sdr'; expected one of gradient, guided_backprop"):
         explain(model, x, method="sdr")
     with pytest.raises(BadValue, match=r"gradient has no option steps; it takes channels"):
@@ -874,8 +900,8 @@ def test_explainers_are_described_by_their_fields(name: str) -> None:
 
 
 def test_shapes_of_levels_follow_non_square_images() -> None:
-    x = pixels(1, 3, 16, 8)
-    assert SRD(level="low").explain(normalised(Mixed()), x).shape == (1, 8, 4)
+    model, x = mixed(name), pixels(1, 3, 16, 8)
+    assert SRD(level="low").explain(model, x).shape == (1, 8, 4)
     for name in METHODS:
         assert method(name).explain(normalised(toy(name)), x).shape == (
             (1, 8, 4) if name in LOW else (1, 16, 8)

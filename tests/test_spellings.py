@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -48,6 +49,12 @@ class Net(nn.Module):
 
 
 Way = Callable[[Any, Tensor], Any]
+
+
+@cache
+def built(way: Way) -> Net:
+    """One network for each way: what is tried once with every model is not tried again with every method."""
+    return Net(way)
 
 
 def head(s: Net, y: Tensor) -> Tensor:
@@ -130,8 +137,14 @@ def pooled_and_normed(fused: bool) -> Way:
     return forward
 
 
+@cache
 def acting(activation: Callable[[Tensor], Tensor]) -> Way:
     return lambda s, x: head(s, activation(s.d(activation(s.c(x)))))
+
+
+@cache
+def behind(activation: Callable[[Tensor], Tensor]) -> Way:
+    return lambda s, x: head(s, activation(s.d(F.relu(s.c(x)))))
 
 
 def tanh_gelu(u: Tensor) -> Tensor:
@@ -336,7 +349,7 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
 
 
 def maps(way: Way, name: str, x: Tensor) -> Tensor:
-    return make_explainer(name, **OPTIONS.get(name, {})).explain(Net(way), x, 1)
+    return make_explainer(name, **OPTIONS.get(name, {})).explain(built(way), x, 1)
 
 
 @pytest.fixture
@@ -348,7 +361,7 @@ def x() -> Tensor:
 @pytest.mark.parametrize("spelling", EQUAL)
 def test_two_ways_to_write_a_function_have_one_map(spelling: str, name: str, x: Tensor) -> None:
     one, other, apart = EQUAL[spelling]
-    torch.testing.assert_close(Net(one)(x), Net(other)(x))
+    torch.testing.assert_close(built(one)(x), built(other)(x))
     if name in apart:
         pytest.skip("a function of its own to this method")
     expected = maps(one, name, x)
@@ -365,7 +378,7 @@ def test_an_activation_that_is_written_out_has_the_map_of_the_activation(
 ) -> None:
     one, others = WRITTEN_OUT[kind]
     ways = [acting(one), acting(others[i])]
-    torch.testing.assert_close(Net(ways[0])(x), Net(ways[1])(x))
+    torch.testing.assert_close(built(ways[0])(x), built(ways[1])(x))
     if name in MODIFIED:
         for way in ways:
             with pytest.raises(Refused, match="activations that are >= 0"):
@@ -374,7 +387,7 @@ def test_an_activation_that_is_written_out_has_the_map_of_the_activation(
     # the first call may be an activation within the one that is written out
     level = {"level": -1} if name in ("srd_high", "layercam_high") else {}
     expected, found = (
-        make_explainer(name, **OPTIONS.get(name, {}) | level).explain(Net(way), x, 1) for way in ways
+        make_explainer(name, **OPTIONS.get(name, {}) | level).explain(built(way), x, 1) for way in ways
     )
     assert expected.any() or name in CAMS
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
@@ -429,7 +442,7 @@ CHOSEN: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_relu_in_disguise_is_refused(way: str, name: str, x: Tensor) -> None:
     torch.testing.assert_close(CHOSEN[way](x - 0.5), F.relu(x - 0.5))
     with pytest.raises(Refused):
-        maps(lambda s, x: head(s, CHOSEN[way](s.d(F.relu(s.c(x))))), name, x)
+        maps(behind(CHOSEN[way]), name, x)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 50.0])
@@ -446,7 +459,7 @@ def test_an_activation_in_disguise_is_found_at_any_scale(scale: float, x: Tensor
 def test_an_activation_in_disguise_is_refused(way: str, name: str, x: Tensor) -> None:
     torch.testing.assert_close(HIDDEN[way](x), F.silu(x))
     with pytest.raises(Refused, match="is an activation by another name"):
-        maps(lambda s, x: head(s, HIDDEN[way](s.d(F.relu(s.c(x))))), name, x)
+        maps(behind(HIDDEN[way]), name, x)
 
 
 def test_biases_of_single_images_are_refused(x: Tensor) -> None:

@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,16 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run as StoredRun
+from processes import in_a_copy, needs_copies, status_of
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from srd_lab.errors import BadRun, BadValue, OtherWork, SrdLabError, StoreTrouble, Unavailable
 from srd_lab.runs import environment as record
 from srd_lab.runs import guard, page, tracking
 from srd_lab.runs.addresses import store_uri
 from srd_lab.runs.environment import environment
+from srd_lab.runs.store import EXPERIMENT, open_store
 from srd_lab.runs.tracking import Run, open_run
 
 
@@ -363,6 +369,7 @@ def test_stores_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_run("attack", "x", {}, tracking_uri=f"sqlite:///{tmp_path}/bad.db/mlflow.db")
 
 
+@pytest.mark.usefixtures("stores_are_made")
 def test_an_interrupted_first_use_leaves_no_half_made_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,69 +379,38 @@ def test_an_interrupted_first_use_leaves_no_half_made_store(
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def _script(text: str, folder: Path) -> None:
-    """Run a program in a process and a folder of its own."""
-    environ = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    environ["PYTHONPATH"] = str(Path(tracking.__file__).parents[2])
-    environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"  # these programs import mlflow before we do
-    command = [sys.executable, "-c", text]
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
+def _open(folder: Path, at_each_statement: Callable[[], object]) -> None:
+    """Open a store in a folder; something happens before each SQL statement."""
+
+    def statement(*_: object) -> None:
+        at_each_statement()
+
+    event.listen(Engine, "before_cursor_execute", statement)
+    open_store(f"sqlite:///{folder}/mlflow.db", EXPERIMENT, "attack")
+    event.remove(Engine, "before_cursor_execute", statement)
 
 
-_KILLED = """
-import os, signal, sys, time
-from pathlib import Path
-import mlflow  # once, then fork: an import takes longer than a store
-from srd_lab.runs.tracking import open_run
-
-def start(folder):
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os.chdir(folder)
-        with open_run("attack", "x", {}) as run:
-            run.save_text("a.txt", "x")
-    except BaseException as error:
-        print(error, file=sys.stderr)
-        os._exit(1)
-    os._exit(0)
-
-def work(folder):
-    return os.waitpid(start(folder), 0)[1]
-
-folders = [Path(str(k)) for k in range(6)]
-for folder in folders:
-    folder.mkdir()
-def appears(file):
-    while not file.exists():
-        time.sleep(0.001)
-    return time.monotonic()
-
-child = start(folders[0])
-began = appears(folders[0] / ".mlflow.db.part")
-took = appears(folders[0] / "mlflow.db") - began
-assert os.waitpid(child, 0)[1] == 0
-halves = 0
-for k, folder in enumerate(folders[1:]):
-    child = start(folder)
-    appears(folder / ".mlflow.db.part")
-    time.sleep(took * (k + 0.5) / 5)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    halves += (folder / ".mlflow.db.part").exists()
-    if k == 2 or (folder / "mlflow.db").exists():  # what is not there yet is made as in the first folder
-        assert work(folder) == 0
-        assert not (folder / ".mlflow.db.part").exists()
-assert halves, "no kill came while a store was made"
-"""
-
-
+@needs_copies
 @pytest.mark.slow
+@pytest.mark.usefixtures("stores_are_made")
 def test_a_kill_while_the_store_is_made_is_harmless(tmp_path: Path) -> None:
-    """Killed at five moments between the first step and the last."""
-    _script(_KILLED, tmp_path)
+    """At an early, a middle and a late one of the statements by which MLflow makes a store."""
+    statements: builtins.list[int] = []
+    _open(tmp_path / "whole", lambda: statements.append(1))
+    for share in (0.1, 0.5, 0.9):
+        folder = tmp_path / str(share)
+        left = iter(range(int(share * len(statements))))
+
+        def killed(folder: Path = folder, left: Iterator[int] = left) -> bool:
+            _open(folder, lambda: next(left, None) is None and os.kill(os.getpid(), signal.SIGKILL))
+            return True
+
+        assert status_of(in_a_copy(killed)) == -signal.SIGKILL
+        assert (folder / ".mlflow.db.part").exists()
+        assert not (folder / "mlflow.db").exists()
+    _open(folder, lambda: None)
+    assert (folder / "mlflow.db").exists()
+    assert not (folder / ".mlflow.db.part").exists()
 
 
 def test_half_a_store_of_an_earlier_version_is_named(tmp_path: Path) -> None:
@@ -474,33 +450,23 @@ def test_a_moved_directory_keeps_its_files(here: Path, tmp_path: Path) -> None:
     assert untouched == 0
 
 
-_FIRST_USE = """
-import multiprocessing, sys
-import mlflow  # once, then fork: four imports take longer than the rest of this file
-from srd_lab.runs.tracking import open_run
-
-fork = multiprocessing.get_context("fork")
-barrier = fork.Barrier(4)
-
-def work():
-    barrier.wait()
-    with open_run("attack", "first", {"n": 1}) as run, run.child("srd") as part:
-        part.log_traces({"loss": (range(300), range(300))})
-        part.save_text("a.txt", "x")
-
-workers = [fork.Process(target=work) for _ in range(4)]
-for worker in workers:
-    worker.start()
-for worker in workers:
-    worker.join()
-sys.exit(sum(worker.exitcode != 0 for worker in workers))
-"""
-
-
+@needs_copies
 @pytest.mark.slow
+@pytest.mark.usefixtures("stores_are_made")
 def test_four_processes_at_once_on_a_fresh_store(tmp_path: Path) -> None:
-    _script(_FIRST_USE, tmp_path)
-    fresh = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    barrier = multiprocessing.get_context("fork").Barrier(4)
+
+    def first_use() -> bool:
+        barrier.wait()
+        with open_run("attack", "first", {"n": 1}, tracking_uri=uri) as run, run.child("srd") as part:
+            part.log_traces({"loss": (range(300), range(300))})
+            part.save_text("a.txt", "x")
+        return True
+
+    workers = [in_a_copy(first_use) for _ in range(4)]
+    assert [status_of(worker) for worker in workers] == [0] * 4
+    fresh = MlflowClient(tracking_uri=uri)
     found = [e for e in fresh.search_experiments() if e.name == "srd-lab"]
     assert len(found) == 1
     runs = fresh.search_runs([found[0].experiment_id])
