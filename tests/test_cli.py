@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from attacks import manipulation_study as study
 from attacks.settings import ManipulationSettings
 from srd_lab.cli.main import main
-from srd_lab.data import load_data
+from srd_lab.data import load_data, scenes
 from srd_lab.data.draw import draw_pairs
 from srd_lab.errors import BadValue
 from srd_lab.methods.gradient import Gradient
@@ -267,7 +267,10 @@ def test_the_batch_size_does_not_change_the_numbers(tmp_path: Path) -> None:
         (("frobnicate",), 2, "frobnicate"),
     ],
 )
-def test_wrong_input_gets_one_clear_line(arguments: tuple[str, ...], code: int, message: str) -> None:
+def test_wrong_input_gets_one_clear_line(
+    arguments: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(scenes.LENGTHS, "test", 20)  # all are looked at for pairs
     result = call(*arguments)
     assert result.exit_code == code
     assert message in result.output
