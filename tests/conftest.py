@@ -1,4 +1,4 @@
-"""What all tests share: how torch is set up, and an empty MLflow store."""
+"""What all tests share: how torch is set up, an empty MLflow store, and runs whose figures nobody looks at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from attacks import manipulation_study
 from srd_lab.runs import store
+from srd_lab.runs.tracking import Run
 
 MAKE_STORE = store._make
 
@@ -52,6 +54,13 @@ def stores_are_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_make", copy)
         yield
+
+
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not written, which takes most of a small run's time; those of pairs show one."""
+    monkeypatch.setattr(Run, "save_figure", lambda run, path, figure: None)
+    monkeypatch.setattr(manipulation_study, "PICTURES", 1)
 
 
 @pytest.fixture

@@ -19,13 +19,12 @@ from click.testing import CliRunner, Result
 from attacks import manipulation_study as study
 from attacks.settings import ManipulationSettings
 from srd_lab.cli.main import main
-from srd_lab.data import load_data
+from srd_lab.data import load_data, scenes
 from srd_lab.data.draw import draw_pairs
 from srd_lab.errors import BadValue
 from srd_lab.methods.gradient import Gradient
 from srd_lab.models import WEIGHTS, load_model
 from srd_lab.runs import environment
-from srd_lab.runs.tracking import Run
 from srd_lab.runtime import Batcher
 from srd_lab.types import Sample
 
@@ -150,6 +149,7 @@ def interrupt_the_second_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "attack_batch", interrupted)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
     store: str, finished: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +177,7 @@ def test_resume_ends_with_the_numbers_of_an_uninterrupted_run(
         assert timeless[0] == timeless[1]
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.slow
 def test_a_resumed_run_says_what_has_changed_since(
     store: str, finished: str, monkeypatch: pytest.MonkeyPatch
@@ -198,6 +199,7 @@ def test_a_resumed_run_says_what_has_changed_since(
     assert "-> 99.0" in second
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_run_without_tracking_goes_on_in_its_folder(
     tmp_path: Path, store: str, finished: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +239,7 @@ def test_without_tracking_files_go_to_the_folder(tmp_path: Path) -> None:
     assert about["params"]["methods"] == "lrp_zplus"
 
 
+@pytest.mark.usefixtures("unseen")
 def test_the_batch_size_does_not_change_the_numbers(tmp_path: Path) -> None:
     scores = []
     for size in ("1", "4"):
@@ -264,7 +267,10 @@ def test_the_batch_size_does_not_change_the_numbers(tmp_path: Path) -> None:
         (("frobnicate",), 2, "frobnicate"),
     ],
 )
-def test_wrong_input_gets_one_clear_line(arguments: tuple[str, ...], code: int, message: str) -> None:
+def test_wrong_input_gets_one_clear_line(
+    arguments: tuple[str, ...], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(scenes.LENGTHS, "test", 20)  # all are looked at for pairs
     result = call(*arguments)
     assert result.exit_code == code
     assert message in result.output
@@ -289,12 +295,6 @@ def test_help_loads_nothing_heavy() -> None:
     code = "import sys, srd_lab.cli; print(sorted({'torch', 'mlflow', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules)))"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"
-
-
-@pytest.fixture
-def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made but not written, which takes most of a small run's time."""
-    monkeypatch.setattr(Run, "save_figure", lambda run, path, figure: None)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

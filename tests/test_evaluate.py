@@ -171,6 +171,7 @@ def test_it_says_what_was_done(evaluated: tuple[str, Path]) -> None:
     }
 
 
+@pytest.mark.usefixtures("unseen")
 def test_its_scores_do_not_depend_on_the_batch_size(evaluated: tuple[str, Path], tmp_path: Path) -> None:
     succeed("evaluate", *SOME, *FIVE, "--batch-size", "3", "--no-track", "--out", str(tmp_path))
     for one, other in zip(table(evaluated[1] / "images.csv"), table(tmp_path / "images.csv"), strict=True):
@@ -181,6 +182,7 @@ def test_its_scores_do_not_depend_on_the_batch_size(evaluated: tuple[str, Path],
             assert float(one[metric]) == pytest.approx(float(other[metric]), rel=5e-3, abs=1e-3)
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("baseline", ["white", "mean", "minimum"])
 def test_fidelity_sets_pixels_to_the_baseline_asked_for(
     baseline: str, evaluated: tuple[str, Path], tmp_path: Path
@@ -205,6 +207,7 @@ def test_fidelity_sets_pixels_to_the_baseline_asked_for(
     assert [float(row["fidelity"]) for row in black] != pytest.approx(expected, abs=1e-2)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_the_seed_reaches_the_metrics(evaluated: tuple[str, Path], tmp_path: Path) -> None:
     command = ("evaluate", "--methods", "srd,random", "--metrics", "sparseness,fidelity")
     for seed in ("0", "1"):
@@ -270,6 +273,7 @@ def test_pictures_keep_their_labels_when_memory_runs_out(monkeypatch: pytest.Mon
     assert [row.label for row in rows] == [labels[np.asarray(row.image).tobytes()] for row in rows]
 
 
+@pytest.mark.usefixtures("unseen")
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
@@ -678,6 +682,7 @@ def test_table_2_stands_beside_the_papers(tmp_path: Path) -> None:
     assert cells(block, "rank correlation")[4] == f"{correlation:.2f}"
 
 
+@pytest.mark.usefixtures("unseen")
 def test_table_4_goes_by_the_networks_activation(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 32, 32, 3), np.uint8)
@@ -717,6 +722,7 @@ def test_table_4_wants_networks() -> None:
     )
 
 
+@pytest.mark.usefixtures("unseen")
 def test_one_image_is_too_few_for_the_papers_values(tmp_path: Path) -> None:
     command = ("reproduce", "table2", "--no-track", "--images", "1", "--methods", "srd,gradient")
     text = succeed(*command, "--model", "vgg16", "--out", str(tmp_path))

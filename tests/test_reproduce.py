@@ -45,7 +45,6 @@ from srd_lab.reproduce.paper import (
 from srd_lab.reproduce.patterns import Figure6
 from srd_lab.runs import batches
 from srd_lab.runs.settings import Settings
-from srd_lab.runs.tracking import Run
 
 SHARED = Path(__file__).parents[2] / "shared"
 PAPER = json.loads((Path(batches.__file__).parents[1] / "reproduce" / "paper.json").read_text())
@@ -88,12 +87,6 @@ def one_pair_drawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("attacks.manipulation_study.PICTURES", 1)
         yield
-
-
-@pytest.fixture
-def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made but not written, which takes most of a small run's time."""
-    monkeypatch.setattr(Run, "save_figure", lambda run, path, figure: None)
 
 
 @pytest.fixture(scope="module")
