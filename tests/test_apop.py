@@ -614,10 +614,8 @@ def latest(store: str) -> tuple[Any, Any]:
 
     client = MlflowClient(store)
     ids = [each.experiment_id for each in client.search_experiments()]
-    runs = client.search_runs(
-        ids, "attributes.run_name LIKE 'apop %'", order_by=["attributes.start_time DESC"]
-    )
-    parent = runs[0]
+    runs = client.search_runs(ids, "tags.`srd_lab.command` = 'apop'", order_by=["attributes.start_time DESC"])
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     (child,) = client.search_runs(ids, f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     return parent, child
 

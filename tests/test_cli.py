@@ -46,15 +46,16 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
-def run_id(store: str, name: str = "attack vgg16", latest: int = 0) -> str:
+def run_id(store: str, command: str = "attack") -> str:
+    """The newest run of a command."""
     from mlflow import MlflowClient
 
     client = MlflowClient(store)
     experiments = [e.experiment_id for e in client.search_experiments()]
     runs = client.search_runs(
-        experiments, f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"]
+        experiments, f"tags.`srd_lab.command` = '{command}'", order_by=["attributes.start_time DESC"]
     )
-    return runs[latest].info.run_id
+    return next(run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags)
 
 
 def children(store: str, parent: str) -> dict[str, object]:
@@ -414,7 +415,7 @@ def test_a_resumed_run_finds_its_weights_files(
     with monkeypatch.context() as patched:
         patched.setattr(Batcher, "run", interrupt)
         result = call(*SURVEY, "--weights", str(weights["vgg16"]), "--tracking-uri", store)
-    stopped = run_id(store, "apop vgg16")
+    stopped = run_id(store, "apop")
     assert f"srd-lab apop --resume {stopped}" in result.output
     result = call("apop", "--resume", stopped, "--tracking-uri", store, "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -574,7 +575,7 @@ def test_a_weights_file_that_changed_is_not_gone_on_with(
     result = call(*command, "--weights", str(file), *where)
     assert result.exit_code == 0, result.output
     name = " ".join(part for part in command[:2] if not part.startswith("--"))
-    run = run_id(store, f"{name} vgg16")
+    run = run_id(store, name)
     with np.load(file) as arrays:
         state = dict(arrays)
     state["classifier.6.bias"] = state["classifier.6.bias"] + np.float16(1e-3)
@@ -597,7 +598,7 @@ def test_fixed_settings_and_options_of_the_explainer_are_stored_and_must_not_cha
     where = ("--device", "cpu", "--tracking-uri", store)
     small = ("--pairs", "1", "--steps", "1", "--method", "gradient")
     assert call("reproduce", "fig4", *small, *where).exit_code == 0
-    run = run_id(store, "reproduce fig4 vgg16")
+    run = run_id(store, "reproduce fig4")
     fixed = {"lr": "0.001", "stop_mse": "0.001", "bound": "8.0", "output_term": "probabilities"}
     fixed |= {"beta_start": "10.0", "beta_end": "100.0", "starts": "ones,contrastive"}
     stored = MlflowClient(store).get_run(run).data.params

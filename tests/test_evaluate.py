@@ -312,7 +312,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.M
     }
     assert set(children) == {"gradient", "srd", "gradcam", "random"}
     assert float(cells(text, "srd")[1]) == pytest.approx(children["srd"].metrics["sparseness"], abs=1e-3)
-    assert children["gradcam"].params["level"] == "low"
+    assert children["gradcam"].params["explainer.level"] == "low"
 
 
 def test_without_masks_localisation_is_not_scored(tmp_path: Path) -> None:

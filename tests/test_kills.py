@@ -72,14 +72,16 @@ def kill(at: int, *arguments: str) -> None:
     assert status_of(in_a_copy(work)) == 9, "it was not killed"
 
 
+def experiments(client: Any) -> list[str]:
+    return [each.experiment_id for each in client.search_experiments()]
+
+
 def tables(uri: str) -> dict[str, str]:
     """The tables of the last run and of its parts, by their paths."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("srd-lab")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])
+    runs = client.search_runs(experiments(client), order_by=["start_time DESC"])
     found = {}
     for run in runs:
         folder = local_folder(str(run.info.artifact_uri))
@@ -94,9 +96,7 @@ def last_run(uri: str) -> Any:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("srd-lab")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+    runs = client.search_runs(experiments(client), order_by=["start_time ASC"])
     return next((run for run in runs if "mlflow.parentRunId" not in run.data.tags), None)
 
 

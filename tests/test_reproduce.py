@@ -296,10 +296,10 @@ def test_the_papers_accuracies_lie_so_far_below_torchvisions() -> None:
 
 
 def test_a_report_without_findings_or_deviations_says_so() -> None:
-    text = report("Title", ["a table"], [], [])
+    text = report("Title", ["a table"], [], []).text()
     assert "The paper has no value and no claim for what was measured here." in text
     assert deviations(text) == ["none"]
-    text = report("Title", [], [against_value("it", 0.5, 0.5, 0.4, 0.6, 9)], ["one", "two"])
+    text = report("Title", [], [against_value("it", 0.5, 0.5, 0.4, 0.6, 9)], ["one", "two"]).text()
     assert "no value" not in text
     assert deviations(text) == ["one", "two"]
     assert text.endswith(f"Paper: {paper()['source']}")
@@ -335,7 +335,7 @@ def test_a_table_stands_beside_the_papers(name: str, store: str) -> None:
     chosen = [part for model in models for part in ("--model", model)]
     output = succeed("reproduce", name, *chosen, "--images", "30", "--tracking-uri", store)
     parent, parts, files = newest(store)
-    assert parent.info.run_name == f"reproduce {name} vgg16, resnet18"
+    assert parent.info.run_name == "vgg16 + resnet18 · scenes · 30 images · seed 0"
     assert {
         "models": "vgg16,resnet18",
         "images": "30",

@@ -98,14 +98,16 @@ def test_content_of_a_run_and_its_child(here: Path) -> None:
     assert child.data.tags["mlflow.parentRunId"] == run.id
     check_files(part)
     assert [item.path for item in client().list_artifacts(part.id)] == ["figure.png", "pairs.csv", "parts"]
-    assert (here / "mlruns" / "srd-lab" / part.id / "artifacts" / "figure.png").read_bytes()[1:4] == b"PNG"
+    assert (here / "mlruns" / "srd-lab attack" / part.id / "artifacts" / "figure.png").read_bytes()[
+        1:4
+    ] == b"PNG"
 
 
 def test_plain_mlflow_opens_the_same_store(here: Path) -> None:
     with open_run("attack", "one", {}):
         pass
     assert mlflow.get_tracking_uri().endswith("mlflow.db")
-    names = mlflow.search_runs(experiment_names=["srd-lab"])["tags.mlflow.runName"]
+    names = mlflow.search_runs(experiment_names=["srd-lab attack"])["tags.mlflow.runName"]
     assert "one" in set(names)
 
 
@@ -440,7 +442,7 @@ def test_a_moved_directory_keeps_its_files(here: Path, tmp_path: Path) -> None:
     ):
         check_files(same)
         same.save_text("new.txt", "x")
-    assert (moved / "mlruns" / "srd-lab" / part.id / "artifacts" / "new.txt").exists()
+    assert (moved / "mlruns" / "srd-lab attack" / part.id / "artifacts" / "new.txt").exists()
     assert "new.txt" not in part.list()
     with sqlite3.connect(here / "mlflow.db") as database:
         (untouched,) = database.execute(
@@ -467,7 +469,7 @@ def test_four_processes_at_once_on_a_fresh_store(tmp_path: Path) -> None:
     workers = [in_a_copy(first_use) for _ in range(4)]
     assert [status_of(worker) for worker in workers] == [0] * 4
     fresh = MlflowClient(tracking_uri=uri)
-    found = [e for e in fresh.search_experiments() if e.name == "srd-lab"]
+    found = [e for e in fresh.search_experiments() if e.name == "srd-lab attack"]
     assert len(found) == 1
     runs = fresh.search_runs([found[0].experiment_id])
     assert len(runs) == 8
