@@ -233,4 +233,4 @@ def test_maps_equal_lxts(pool: str) -> None:
     (relevance,) = torch.autograd.grad(logits, leaf, signal)
     expected = F.fold(relevance.mT, x.shape[2:], 4, stride=4).sum(1)
     got = EXACT.explain(vit, x, 2)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(got.abs().max()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4 * float(got.abs().max()))

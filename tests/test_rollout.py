@@ -105,9 +105,14 @@ class Tall(nn.Module):
         weights = (t @ t.mT)[:, None].softmax(-1)
         return (weights * 0.5 + weights.flip(1) * 0.5)[:, 0] @ t
 
-    def beside(self, t: Tensor) -> Tensor:
-        x = self.vit.norm(t)
-        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+    def of_channels(self, t: Tensor) -> Tensor:
+        """As many channels as tokens, which attend to each other."""
+        wide = torch.cat([t, t[..., :4]], 2).mT[:, None]
+        return ((wide @ wide.mT).softmax(-1) @ wide)[:, 0].mT[..., :8]
+
+    def of_channels_in_one_call(self, t: Tensor) -> Tensor:
+        wide = torch.cat([t, t[..., :4]], 2).mT[:, None]
+        return F.scaled_dot_product_attention(wide, wide, wide)[:, 0].mT[..., :8]
 
     def pruned(self, t: Tensor) -> Tensor:
         t = t[:, :-1]
@@ -128,6 +133,12 @@ class Tall(nn.Module):
         ("one", False, r"weights of shape \(2, 1, 1, 12\) for 2 images"),
         ("pruned", False, r"weights of shape \(2, 1, 11, 11\) for 2 images"),
         ("pruned", True, r"it is not known where the 11 tokens that attention is over lie in the image"),
+        (
+            "of_channels",
+            False,
+            r"it is not known where the 12 tokens that attention is over lie in the image",
+        ),
+        ("of_channels_in_one_call", False, r"it is not known where the 12 tokens that attention is over lie"),
         ("talking", False, r"the softmax in Tall does not weight values by a product of matrices"),
     ],
 )

@@ -198,7 +198,10 @@ def test_fullgrad_shows_the_biases_of_tokens_where_they_lie() -> None:
 @pytest.mark.parametrize("axis", [1, 2])
 def test_a_grid_is_one_place_per_cell(axis: int) -> None:
     def coordinates(rows: list[float], columns: list[float], **change: Any) -> Coordinates:
-        made = [torch.tensor(t)[None, :, None].expand(2, -1, 5).clone() for t in (rows, columns)]
+        made = [
+            torch.tensor(t, dtype=torch.float64)[None, :, None].expand(2, -1, 5).clone()
+            for t in (rows, columns)
+        ]
         if change:
             made[0][change["at"]] = change["to"]
         return Coordinates(*(t.movedim(1, 3 - axis) for t in made), (8, 8))
@@ -213,5 +216,7 @@ def test_a_grid_is_one_place_per_cell(axis: int) -> None:
     assert found.lay(t if axis == 2 else t.mT, axis).tolist() == [[[[2, 4], [6, 8]], [[3, 5], [7, 9]]]]
     assert grid_of(coordinates([2, 2, 6], [2, 6, 2]), axis) is None  # a cell is empty
     assert grid_of(coordinates([2, 2, 6, 6, 6], [2, 6, 2, 6, 6]), axis) is None  # one is taken twice
-    assert grid_of(coordinates(*whole, at=(1, 2, 0), to=6.0), axis) is None  # another image's lies elsewhere
+    assert (
+        grid_of(coordinates(*whole, at=(1, 2, 0), to=6.0), axis) is None
+    )  # that of another image lies elsewhere
     assert grid_of(coordinates([nan, 2], [nan, 2]), axis) is None

@@ -67,10 +67,10 @@ def methods() -> None:
     from srd_lab.catalogue import METHODS, METRICS
 
     rows = [
-        [name, m.title, m.paper, m.resolution, "yes" if m.attackable else "no", m.passes, m.tested]
+        [name, m.title, m.paper, m.resolution, "yes" if m.attackable else "no", m.passes, m.tested, m.needs]
         for name, m in METHODS.items()
     ]
-    header = ["method", "", "paper", "resolution", "attackable", "forward passes", "tested against"]
+    header = ["method", "", "paper", "resolution", "attackable", "forward passes", "tested against", "needs"]
     click.echo(text_table(header, rows))
     click.echo(
         "\nresolution: input, high = 1/8 of it, low = the encoder output. A backward pass counts as two forward ones;"

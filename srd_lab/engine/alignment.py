@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -21,10 +22,11 @@ from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_checks import memory_of
 from srd_lab.engine.receptive_fields import reads_elsewhere
 from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
-from srd_lab.engine.token_grid import TokenGrid, grid_of, laid_over
+from srd_lab.engine.token_grid import TokenGrid, grid_of, grid_of_queries, laid_over
 from srd_lab.errors import Refused
 
 _WRITING = (Tensor.__setitem__, Tensor.data.__set__)  # type: ignore[attr-defined]  # and what overwrites its first operand
+_ATTENDING = {F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax}
 _REMEMBERED = 32  # sequences of calls of one model
 _SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
 
@@ -156,7 +158,8 @@ class CoordinateTrace(Watch):
 
     coordinates : of every tensor that has some.
     over_image : whether the output of a torch function lies over the image, by event and by the axis of its channels.
-    grids : of outputs of three dimensions that are tokens over the image, by event and by the axis of their channels.
+    grids : of outputs that are tokens over the image, by event and by the axis of their channels: of three dimensions, or of
+        what attends in an attention (N, heads, T, ...), which is 3.
     events_of_calls : of every activation call, which torch function it was.
     """
 
@@ -208,6 +211,10 @@ class CoordinateTrace(Watch):
         for made, coordinates in zip(outs, call.coordinates(), strict=True):
             if isinstance(made, Tensor) and made.dim():
                 self._note(made, coordinates)
+        found = self.coordinates.get(out) if func in _ATTENDING and isinstance(out, Tensor) else None
+        if found is not None and out.dim() == 4 and len(out) == self._images:
+            grid = grid_of_queries(found)
+            self.grids[self.events] = {} if grid is None else {3: grid}
 
     def _forget_views(self, written: Tensor) -> None:
         """What else lies in the memory of what was written into has other entries now."""

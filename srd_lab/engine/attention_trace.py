@@ -26,10 +26,15 @@ _CURE = "use a method for any network, such as srd or gradient"
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a running model: its weights in the graph, (N, heads, L, S), and the module that makes it."""
+    """One attention of a running model.
+
+    weights : in the graph, (N, heads, L, S). where : the module that makes it.
+    event : which torch function of the model made the weights; None for ``nn.MultiheadAttention``, always over tokens.
+    """
 
     weights: Tensor
     where: str
+    event: int | None
 
 
 class AttentionTrace(LayerTrace):
@@ -41,18 +46,21 @@ class AttentionTrace(LayerTrace):
         super().__init__(model, None)
         self.attentions: list[Attention] = []
         self._softmaxes = WeakTensorKeyDictionary()  # outputs of a softmax, and its number
+        self._within: Function | None = None  # the call that is running
         self._unused: dict[int, str] = {}  # softmaxes that have not weighted anything yet, and what made them
 
     def attention(self, weights: Tensor) -> Tensor:
         """The weights of an attention in one call of torch."""
-        self.attentions.append(Attention(weights, self.where()))
+        event = None if self._within is F.multi_head_attention_forward else self.events
+        self.attentions.append(Attention(weights, self.where(), event))
         return weights
 
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if function in _WEIGHTING and first is not None and first in self._softmaxes:
             self._unused.pop(self._softmaxes[first], None)
-            self.attentions.append(Attention(first, self.where()))
+            self.attentions.append(Attention(first, self.where(), self._softmaxes[first]))
+        self._within = function
         out = super().other(function, args, kwargs)
         if not isinstance(out, Tensor) or first is None or not self.is_map(first):
             return out
@@ -98,7 +106,9 @@ class AttentionTrace(LayerTrace):
             if t.output.shape[3 - t.channels] == count
         ]
         found = [grid for grid in grids if grid is not None]
-        if not found or any(not torch.equal(grid.cells, found[0].cells) for grid in found):
+        attending = [alignment.grid(a.event, 3) for a in self.attentions if a.event is not None]
+        same = (grid is not None and torch.equal(grid.cells, found[0].cells) for grid in (*found, *attending))
+        if not found or not all(same):
             raise Refused(
                 f"it is not known where the {count} tokens that attention is over lie in the image: expected one for "
                 f"each cell of a grid of patches, beside class and register tokens; {_CURE}"

@@ -44,13 +44,10 @@ class TokenGrid:
 def grid_of(of: Coordinates, axis: int) -> TokenGrid | None:
     """The grid of a tensor of three dimensions with channels along ``axis`` (1 or 2) by the coordinates of its entries.
 
-    None unless the tokens that have a place are the cells of one grid, each once, at the same places for all images and
-    channels.
+    None unless the tokens that have a place are the cells of one grid, each once. What lies elsewhere in another image or
+    channel has none.
     """
-    places = [_per_token(t, axis) for t in (of.rows, of.columns)]
-    if any(t is None for t in places):
-        return None
-    rows, columns = (t for t in places if t is not None)
+    rows, columns = (_per_token(t, axis) for t in (of.rows, of.columns))
     lies = (~(rows.isnan() | columns.isnan())).nonzero()[:, 0]
     if len(lies) < 2:
         return None
@@ -70,11 +67,15 @@ def laid_over(of: Coordinates, grid: TokenGrid, axis: int) -> Coordinates:
     return replace(of, rows=rows, columns=columns)
 
 
-def _per_token(t: Tensor, axis: int) -> Tensor | None:
-    """The place (T,) of every token along one axis; None where it differs between images or channels."""
+def grid_of_queries(of: Coordinates) -> TokenGrid | None:
+    """The grid of what attends, by the coordinates of the attention (N, heads, T, S), or of what it puts out."""
+    return grid_of(of.each(lambda t: t[:, 0]), 2)
+
+
+def _per_token(t: Tensor, axis: int) -> Tensor:
+    """The place (T,) of every token along one axis; NaN where it differs between images or channels."""
     tokens = t.shape[3 - axis]
     each = thin(t).movedim(3 - axis, 0).flatten(1)
     first = each[:, :1]
-    if not bool(((each == first) | (each.isnan() & first.isnan())).all()):
-        return None
-    return first[:, 0].expand(tokens)
+    same = ((each == first) | (each.isnan() & first.isnan())).all(1)
+    return first[:, 0].masked_fill(~same, torch.nan).expand(tokens)
