@@ -23,6 +23,8 @@ from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug")
 _NAMES = ("model", "models", "data", "methods", "metrics")  # settings that may name parts of the user's own
 _OPTIONS = {"models": "model"}  # where an option is spelled in another way
+OF_ONE_SIZE = ("scenes", "cifar10", "cifar100")  # data of which nothing is resized
+RESIZED_BEFORE = (0.875, "bilinear")
 FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
 
 
@@ -152,7 +154,25 @@ def _check_same(run: Any, study: Study) -> None:
             f"the weights of {', '.join(changed)} are not those that run {run.id} was made with; "
             "put the file back as it was, or start a new run"
         )
+    if "preprocessing" not in run.params:
+        _check_resized_as_before(run, study)
     run.add_params({name: value for name, value in _decisive(study).items() if name != PACE})
+
+
+def _check_resized_as_before(run: Any, study: Study) -> None:
+    """Refuse a run that was made when every file was cropped and resized alike, for a network that takes them otherwise."""
+    from srd_lab.runs.inputs import preprocessing_for
+
+    if study.settings.source in OF_ONE_SIZE:
+        return
+    for entry in study.weights_sha256:
+        name = entry.rpartition(":")[0]
+        wants = preprocessing_for(study.settings, name)
+        if (round(wants.crop, 6), wants.interpolation) != RESIZED_BEFORE:
+            raise OtherWork(
+                f"run {run.id} was made before networks had a crop and an interpolation of their own: 0.875, bilinear; "
+                f"{name} now takes {wants.crop:.4g} and {wants.interpolation}; start a new run"
+            )
 
 
 def _check_whole(run: Any) -> None:

@@ -17,7 +17,6 @@ from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
 from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report
 from srd_lab.reproduce.settings import TableSettings
-from srd_lab.runs.inputs import weights_sums
 from srd_lab.runs.report import csv_text, publish, text_table
 from srd_lab.runs.settings import weights_of
 from srd_lab.runs.tracking import Run
@@ -53,7 +52,7 @@ class _Table(ABC):
         )
         self.device = pick_device(settings.device, float64=True)
         self.evaluations = {name: Evaluation(self.settings.of(name), self.models) for name in self.models}
-        self.weights_sha256 = weights_sums(settings, self.models)
+        self.weights_sha256 = tuple(s for e in self.evaluations.values() for s in e.weights_sha256)
 
     def run(self, run: Run) -> None:
         """Evaluate every network and report; errors are those of :meth:`Evaluation.evaluate`."""
