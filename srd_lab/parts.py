@@ -32,6 +32,7 @@ LIBRARIES = ("timm", "captum", "zennit")
 _NO_MODULES = (
     *(*LIBRARIES, "hf", "hub", "live"),
     *("imagenet", "imagenet-s", "imagefolder", "cifar10", "cifar100", "voc", "pictures", "table"),
+    *("hf-dataset", "wds"),
 )
 EXPECTED = "expected package.module:name or path/file.py:name"
 

@@ -20,7 +20,8 @@ DEFAULT_MODEL = "vgg16"
 
 DATA = (
     "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100, voc, pictures (without "
-    "labels) or table (CSV: path, label, box); or package.module:factory or path/file.py:factory."
+    "labels), table (CSV: path, label, box), hf-dataset (a name or folder) or wds (tar shards); or "
+    "package.module:factory or path/file.py:factory."
 )
 
 
@@ -187,7 +188,7 @@ class MethodName(click.ParamType):  # type: ignore[type-arg]
         return text
 
 
-OWN_MODEL = "timm:NAME, hf:NAME, hub:REPO:NAME, package.module:factory or path/file.py:factory"
+OWN_MODEL = "timm:NAME, hf:NAME, hub:REPO:NAME, FILE.pt2, package.module:factory or path/file.py:factory"
 model_option = click.option(
     "--model",
     default=DEFAULT_MODEL,

@@ -57,12 +57,14 @@ FAMILIES: dict[str, Family] = {
     "voc": FineTuned(),
     "pictures": AnyClasses(),
     "table": AnyClasses(),
+    "hf-dataset": AnyClasses(),
+    "wds": AnyClasses(),
     "own": AnyClasses(),
 }
 SIDES = {"scenes": 64, "cifar10": 32, "cifar100": 32}  # of data whose images have one size
 SPECS = (
     "scenes, imagenet[:DIR], imagenet-s:DIR, imagefolder:DIR, cifar10:PATH, cifar100:PATH, voc:DIR, pictures:DIR, "
-    "table:FILE or package.module:factory"
+    "table:FILE, hf-dataset:NAME_OR_DIR, wds:PATTERN or package.module:factory"
 )
 
 
