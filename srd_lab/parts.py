@@ -28,7 +28,7 @@ from typing import Any
 from srd_lab.errors import BadValue, SrdLabError, first_line
 
 # words in front of a colon that are no modules: libraries, and sources of data
-LIBRARIES = ("timm", "captum", "zennit")
+LIBRARIES = ("timm", "captum", "zennit", "pytorch_grad_cam")
 _NO_MODULES = (
     *(*LIBRARIES, "hf", "hub", "live"),
     *("imagenet", "imagenet-s", "imagefolder", "cifar10", "cifar100", "voc", "pictures", "table"),
