@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -97,6 +99,8 @@ def tracked(ctx: click.Context, command: str, subject: str, study_of: Callable[[
                     _check_same(run, study)
                     _note_what_changed(run, study, notes)
                 notes.keep_in(run)
+                if labels := study.settings.labels:
+                    run.save_bytes(f"labels{Path(labels).suffix}", Path(labels).expanduser().read_bytes())
                 study.run(run)
         except OtherWork:
             raise
@@ -130,9 +134,12 @@ def _decisive(study: Study) -> dict[str, str]:
 
     networks = [entry.rpartition(":")[0] for entry in study.weights_sha256]
     wants = tuple(f"{name}: {preprocessing_for(study.settings, name)}" for name in networks)
+    labels = study.settings.labels
+    names = Path(labels).expanduser().read_bytes() if labels else b""
     return study.settings.stored() | {
         "weights_sha256": as_text(study.weights_sha256),
         "preprocessing": as_text(wants),
+        **({"labels_sha256": hashlib.sha256(names).hexdigest()} if labels else {}),
     }
 
 
@@ -156,7 +163,14 @@ def _check_same(run: Any, study: Study) -> None:
         )
     if "preprocessing" not in run.params:
         _check_resized_as_before(run, study)
-    run.add_params({name: value for name, value in _decisive(study).items() if name != PACE})
+    decisive = _decisive(study)
+    names = "labels_sha256"
+    if run.params.get(names) != decisive.get(names):
+        raise OtherWork(
+            f"the names in {study.settings.labels} are not those that run {run.id} was made with; "
+            "put the file back as it was, or start a new run"
+        )
+    run.add_params({name: value for name, value in decisive.items() if name != PACE})
 
 
 def _check_resized_as_before(run: Any, study: Study) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -60,14 +61,21 @@ def data_for(settings: Settings, name: str, split: str = "test") -> Any:
 
 
 def data_and_network(settings: Settings, name: str, models: Sequence[str], device: Any) -> tuple[Any, Any]:
-    """What :func:`data_for` and :func:`network_for` give; a network from elsewhere, which has to be there before its data
-    can be resized, is made once."""
+    """What :func:`data_for` and :func:`network_for` give, with the settings' names of classes. A network from elsewhere,
+    which has to be there before its data can be resized, is made once."""
+    from srd_lab.data.labels import read_labels
     from srd_lab.models import make_own
 
     given = weights_of(settings.weights, models)[name]
     made = make_own(name, with_weights=given is None) if is_own(name) else None
     dataset = data_for(settings, name)
-    return dataset, network_for(settings, name, models, device, dataset, made)
+    model = network_for(settings, name, models, device, dataset, made)
+    if settings.labels:
+        dataset = (
+            copy.copy(dataset) if settings.source == "live" else dataset
+        )  # the user's own stays as it is
+        dataset.classes = read_labels(settings.labels, model.classes)
+    return dataset, model
 
 
 def network_for(
