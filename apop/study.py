@@ -19,7 +19,7 @@ from srd_lab.data.draw import draw_images
 from srd_lab.normalise import split_normalisation
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.document import Block, Document, Table
-from srd_lab.runs.inputs import checked_networks, data_for, network_for, preprocessing_for, weights_sums
+from srd_lab.runs.inputs import checked_networks, data_and_network, preprocessing_for
 from srd_lab.runs.label import drawn_from
 from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
@@ -42,8 +42,8 @@ class Survey:
         self.models = list(dict.fromkeys(settings.models))
         self.device = pick_device(settings.device)
         self.experiment = Experiment(settings.inputs, settings.binarize, settings.seed)
-        self.dataset: Dataset = checked_networks(settings, self.models, self._pattern)
-        self.weights_sha256 = weights_sums(settings, self.models)
+        self.dataset: Dataset
+        self.dataset, self.weights_sha256 = checked_networks(settings, self.models, self._pattern)
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
         self.drawn = drawn_from(settings, self.dataset, self.indices)
         self.seconds = 0.0
@@ -59,8 +59,7 @@ class Survey:
         self.report(run, results)
 
     def _model(self, name: str, child: Run) -> Hits:
-        dataset = data_for(self.settings, name)
-        model = network_for(self.settings, name, self.models, self.device, dataset)
+        dataset, model = data_and_network(self.settings, name, self.models, self.device)
         pattern = self._pattern(name, model)
         if self.settings.save_patterns:
             one, count = pattern.packed_bytes, len(self.indices)

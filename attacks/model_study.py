@@ -30,7 +30,7 @@ from srd_lab.metrics.summary import few_note
 from srd_lab.normalise import split_normalisation
 from srd_lab.registry import make_explainer
 from srd_lab.runs.document import Block, Document, Table
-from srd_lab.runs.inputs import data_for, labelled, network_for, preprocessing_for, weights_sums
+from srd_lab.runs.inputs import data_and_network, data_for, labelled, preprocessing_for, weights_sums
 from srd_lab.runs.label import drawn_from
 from srd_lab.runs.outcome import Outcome, publish
 from srd_lab.runs.report import csv_text, progress
@@ -114,10 +114,9 @@ class ModelStudy:
         self.read = tuple(dict.fromkeys((*self.methods, *settings.others)))
         self.device = pick_device(settings.device)
         name = settings.model
-        self.dataset = data_for(settings, name)
-        self.model = network_for(settings, name, [name], self.device, self.dataset)
+        self.dataset, self.model = data_and_network(settings, name, [name], self.device)
         self.dataset = labelled(self.dataset, self.model, self.device)
-        self.weights_sha256 = weights_sums(settings, [name])
+        self.weights_sha256 = weights_sums(settings, [name], {name: self.model})
         self.objective = objective_of(settings, preprocessing_for(settings, name).size)
         for method in self.methods:
             self.manipulation(method)  # wrong settings show before a run is opened

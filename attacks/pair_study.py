@@ -8,7 +8,7 @@ from attacks.experiment import attack_explainer
 from attacks.settings import PairSettings
 from srd_lab.data.draw import draw_pairs
 from srd_lab.methods.smoothed import plain_name
-from srd_lab.runs.inputs import data_for, labelled, network_for, weights_sums
+from srd_lab.runs.inputs import data_and_network, labelled, weights_sums
 from srd_lab.runs.label import drawn_from
 from srd_lab.runtime import Batcher, pick_device
 
@@ -31,10 +31,9 @@ class PairStudy:
             attack_explainer(method, start)  # whether it is known
         self.device = pick_device(settings.device)
         name = settings.model
-        self.dataset = data_for(settings, name)
-        self.model = network_for(settings, name, [name], self.device, self.dataset)
+        self.dataset, self.model = data_and_network(settings, name, [name], self.device)
         self.dataset = labelled(self.dataset, self.model, self.device)
-        self.weights_sha256 = weights_sums(settings, [name])
+        self.weights_sha256 = weights_sums(settings, [name], {name: self.model})
         self.pairs, self.skipped = draw_pairs(
             *(self.dataset, self.model, settings.pairs, settings.seed, self.device, settings.workers)
         )

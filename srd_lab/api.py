@@ -39,6 +39,7 @@ from srd_lab.errors import BadValue
 from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.parts import live
+from srd_lab.runs.active import log_to_active
 from srd_lab.runs.report import csv_text, text_table
 from srd_lab.runs.tracking import open_run
 from srd_lab.types import Preprocessing
@@ -82,6 +83,16 @@ class Result:
         if Path(folder).exists():
             raise BadValue(f"{folder} exists already; give the name of a new folder")
         return Path(shutil.copytree(self.folder, folder))
+
+    def log(self, prefix: str = "") -> str:
+        """Log everything into the MLflow run that is active: settings, numbers, tables and figures, by the names that a
+        tracked command gives them; those of one method with its name in front, as in ``srd/sparseness``. Its id.
+
+        prefix : in front of all names, as a folder, for several results in one run.
+
+        Raises BadRun where no run is active, or it has another value for one of the settings already.
+        """
+        return log_to_active(self.folder, prefix)
 
     def __str__(self) -> str:
         return self.summary
@@ -189,8 +200,13 @@ def attack(
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     note = f"\n\n{method} has no gradient: {known.why}" if known.best is None else ""
     folder = Path(tempfile.mkdtemp())
-    (folder / TABLES[0]).write_text(csv_text(rows), encoding="utf-8")
     text = f"{method} under {', '.join(ensemble.members)}; {ensemble.budget}\n\n{text_table(list(rows[0]), cells)}{note}"
+    about = {"method": method, "members": ",".join(ensemble.members), "budget": ensemble.budget}
+    about |= {"mode": mode, "seed": seed, "start": start}
+    with open_run("attack", f"attack {method}", about, track=False, out=folder) as run:
+        run.save_text(TABLES[0], csv_text(rows))
+        run.save_text("summary.txt", text + "\n")
+        run.log_metrics({f"worst_{score}": float(found.worst[score].mean()) for score in SCORES})
     return _passing(Result(text, folder, found.images), folder)
 
 

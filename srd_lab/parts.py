@@ -28,10 +28,11 @@ from typing import Any
 from srd_lab.errors import BadValue, SrdLabError, first_line
 
 # words in front of a colon that are no modules: libraries, and sources of data
-LIBRARIES = ("timm", "captum", "zennit")
+LIBRARIES = ("timm", "captum", "zennit", "pytorch_grad_cam")
 _NO_MODULES = (
     *(*LIBRARIES, "hf", "hub", "live"),
     *("imagenet", "imagenet-s", "imagefolder", "cifar10", "cifar100", "voc", "pictures", "table"),
+    *("hf-dataset", "wds"),
 )
 EXPECTED = "expected package.module:name or path/file.py:name"
 
@@ -62,8 +63,8 @@ def _literal(text: str) -> Any:
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is that of a part from elsewhere, such as ``timm:resnet18`` or ``mine.py:net``."""
-    return ":" in name.partition("?")[0]
+    """Whether a name is that of a part from elsewhere, such as ``timm:resnet18``, ``mine.py:net`` or ``net.pt2``."""
+    return ":" in (plain := name.partition("?")[0]) or plain.endswith(".pt2")
 
 
 def is_place(name: str) -> bool:
@@ -133,8 +134,12 @@ def living(name: str) -> Any:
 def code_in(text: str) -> list[str]:
     """The parts among what a text names (``smoothed(mine.py:Method?a=1,0.1)``, ``a.py:net,hub:REPO:NAME``) that are code, of
     the user's or from elsewhere, and none of the libraries that are installed here."""
-    found = re.findall(r"[^\s,()?&=]+:[^\s,()?&]+", text)
-    return [name for name in dict.fromkeys(found) if is_place(name) or name.startswith(("hub:", "hf:"))]
+    found = re.findall(r"[^\s,()?&=]+:[^\s,()?&]+|[^\s,()?&=]+\.pt2\b", text)
+    return [
+        name
+        for name in dict.fromkeys(found)
+        if is_place(name) or name.startswith(("hub:", "hf:")) or name.endswith(".pt2")
+    ]
 
 
 def code_of(text: str) -> dict[str, str]:
@@ -143,9 +148,10 @@ def code_of(text: str) -> dict[str, str]:
     """
     found = {}
     for place in code_in(text):
-        if is_place(place):
+        if not place.startswith(("hub:", "hf:")):
             try:
-                file = getattr(_module(place.rpartition(":")[0]), "__file__", None)
+                module = None if place.endswith(".pt2") else _module(place.rpartition(":")[0])
+                file = Path(place).expanduser() if module is None else getattr(module, "__file__", None)
                 found[place] = hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()
             except (SrdLabError, OSError):
                 continue

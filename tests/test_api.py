@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_networks import command
@@ -14,7 +15,7 @@ from torch import nn
 
 import srd_lab
 from srd_lab import Preprocessing, load_data, load_model
-from srd_lab.errors import BadValue
+from srd_lab.errors import BadRun, BadValue
 from srd_lab.models.scenes import SCENES_PREPROCESSING
 
 FEW: dict[str, Any] = {"images": 5, "batch_size": 5, "device": "cpu"}
@@ -127,6 +128,55 @@ def test_a_result_shows_and_keeps_itself(model: nn.Module, tmp_path: Path) -> No
     gc.collect()
     assert not folder.exists()
     assert (saved / "images.csv").is_file()
+
+
+def test_results_are_logged_into_the_active_run(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names that the tracked command gives them; the user's run stays open, and what is the user's stays."""
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mine.db")
+    result = srd_lab.evaluate("vgg16", methods=["gradient"], metrics=["sparseness"], images=2, device="cpu")
+    options = ("--method", "gradient", "--metrics", "sparseness", "--images", "2", "--device", "cpu")
+    assert command("evaluate", *options, "--tracking-uri", f"sqlite:///{tmp_path}/theirs.db").exit_code == 0
+    theirs = mlflow.MlflowClient(f"sqlite:///{tmp_path}/theirs.db")
+    tracked = theirs.search_runs([theirs.get_experiment_by_name("srd-lab").experiment_id])
+    child, parent = sorted(tracked, key=lambda run: len(run.data.params))
+    with pytest.raises(BadRun, match=r"no MLflow run is active; log inside `with mlflow.start_run\(\):`"):
+        result.log()
+    with mlflow.start_run() as active:
+        mlflow.log_param("mine", 3)
+        assert result.log() == active.info.run_id
+        attacked = srd_lab.attack(model, torch.rand(2, 3, 64, 64), method="gradient", members=["combined"])
+        attacked.log("attack")
+        mlflow.log_metric("mine_too", 1)
+    found = mlflow.get_run(active.info.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["mine"] == "3"
+    about = {"git_commit", "device", "hardware", "weights_sha256", "preprocessing"}
+    for name in set(parent.data.params) - about:
+        if name in found.data.params:
+            assert found.data.params[name] == parent.data.params[name]
+    assert {"methods", "images", "seed"} <= set(found.data.params)
+    assert {f"gradient/{name}" for name in child.data.metrics} | set(parent.data.metrics) <= set(
+        found.data.metrics
+    )
+    assert found.data.metrics["gradient/sparseness"] == child.data.metrics["sparseness"]
+    assert found.data.metrics["attack/worst_pcc"] == pytest.approx(
+        np.mean([float(r["pcc"]) for r in as_rows(attacked)]), abs=1e-5
+    )
+    files = {file.path for file in mlflow.MlflowClient().list_artifacts(active.info.run_id)}
+    assert {file.path for file in theirs.list_artifacts(parent.info.run_id)} - {"notes.txt"} <= files | {
+        "notes.txt"
+    }
+    with mlflow.start_run():
+        mlflow.log_param("seed", 7)
+        with pytest.raises(BadRun, match="was made with seed = 7, not 0"):
+            result.log()
+        assert not mlflow.MlflowClient().list_artifacts(mlflow.active_run().info.run_id)
+        result.log(prefix="first")
 
 
 def test_wrong_arguments_are_one_line(model: nn.Module) -> None:

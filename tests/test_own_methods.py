@@ -25,6 +25,7 @@ from srd_lab import catalogue
 from srd_lab.adapters import captum_attribution, explain_func
 from srd_lab.catalogue import Declared, Method, metric_of
 from srd_lab.cli.main import main
+from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import BadValue, Refused, SrdLabWarning, Unavailable
 from srd_lab.parts import code_in, code_of
 from srd_lab.registry import EXPLAINERS, make_explainer, make_metric
@@ -222,6 +223,25 @@ def test_own_methods_are_attacked_ranked_and_put_on_the_leaderboard(
 
 
 # --- other libraries ------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_is_found_by_its_name_as_written_and_on_a_surrogate() -> None:
+    pytest.importorskip("captum.attr")
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = [
+        torch.nn.Conv2d(3, 4, 3),
+        *(torch.nn.ReLU() for _ in range(9)),
+        torch.nn.ReLU(),
+    ]
+    net = torch.nn.Sequential(
+        torch.nn.Sequential(*layers), torch.nn.Flatten(), torch.nn.Linear(144, 5)
+    ).eval()
+    x = pixels(2, 3, 8, 8).double()
+    explainer = make_explainer("captum:LayerGradCam?layer=0.10")
+    found = explainer.explain(net, x, 1)
+    assert found.shape == (2, 6, 6)
+    torch.testing.assert_close(explainer.explain(SmoothModel(net, 1e4), x, 1), found, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(make_explainer("captum:LayerGradCam?layer=0.0").explain(net, x, 1), found)
 
 
 def test_attributions_of_captum(model: torch.nn.Module) -> None:

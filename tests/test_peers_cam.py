@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from small_networks import command, tiny_study
 from torch import Tensor, nn
 
 from srd_lab import maps
+from srd_lab.errors import SrdLabError
 from srd_lab.methods.fullgrad import _products
+from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
 
 grad_cam = pytest.importorskip("pytorch_grad_cam", reason="needs grad-cam: pip install -e '.[dev,peers-cam]'")
@@ -213,3 +216,55 @@ def test_fullgrad(network: str) -> None:
     low, high = expected.amin((1, 2), True), expected.amax((1, 2), True)
     equal((expected - low) / (high - low), torch.from_numpy(out).double(), 1e-3)
     equal(make_explainer("fullgrad").explain(model, images(), TARGETS), stretched((1, 2, 3), 1e-30), 1e-9)
+
+
+@on_both
+@pytest.mark.parametrize("kind", ["GradCAM", "GradCAMPlusPlus", "LayerCAM", "ScoreCAM", "FullGrad"])
+def test_theirs_by_name_are_theirs(network: str, kind: str) -> None:
+    """``pytorch_grad_cam:CLASS``: their map on the network proper, as they give it out; the model is left as it was."""
+    net, layer = NETWORKS[network]()
+    net = net.float()
+    model = Classifier(net, (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)).eval()
+    x = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    with getattr(grad_cam, kind)(net, [layer]) as method:
+        expected = method(model.normalise(x), [lambda logits, k=int(k): logits[k] for k in TARGETS])
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    name = next(name for name, module in net.named_modules() if module is layer)
+    options = "" if kind == "FullGrad" else f"?layer={name}"
+    explainer = make_explainer(f"pytorch_grad_cam:{kind}{options}")
+    found = explainer.explain(model, x, TARGETS)
+    equal(found, torch.from_numpy(expected), 1e-5)
+    assert all(bool((p.grad == 1).all()) for p in net.parameters() if p.grad is not None)
+    assert not any(module._forward_hooks or module._backward_hooks for module in net.modules())
+    asked = x.clone().requires_grad_()
+    assert not explainer.explain(model, asked, TARGETS).requires_grad
+    assert asked.grad is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("GradCAM", r"take layer=NAME, all but FullGrad"),
+        ("FullGrad?layer=layer4", r"take layer=NAME, all but FullGrad"),
+        ("BaseCAM?layer=layer4", r"pytorch_grad_cam has no method 'BaseCAM'"),
+        ("Nothing?layer=layer4", r"pytorch_grad_cam has no method 'Nothing'; expected one such as GradCAM"),
+        ("GradCAM?layer=nowhere", r"the network has no module 'nowhere'; its first ones are conv1, bn1"),
+        ("GradCAM?layer=layer4&width=3", r"got an unexpected keyword argument 'width'"),
+    ],
+)
+def test_a_name_that_is_none_of_theirs_is_one_line(name: str, said: str) -> None:
+    with pytest.raises(SrdLabError, match=said):
+        make_explainer(f"pytorch_grad_cam:{name}").explain(resnet()[0].float(), images().float(), TARGETS)
+
+
+@pytest.mark.slow
+def test_theirs_goes_to_the_black_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_study(monkeypatch, steps=2, queries=6)
+    method = "pytorch_grad_cam:GradCAM?layer=layer4"
+    few = ("--pairs", "2", "--no-curve", "--no-eq10", "--device", "cpu", "--no-track")
+    result = command("robustness", "--method", method, "--model", "resnet18", *few)
+    assert result.exit_code == 0, result.output
+    assert (
+        f"no_gradient: attacked by the black box alone: the map of {method} has no gradient" in result.output
+    )

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from srd_lab.catalogue import METRICS
+from srd_lab.catalogue import METHODS, METRICS
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
-    MethodName,
+    Name,
     WeightsFile,
     baseline_option,
     batch_size_option,
@@ -45,7 +45,7 @@ from srd_lab.evaluation.settings import EvaluationSettings, ExplainSettings
 )
 @click.option(
     "--reference",
-    type=MethodName(),
+    type=Name(lambda: tuple(METHODS), free=True, wrapped=True),
     default="srd",
     show_default=True,
     metavar="NAME",

@@ -21,7 +21,8 @@ DEFAULT_MODEL = "vgg16"
 
 DATA = (
     "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100, voc, pictures (without "
-    "labels) or table (CSV: path, label, box); or package.module:factory or path/file.py:factory."
+    "labels), table (CSV: path, label, box), hf-dataset (a name or folder) or wds (tar shards); or "
+    "package.module:factory or path/file.py:factory."
 )
 
 
@@ -91,36 +92,41 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         return int(text)
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]
-    """Some of the names that are allowed, separated by commas, as a tuple without repetitions.
+class Name(click.ParamType):  # type: ignore[type-arg]
+    """One of the names that are allowed.
 
     allowed : gives the names when one is to be read.
     free : whether names with options (``srd?level=high``) and parts from elsewhere (``mine.py:Method``) are allowed too,
         which are read later; wrapped : whether wrappers are (``smoothed(srd,0.1,64)``).
     """
 
-    name = "list"
+    name = "name"
 
     def __init__(
         self, allowed: Callable[[], Sequence[str]], *, free: bool = False, wrapped: bool = False
     ) -> None:
         self.allowed, self.free, self.wrapped = allowed, free, wrapped
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        names = tuple(value) if isinstance(value, tuple | list) else tuple(outer_parts(value))
-        allowed = self.allowed()
-        if wrong := [
-            name for name in names if name not in allowed and not (self.free and self._later(name, allowed))
-        ]:
-            self.fail(f"{wrong[0]!r} is not one of {', '.join(allowed)}", param, ctx)
-        return tuple(dict.fromkeys(names))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text, allowed = str(value).strip(), self.allowed()
+        if text not in allowed and not self._read_later(text, allowed):
+            self.fail(f"{text!r} is not one of {', '.join(allowed)}", param, ctx)
+        return text
 
-    def _later(self, name: str, allowed: Sequence[str]) -> bool:
+    def _read_later(self, name: str, allowed: Sequence[str]) -> bool:
         if "(" in name:
             return self.wrapped
-        return is_own(name) or ("?" in name and _plain(name) in allowed)
+        return self.free and (is_own(name) or ("?" in name and name.partition("?")[0] in allowed))
+
+
+class Names(Name):
+    """Several of them, separated by commas, as a tuple without repetitions; arguments as for :class:`Name`."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        names = value if isinstance(value, tuple | list) else outer_parts(value)
+        return tuple(dict.fromkeys(super(Names, self).convert(name, param, ctx) for name in names))
 
 
 def names_option(
@@ -133,7 +139,7 @@ def names_option(
 ) -> Callable[..., Any]:
     """An option that takes names: repeated, or several separated by commas.
 
-    spellings : of the option, and the name of its value. allowed, free, wrapped : see :class:`Names`.
+    spellings : of the option, and the name of its value. allowed, free, wrapped : see :class:`Name`.
     """
 
     def flat(ctx: click.Context, param: click.Parameter, given: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -168,27 +174,7 @@ def methods_option(
     )
 
 
-def _plain(name: str) -> str:
-    """Without the options behind a ``?``, which are read later."""
-    return name.partition("?")[0]
-
-
-class MethodName(click.ParamType):  # type: ignore[type-arg]
-    """The name of an explanation method, a wrapper around one such as ``smoothed(srd,0.1,64)``, or one of ``more``."""
-
-    name = "name"
-
-    def __init__(self, more: Sequence[str] = ()) -> None:
-        self.more = more
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value).strip()
-        if "(" not in text and not is_own(text) and _plain(text) not in (*METHODS, *self.more):
-            self.fail(f"{text!r} is not one of {', '.join((*self.more, *METHODS))}", param, ctx)
-        return text
-
-
-OWN_MODEL = "timm:NAME, hf:NAME, hub:REPO:NAME, package.module:factory or path/file.py:factory"
+OWN_MODEL = "timm:NAME, hf:NAME, hub:REPO:NAME, FILE.pt2, package.module:factory or path/file.py:factory"
 model_option = click.option(
     "--model",
     default=DEFAULT_MODEL,
@@ -259,6 +245,11 @@ preprocessing_options = (
         type=Colours(),
         default=(),
         help="Standard deviation that goes with it. [default: the network's own]",
+    ),
+    click.option(
+        "--labels",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Names of the classes: one a line, or JSON (a list, or index to name). [default: the data's]",
     ),
 )
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -28,6 +30,8 @@ from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug", "as_json")
 _NAMES = ("model", "models", "data", "methods", "metrics")  # settings that may name parts of the user's own
 _OPTIONS = {"models": "model"}  # where an option is spelled in another way
+OF_ONE_SIZE = ("scenes", "cifar10", "cifar100")  # data of which nothing is resized
+RESIZED_BEFORE = (0.875, "bilinear")
 FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
 
 
@@ -105,6 +109,8 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
                     run.save_text("command.txt", f"{command_line(ctx, command)}\n")
                     run.save_text("run.toml", config_text(ctx, command))
                 notes.keep_in(run)
+                if labels := study.settings.labels:
+                    run.save_bytes(f"labels{Path(labels).suffix}", Path(labels).expanduser().read_bytes())
                 run.describe(_label(study))
                 with _silent() if as_json else contextlib.nullcontext():
                     study.run(run)
@@ -183,9 +189,12 @@ def _decisive(study: Study) -> dict[str, str]:
 
     networks = [entry.rpartition(":")[0] for entry in study.weights_sha256]
     wants = tuple(f"{name}: {preprocessing_for(study.settings, name)}" for name in networks)
+    labels = study.settings.labels
+    names = Path(labels).expanduser().read_bytes() if labels else b""
     return study.settings.stored() | {
         "weights_sha256": as_text(study.weights_sha256),
         "preprocessing": as_text(wants),
+        **({"labels_sha256": hashlib.sha256(names).hexdigest()} if labels else {}),
     }
 
 
@@ -207,7 +216,32 @@ def _check_same(run: Any, study: Study) -> None:
             f"the weights of {', '.join(changed)} are not those that run {run.id} was made with; "
             "put the file back as it was, or start a new run"
         )
-    run.add_params({name: value for name, value in _decisive(study).items() if name != PACE})
+    if "preprocessing" not in run.params:
+        _check_resized_as_before(run, study)
+    decisive = _decisive(study)
+    names = "labels_sha256"
+    if run.params.get(names) != decisive.get(names):
+        raise OtherWork(
+            f"the names in {study.settings.labels} are not those that run {run.id} was made with; "
+            "put the file back as it was, or start a new run"
+        )
+    run.add_params({name: value for name, value in decisive.items() if name != PACE})
+
+
+def _check_resized_as_before(run: Any, study: Study) -> None:
+    """Refuse a run that was made when every file was cropped and resized alike, for a network that takes them otherwise."""
+    from srd_lab.runs.inputs import preprocessing_for
+
+    if study.settings.source in OF_ONE_SIZE:
+        return
+    for entry in study.weights_sha256:
+        name = entry.rpartition(":")[0]
+        wants = preprocessing_for(study.settings, name)
+        if (round(wants.crop, 6), wants.interpolation) != RESIZED_BEFORE:
+            raise OtherWork(
+                f"run {run.id} was made before networks had a crop and an interpolation of their own: 0.875, bilinear; "
+                f"{name} now takes {wants.crop:.4g} and {wants.interpolation}; start a new run"
+            )
 
 
 def _check_whole(run: Any) -> None:

@@ -36,6 +36,8 @@ SOURCES = (
     "voc:DIR",
     "pictures:DIR",
     "table:FILE",
+    "hf-dataset:NAME_OR_DIR",
+    "wds:PATTERN",
     "package.module:factory",
     "path/file.py:factory",
 )
@@ -55,7 +57,7 @@ def load_data(
 ) -> Dataset:
     """The data set that ``spec`` names, one of ``SOURCES``; what it accepts stands at the top of its module.
 
-    split : of ``scenes`` (train, val or test) and CIFAR (train or test); a folder has but one.
+    split : of ``scenes`` (train, val or test), CIFAR (train or test) and ``hf-dataset`` (its own); a folder has but one.
     seed : of ``scenes``, >= 0.
     size : side of the images in pixels; 224 unless given, always 64 for ``scenes`` and 32 for CIFAR.
     crop, interpolation : how the files of folders are resized, see :class:`srd_lab.types.Preprocessing`.
@@ -106,6 +108,14 @@ def load_data(
         from srd_lab.data.table import Pictures, Table
 
         return (Pictures if source == "pictures" else Table)(place, side, **files)
+    if source == "wds" and place:
+        from srd_lab.data.shards import Shards
+
+        return Shards(place, side, **files)
+    if source == "hf-dataset" and place:
+        from srd_lab.data.hub import HubData
+
+        return HubData(place, split, side, **files)
     if source == "live" and hasattr(found := living(spec), "name") and hasattr(found, "classes"):
         ready: Dataset = found  # one of this package's kind
         return ready

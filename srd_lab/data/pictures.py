@@ -328,6 +328,10 @@ class PictureFolder(ABC):
     def _find(self) -> list[Picture]:
         """All pictures in ``self.folder``, at least one; on the way ``self.classes`` and ``self.left_out``."""
 
+    def _open(self, picture: Picture) -> Path | IO[bytes]:
+        """What holds the encoded image: its file, or an open one where it is a part of another."""
+        return picture.file
+
     def _mask(self, picture: Picture, size: tuple[int, int]) -> Image.Image | None:
         """Mask of the object in stored pixels, of this (width, height), mode L, 0 outside; None without any."""
         return None
@@ -344,7 +348,7 @@ class PictureFolder(ABC):
 
     def __getitem__(self, index: int) -> Sample:
         picture = self.pictures[operator.index(index)]
-        image, orientation = decode(picture.file, picture.name, self.non_rgb, self.size, self.crop)
+        image, orientation = decode(self._open(picture), picture.name, self.non_rgb, self.size, self.crop)
         mask = self._mask(picture, image.size)
         square = fit(upright(image, orientation), self.size, crop=self.crop, interpolation=self.interpolation)
         pixels = np.array(square)

@@ -200,7 +200,8 @@ def _convolved(
     axes = weight.dim() - 2
     spans = [d * (k - 1) for d, k in zip(_each(dilation, axes), weight.shape[2:], strict=True)]
     padded = {"same": [span // 2 for span in spans], "valid": [0] * axes}
-    starts, steps = padded[padding] if padding in padded else _each(padding, axes), _each(stride, axes)
+    starts = padded[padding] if isinstance(padding, str) else _each(padding, axes)
+    steps = _each(stride, axes)
     middle = [span / 2 + off for span, off in zip(spans, _off_centre(weight, spans), strict=True)]
 
     def at(n: Tensor, i: int, size: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
+from srd_lab.data.labels import read_labels
 from srd_lab.data.pictures import SkippedFile, decode, fit, upright
 from srd_lab.errors import BadValue, Refused
 from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
@@ -57,7 +58,7 @@ class Explaining:
         self.size = self.wants.size
         asked: Sequence[str] = tuple(METHODS) if "all" in settings.methods else settings.methods
         self.methods = {method: make_explainer(method) for method in asked}
-        self.classes = Classes.of(data, self.model.classes)
+        self.classes = Classes.of(data, self.model.classes, settings.labels)
         self.targets = list(dict.fromkeys(map(self.classes.index, settings.targets)))
 
     def run(self, files: Sequence[Path]) -> None:
@@ -168,9 +169,14 @@ class Classes:
         self.names, self.wnids = names, wnids
 
     @classmethod
-    def of(cls, data: str, count: int) -> Classes:
-        """Those of a kind of data, as far as they are known without its files; else ``count`` of them by number."""
+    def of(cls, data: str, count: int, labels: str | None = None) -> Classes:
+        """Those of a kind of data, as far as they are known without its files; else ``count`` of them by number.
+
+        labels : a file of names that take their place, see :func:`srd_lab.data.labels.read_labels`.
+        """
         source = data.partition(":")[0]
+        if labels:
+            return cls(read_labels(labels, count))
         if source in ("imagenet", "imagenet-s"):
             from srd_lab.data.imagenet import class_names, wnids
 

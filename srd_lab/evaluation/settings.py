@@ -45,7 +45,7 @@ class ExplainSettings:
     model : the network's name.
     data : what it was made for, as in :class:`srd_lab.runs.settings.Settings`, which names its classes; "" = scenes for the
         networks of this package, while classes of networks from elsewhere have numbers.
-    weights, size, mean, std, device : likewise.
+    weights, size, mean, std, labels, device : likewise.
     methods : names, wrapped or not; ``all``.
     targets : classes to explain: index, name or WordNet number; () = the predicted one.
     out : folder for what is made; None = the first of ``explanations``, ``explanations-2``, ... that is free.
@@ -57,6 +57,7 @@ class ExplainSettings:
     size: int | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    labels: str | None = None
     methods: tuple[str, ...] = ("srd",)
     targets: tuple[str, ...] = ()
     device: str = "auto"

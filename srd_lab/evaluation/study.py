@@ -21,7 +21,7 @@ from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.document import Block, Document, Table
-from srd_lab.runs.inputs import data_for, labelled, network_for, preprocessing_for, weights_sums
+from srd_lab.runs.inputs import data_and_network, labelled, preprocessing_for, weights_sums
 from srd_lab.runs.label import drawn_from
 from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
@@ -56,11 +56,11 @@ class Evaluation:
         self.settings = settings
         self.device = pick_device(settings.device, float64=True)
         name = settings.model
-        self.dataset = data_for(settings, name)
-        self.model = network_for(settings, name, models or [name], self.device, self.dataset)
+        models = models or [name]
+        self.dataset, self.model = data_and_network(settings, name, models, self.device)
         known, self.dataset = self.dataset, labelled(self.dataset, self.model, self.device)
         self.has_labels = known is self.dataset
-        self.weights_sha256 = weights_sums(settings, models or [name])
+        self.weights_sha256 = weights_sums(settings, models, {name: self.model})
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
         self.drawn = drawn_from(settings, self.dataset, self.indices)
         asked = tuple(METHODS) if "all" in settings.methods else settings.methods

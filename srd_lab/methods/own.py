@@ -6,9 +6,11 @@
 ``captum:CLASS``                 an attribution of captum, such as ``captum:IntegratedGradients?n_steps=32``; one of a layer
                                  takes its module by name: ``captum:LayerGradCam?layer=features``
 ``zennit:COMPOSITE``             the gradient under a composite of zennit, such as ``zennit:EpsilonPlusFlat``
+``pytorch_grad_cam:CLASS``       a class of grad-cam, whose map is its own, in [0, 1], without a gradient; the layer by name:
+                                 ``pytorch_grad_cam:GradCAMPlusPlus?layer=layer4``
 ===============================  ==========================================================================================
 
-Options stand behind a ``?``. Maps of captum and zennit are summed over channels, signed. They run on the network proper, fed
+Options stand behind a ``?``. Maps of these libraries are summed over channels, signed. They run on the network proper, fed
 with normalised images; so one can look at *their* implementation under attack, beside ours.
 
 Example
@@ -19,7 +21,9 @@ torch.Size([2, 64, 64])
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.engine.attribution import Attribution, attribution
+from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import BadValue, Refused, SrdLabError, Unavailable, first_line
 from srd_lab.logits import check_target, class_logits
 from srd_lab.parts import call, make, split_options
@@ -122,7 +127,7 @@ def _captum(name: str, kind: str, options: dict[str, Any]) -> _Attribution:
         raise BadValue(
             f"captum.attr has no attribution {kind!r}; expected one such as IntegratedGradients or LayerGradCam"
         )
-    layer = options.pop("layer", None)
+    layer = _layer(name, options)
     if (layer is not None) != kind.startswith(("Layer", "GuidedGradCam")):
         raise BadValue(f"{name}: the attributions of a layer take layer=NAME, and no others do")
 
@@ -133,7 +138,15 @@ def _captum(name: str, kind: str, options: dict[str, Any]) -> _Attribution:
     return _Attribution(name, attribute)
 
 
+def _layer(name: str, options: dict[str, Any]) -> str | None:
+    """The option ``layer``, which is taken away, as it was written: ``0.10`` is no number."""
+    options.pop("layer", None)
+    return next((part[6:] for part in name.partition("?")[2].split("&") if part.startswith("layer=")), None)
+
+
 def _module(name: str, network: nn.Module, layer: str) -> nn.Module:
+    while isinstance(network, SmoothModel):  # a surrogate under attack has the modules of its original
+        network = network.model
     modules = dict(network.named_modules())
     if layer not in modules:
         some = ", ".join(list(modules)[1:9])
@@ -166,4 +179,50 @@ def _zennit(name: str, kind: str, options: dict[str, Any]) -> _Attribution:
     return _Attribution(name, attribute)
 
 
-SOURCES: dict[str, Callable[[str, str, dict[str, Any]], Any]] = {"captum": _captum, "zennit": _zennit}
+def _grad_cam(name: str, kind: str, options: dict[str, Any]) -> _Attribution:
+    try:
+        import pytorch_grad_cam as library
+        from pytorch_grad_cam.base_cam import BaseCAM
+    except ImportError:
+        raise Unavailable(f"{name} needs grad-cam; `pip install 'srd-lab[peers-cam]'`") from None
+    known = getattr(library, kind, None)
+    if not isinstance(known, type) or not issubclass(known, BaseCAM) or known is BaseCAM:
+        raise BadValue(
+            f"pytorch_grad_cam has no method {kind!r}; expected one such as GradCAM or GradCAMPlusPlus"
+        )
+    layer = _layer(name, options)
+    if (layer is None) != (kind == "FullGrad"):
+        raise BadValue(f"{name}: the methods of pytorch_grad_cam take layer=NAME, all but FullGrad")
+
+    def attribute(run: Attribution, classes: Tensor) -> Any:
+        places = [] if layer is None else [_module(name, run.network, layer)]
+        targets = [lambda logits, k=int(k): logits[k] for k in classes]
+        with _gradients_kept(run.network), contextlib.redirect_stderr(io.StringIO()):  # bars of its progress
+            method = call(name, known, {"model": _Logits(run.network), "target_layers": places} | options)
+            try:
+                found = method(run.given.detach().clone().requires_grad_(), targets)
+            finally:
+                method.activations_and_grads.release()
+        return torch.as_tensor(found).to(run.given)[:, None]
+
+    return _Attribution(name, attribute)
+
+
+@contextlib.contextmanager
+def _gradients_kept(network: nn.Module) -> Iterator[None]:
+    """Within: gradients of parameters are free for use; afterwards they are what they were."""
+    kept = [(parameter, parameter.grad) for parameter in network.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in kept:
+            parameter.grad = grad
+
+
+SOURCES: dict[str, Callable[[str, str, dict[str, Any]], Any]] = {
+    "captum": _captum,
+    "zennit": _zennit,
+    "pytorch_grad_cam": _grad_cam,
+}

@@ -12,7 +12,6 @@ import hashlib
 import os
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from srd_lab.models.cifar import Cifar
 from srd_lab.models.classifier import Classifier, Family, Normalise, check_classes
 from srd_lab.models.files import fill, read_state
 from srd_lab.models.imagenet import AnyClasses, FineTuned, ImageNet
-from srd_lab.models.own import own_network, state_digest
+from srd_lab.models.own import Own, own_network, state_digest
 from srd_lab.models.scenes import SCENES_NETWORKS, SCENES_PREPROCESSING, WEIGHTS, Scenes, scenes_network
 from srd_lab.parts import is_own, is_place
 from srd_lab.runtime import pick_device
@@ -39,6 +38,7 @@ __all__ = [
     "check_classes",
     "input_size",
     "load_model",
+    "make_own",
     "networks",
     "preprocessing",
     "read_state",
@@ -57,12 +57,14 @@ FAMILIES: dict[str, Family] = {
     "voc": FineTuned(),
     "pictures": AnyClasses(),
     "table": AnyClasses(),
+    "hf-dataset": AnyClasses(),
+    "wds": AnyClasses(),
     "own": AnyClasses(),
 }
 SIDES = {"scenes": 64, "cifar10": 32, "cifar100": 32}  # of data whose images have one size
 SPECS = (
     "scenes, imagenet[:DIR], imagenet-s:DIR, imagefolder:DIR, cifar10:PATH, cifar100:PATH, voc:DIR, pictures:DIR, "
-    "table:FILE or package.module:factory"
+    "table:FILE, hf-dataset:NAME_OR_DIR, wds:PATTERN or package.module:factory"
 )
 
 
@@ -72,11 +74,12 @@ def load_model(
     weights: str | Path | None = None,
     device: str | None = None,
     preprocessing: Preprocessing | None = None,
+    made: Own | None = None,
 ) -> Classifier:
     """A frozen float32 classifier of pixels (N, 3, H, W) in [0, 1], in eval mode, on ``device``.
 
     name : one of ``networks(data)``, or one from elsewhere: ``timm:NAME``, ``hf:NAME_OR_DIR``, ``hub:REPO:NAME``,
-        ``package.module:factory``, ``path/file.py:factory``; see :mod:`srd_lab.models.own`.
+        ``FILE.pt2``, ``package.module:factory``, ``path/file.py:factory``; see :mod:`srd_lab.models.own`.
     data : what the network is for; nothing behind a colon matters here, and nothing at all for networks from elsewhere.
         ``scenes``: ten classes, 64 x 64 pixels.
         ``imagenet``, ``imagenet-s``: torchvision's networks of 1,000 classes.
@@ -88,6 +91,7 @@ def load_model(
         for all other data.
     device : None or "auto" takes an accelerator where there is one.
     preprocessing : of which mean and std count; None = :func:`preprocessing` of the network.
+    made : what :func:`make_own` has made of the name, if it did; its network is used, not copied.
 
     Raises BadValue for a name or data that is not there, and for a factory that fails; BadWeights for weights that are not
     there or do not fit; Unavailable for a package, a device or a download that cannot be had.
@@ -98,10 +102,12 @@ def load_model(
     torch.Size([2, 10])
     """
     if is_own(name):
-        place, own = pick_device(device), own_network(name, with_weights=weights is None)
+        place, own = pick_device(device), made or make_own(name, with_weights=weights is None)
         if weights is not None:
             fill(own.network, read_state(weights), f"{weights} for {name}")
-        return _finished(own.classifier(preprocessing), place)
+        model = own.classifier(preprocessing)
+        model.weights_sha256 = state_digest(own.network) if weights is None else ""
+        return _finished(model, place)
     _, family = _family(name, data)
     place = pick_device(device)
     file = weights_file(name, data, weights)
@@ -112,6 +118,18 @@ def load_model(
     fill(network, state, f"{file} for {name}")
     wants = preprocessing or family.preprocessing(name)
     return _finished(Classifier(network, wants.mean, wants.std), place)
+
+
+def make_own(name: str, *, with_weights: bool = True) -> Own:
+    """The network from elsewhere of that name; :func:`preprocessing` knows from then on what it needs. Arguments and errors
+    are those of :func:`srd_lab.models.own.own_network`."""
+    own = own_network(name, with_weights=with_weights)
+    _wants[name, os.getcwd()] = own.preprocessing
+    return own
+
+
+# of the networks from elsewhere that were made last; a name may be that of a file in the working directory
+_wants: dict[tuple[str, str], Preprocessing] = {}
 
 
 def _finished(model: Classifier, place: torch.device) -> Classifier:
@@ -169,14 +187,8 @@ def preprocessing(name: str, data: str = "imagenet") -> Preprocessing:
     """
     if not is_own(name):
         return _family(name, data)[1].preprocessing(name)
-    wants = _of_own(name, os.getcwd())
+    wants = _wants.get((name, os.getcwd())) or make_own(name, with_weights=False).preprocessing
     return replace(wants, size=SIDES.get(data.partition(":")[0], wants.size))
-
-
-@cache
-def _of_own(name: str, folder: str) -> Preprocessing:
-    """Of a network from elsewhere, which is made for it once; the name may be that of a file in the working directory."""
-    return own_network(name, with_weights=False).preprocessing
 
 
 def input_size(name: str, data: str = "imagenet") -> int:

@@ -63,7 +63,11 @@ class Classifier(nn.Module):
 
     network : normalised images to logits. mean, std : see :class:`Normalise`.
     classes : how many the logits are for; None = as many as the last layer has rows.
+
+    Attribute ``weights_sha256``: of the tensors that a factory gave; empty where a file has them.
     """
+
+    weights_sha256 = ""
 
     def __init__(self, network: nn.Module, mean: Colour, std: Colour, classes: int | None = None) -> None:
         super().__init__()

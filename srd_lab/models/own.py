@@ -4,12 +4,13 @@
 ``timm:NAME``                a network of timm with its pretrained weights and its preprocessing; needs ``srd-lab[timm]``
 ``hf:NAME_OR_DIR``           an image classifier of transformers, from the Hugging Face hub or a folder; ``srd-lab[hf]``
 ``hub:REPO:NAME``            an entry point of a repository on GitHub, or in a folder, by ``torch.hub``
+``FILE.pt2``                 an exported program, see :mod:`srd_lab.models.exported`
 ``package.module:factory``   whatever a function or class of yours makes
 ``path/file.py:factory``     the same from a file
 ===========================  ==============================================================================================
 
 Options stand behind a ``?``: ``timm:vit_tiny_patch16_224?img_size=64``, ``mine.py:Net?width=32``. All of these run code:
-of timm, of the repository, or yours.
+of timm, of the repository, of the file, or yours.
 
 A factory gives a network of normalised images to logits (a tensor, or an object with ``logits``), a pair of it and a
 :class:`srd_lab.types.Preprocessing`, or a network with one as its attribute ``preprocessing``; without one ImageNet's mean
@@ -90,7 +91,7 @@ def own_network(name: str, *, with_weights: bool = True) -> Own:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        source = SOURCES.get(name.partition(":")[0])
+        source = _exported if name.endswith(".pt2") else SOURCES.get(name.partition(":")[0])
         found = source(name, with_weights) if source else _made(name, make(name))
     found.network.eval()
     return found
@@ -219,6 +220,12 @@ def _hub(name: str, with_weights: bool) -> Own:
     except Exception as error:
         raise BadValue(f"{name} fails: {first_line(error)} ({type(error).__name__})") from error
     return _made(name, made)
+
+
+def _exported(name: str, with_weights: bool) -> Own:
+    from srd_lab.models.exported import exported_network
+
+    return Own(name, *exported_network(Path(name).expanduser()))
 
 
 def _no_download(name: str, error: Exception) -> Unavailable:

@@ -19,7 +19,7 @@ from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, repo
 from srd_lab.reproduce.settings import AblationSettings
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.document import Block, Table
-from srd_lab.runs.inputs import checked_networks, data_for, network_for, preprocessing_for, weights_sums
+from srd_lab.runs.inputs import checked_networks, data_and_network, preprocessing_for
 from srd_lab.runs.label import drawn_from
 from srd_lab.runs.outcome import Outcome, publish
 from srd_lab.runs.report import csv_text
@@ -50,8 +50,7 @@ class Figure7:
         self.settings = settings
         self.models = list(dict.fromkeys(settings.models))
         self.device = pick_device(settings.device)
-        self.dataset = checked_networks(settings, self.models)
-        self.weights_sha256 = weights_sums(settings, self.models)
+        self.dataset, self.weights_sha256 = checked_networks(settings, self.models)
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
         self.drawn = drawn_from(settings, self.dataset, self.indices)
         self.seconds = 0.0
@@ -65,8 +64,7 @@ class Figure7:
         self._report(run, results, sheets)
 
     def _model(self, name: str, child: Run) -> tuple[dict[str, Arrays], list[render.SheetRow]]:
-        dataset = data_for(self.settings, name)
-        model = network_for(self.settings, name, self.models, self.device, dataset)
+        dataset, model = data_and_network(self.settings, name, self.models, self.device)
         sheet: list[render.SheetRow] = []
 
         def measure(some: Sequence[Item], advance: Advance) -> Arrays:

@@ -18,7 +18,6 @@ from srd_lab.metrics.summary import Summary, summarise
 from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report, store_findings
 from srd_lab.reproduce.settings import TableSettings
 from srd_lab.runs.document import Block, Table
-from srd_lab.runs.inputs import weights_sums
 from srd_lab.runs.outcome import Outcome, publish
 from srd_lab.runs.settings import weights_of
 from srd_lab.runs.tracking import Run
@@ -54,7 +53,7 @@ class _Table(ABC):
         )
         self.device = pick_device(settings.device, float64=True)
         self.evaluations = {name: Evaluation(self.settings.of(name), self.models) for name in self.models}
-        self.weights_sha256 = weights_sums(settings, self.models)
+        self.weights_sha256 = tuple(s for e in self.evaluations.values() for s in e.weights_sha256)
         self.drawn = self.evaluations[self.models[0]].drawn
 
     def run(self, run: Run) -> None:

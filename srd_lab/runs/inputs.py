@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from srd_lab.errors import BadData, SrdLabWarning
+from srd_lab.parts import is_own
 from srd_lab.runs.settings import Settings, weights_of
 from srd_lab.types import Preprocessing
 
@@ -58,16 +60,41 @@ def data_for(settings: Settings, name: str, split: str = "test") -> Any:
     )
 
 
-def network_for(settings: Inputs, name: str, models: Sequence[str], device: Any, dataset: Any = None) -> Any:
+def data_and_network(settings: Settings, name: str, models: Sequence[str], device: Any) -> tuple[Any, Any]:
+    """What :func:`data_for` and :func:`network_for` give, with the settings' names of classes. A network from elsewhere,
+    which has to be there before its data can be resized, is made once."""
+    from srd_lab.data.labels import read_labels
+    from srd_lab.models import make_own
+
+    given = weights_of(settings.weights, models)[name]
+    made = make_own(name, with_weights=given is None) if is_own(name) else None
+    dataset = data_for(settings, name)
+    model = network_for(settings, name, models, device, dataset, made)
+    if settings.labels:
+        dataset = (
+            copy.copy(dataset) if settings.source == "live" else dataset
+        )  # the user's own stays as it is
+        dataset.classes = read_labels(settings.labels, model.classes)
+    return dataset, model
+
+
+def network_for(
+    settings: Inputs, name: str, models: Sequence[str], device: Any, dataset: Any = None, made: Any = None
+) -> Any:
     """The network ``name``, one of ``models``, with the weights that the settings have for it, on ``device``.
+
+    made : see :func:`srd_lab.models.load_model`.
 
     Raises BadWeights where its classes are not those of ``dataset``, if one is given; else the errors are those of
     :func:`srd_lab.models.load_model` and :func:`srd_lab.runs.settings.weights_of`.
     """
-    from srd_lab.models import check_classes, load_model
+    from srd_lab.models import check_classes, load_model, make_own
 
     weights = weights_of(settings.weights, models)[name]
-    model = load_model(name, settings.data, weights, str(device), preprocessing_for(settings, name))
+    if made is None and is_own(name):
+        made = make_own(name, with_weights=weights is None)
+    wants = preprocessing_for(settings, name)
+    model = load_model(name, settings.data, weights, str(device), wants, made)
     if dataset is not None:
         check_classes(model, dataset)
     return model
@@ -89,8 +116,9 @@ def labelled(dataset: Any, model: Any, device: Any) -> Any:
 
 def checked_networks(
     settings: Settings, models: Sequence[str], fits: Callable[[str, Any], object] | None = None
-) -> Any:
-    """The data at the first network's size, after every network was loaded, tried and let go again.
+) -> tuple[Any, tuple[str, ...]]:
+    """The data at the first network's size and :func:`weights_sums` of all networks, after every one was loaded, tried and
+    let go again.
 
     So what is wrong with the last one shows before the work on the first.
 
@@ -100,24 +128,31 @@ def checked_networks(
     """
     from srd_lab.data.predicted import has_labels
 
-    dataset = data_for(settings, models[0])
+    dataset, model = data_and_network(settings, models[0], models, "cpu")
     if not has_labels(dataset):
         raise BadData(
             f"{settings.data} has no labels, which this command compares predictions with; give data that have"
         )
-    for name in models:
-        model = network_for(settings, name, models, "cpu", dataset)
+    sums: tuple[str, ...] = ()
+    for k, name in enumerate(models):
+        model = network_for(settings, name, models, "cpu", dataset) if k else model
         if fits:
             fits(name, model)
-    return dataset
+        sums += weights_sums(settings, models, {name: model})
+    return dataset, sums
 
 
-def weights_sums(settings: Settings, models: Sequence[str]) -> tuple[str, ...]:
-    """``NAME:SHA256`` of every network's weights, bundled and downloaded ones too.
+def weights_sums(settings: Settings, models: Sequence[str], loaded: Mapping[str, Any]) -> tuple[str, ...]:
+    """``NAME:SHA256`` of the weights, bundled and downloaded ones too, of networks that :func:`network_for` has loaded.
+
+    models : all that the settings' weights are for. loaded : name -> network.
 
     Errors are those of :func:`srd_lab.models.weights_digest`.
     """
     from srd_lab.models import weights_digest
 
-    given = weights_of(settings.weights, models)
-    return tuple(f"{name}:{weights_digest(name, settings.data, file)}" for name, file in given.items())
+    files = weights_of(settings.weights, models)
+    return tuple(
+        f"{name}:{network.weights_sha256 or weights_digest(name, settings.data, files[name])}"
+        for name, network in loaded.items()
+    )

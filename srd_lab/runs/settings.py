@@ -37,6 +37,7 @@ class Settings:
     weights : files as typed, ``FILE`` or ``NAME=FILE``; () = the networks' default weights.
     size, mean, std : side in pixels and statistics per channel that take the place of the network's own preprocessing;
         None and () = its own.
+    labels : file of class names that take the place of the data's (:func:`srd_lab.data.labels.read_labels`); None = those.
     non_rgb : ``skip`` or ``convert`` images that are not RGB.
     seed : decides everything that is drawn, >= 0.
     batch_size : items at once, >= 1; None = by the size of the images.
@@ -50,6 +51,7 @@ class Settings:
     size: int | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    labels: str | None = None
     non_rgb: str = "skip"
     seed: int = 0
     batch_size: int | None = None

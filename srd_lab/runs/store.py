@@ -176,6 +176,22 @@ class Store:
         return f"run {stored.info.run_id}: `srd-lab ui --tracking-uri {self.uri}` shows it"
 
 
+def active_run() -> tuple[Store, StoredRun]:
+    """The MLflow run that is active in this process, and its store. Raises Unavailable without mlflow, and BadRun without
+    such a run."""
+    try:
+        import mlflow
+    except ImportError:
+        raise Unavailable("mlflow is not installed; `pip install mlflow`") from None
+    active = mlflow.active_run()
+    if active is None:
+        raise BadRun("no MLflow run is active; log inside `with mlflow.start_run():`")
+    client, uri = mlflow.MlflowClient(), mlflow.get_tracking_uri()
+    store = Store(client, uri, active.info.experiment_id, "api")
+    with store.errors():
+        return store, client.get_run(active.info.run_id)
+
+
 def open_store(uri: str, experiment: str, command: str) -> Store:
     """Connect to a store; a fresh SQLite store is made by one process while the others wait, for two minutes at most.
 
