@@ -19,6 +19,7 @@ from srd_lab.runs.label import Drawn
 from srd_lab.runs.run import NOT_FINITE, Params, Run, Traces, metric_name
 
 ABOUT = "run.json"
+_TRACES = "traces.csv"
 
 
 class FolderRun(Run):
@@ -60,9 +61,11 @@ class FolderRun(Run):
             self.params, self._metrics = dict(about["params"]), dict(about["metrics"])
             self._not_finite, self._before = set(about[NOT_FINITE]), str(about["status"])
             self._about["name"] = about["name"]
-            if "traces.csv" in self.list():
-                rows = csv.DictReader(io.StringIO(self.load_text("traces.csv")))
-                self._traces = {(row["name"], int(row["step"])): float(row["value"]) for row in rows}
+            self._traces = {
+                (name, step): value
+                for name, curve in read_traces(self._folder).items()
+                for step, value in zip(*curve, strict=True)
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise BadRun(
                 f"what {self._folder} holds of a run is damaged ({error!r}); start a new run"
@@ -98,7 +101,7 @@ class FolderRun(Run):
         table = io.StringIO()
         rows = ((name, step, value) for (name, step), value in sorted(self._traces.items()))
         csv.writer(table, lineterminator="\n").writerows([("name", "step", "value"), *rows])
-        self.save_text("traces.csv", table.getvalue())
+        self.save_text(_TRACES, table.getvalue())
         self._write_about()
 
     def _write_about(self) -> None:
@@ -116,6 +119,21 @@ class FolderRun(Run):
         self._write_about()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def read_traces(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The curves that a run has left in a folder, name -> (steps, values); none where it has left none.
+
+    Raises ValueError or KeyError where they are damaged.
+    """
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    file = folder / _TRACES
+    if file.is_file():
+        for row in csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))):
+            steps, values = found.setdefault(row["name"], ([], []))
+            steps.append(int(row["step"]))
+            values.append(float(row["value"]))
+    return found
 
 
 def open_folder(command: str, name: str, params: Params, out: Path | None, resume: str | None) -> FolderRun:
