@@ -992,7 +992,12 @@ def test_relevance_of_tokens_is_that_of_patches_and_of_the_class_token() -> None
     for level in ("blocks.1.activation", "blocks.0.activation"):
         patches = relevance[level][:, 1:].unflatten(1, (2, 2))
         assert torch.equal(SRD(level=level).explain(model, x), patches)
-    close(SRD(level="low").explain(model, x), _start_of(model, x)[:, 1:].unflatten(1, (2, 2)))
+    with pytest.raises(
+        Refused, match=r"level 'low' holds no relevance that a patch has of its own: the logits read none"
+    ):
+        SRD(level="low").explain(model, x)
+    mean = Tokens(pick=lambda t: t.mean(1))
+    close(SRD(level="low").explain(mean, x), _start_of(mean, x)[:, 1:].unflatten(1, (2, 2)))
     assert SRD(level="relu").explain(model, x).shape == (2, 2, 2)
     with pytest.raises(BadInput, match=r"shape \(2, 5\), got \(2, 2, 2\)"):
         SRD().relevance(model, x, start=torch.ones(2, 2, 2))

@@ -78,7 +78,7 @@ def test_maps_are_those_of_the_last_patches_that_the_logits_are_made_of(
 @pytest.mark.parametrize("written", WRITTEN)
 def test_one_attention_in_all_spellings_has_one_map(written: str) -> None:
     x = pixels(2, 3, 12, 16)
-    methods = [GradCAM(), LayerCAM(level="high"), SRD(start="ones"), SRD(start="ones", level="low")]
+    methods = [GradCAM(), LayerCAM(level="high"), SRD(start="ones"), SRD(start="ones", level="blocks.0")]
     if written != "mha":  # the biases within are not seen
         methods.append(FullGrad())
     for method in methods:
@@ -133,7 +133,7 @@ def test_tokens_that_are_no_grid_are_refused(order: Callable[[Tensor], Tensor]) 
 
 @pytest.mark.parametrize("level", ["low", "blocks.1", "blocks.0.act"])
 def test_relevance_of_tokens_is_laid_on_their_patches(level: str) -> None:
-    vit, x = SmallViT(prefix=3), pixels(2, 3, 12, 16)
+    vit, x = SmallViT(prefix=3, pool="both"), pixels(2, 3, 12, 16)
     got = SRD(start="ones", level=level).explain(vit, x, 1)
     found = SRD(start="ones").relevance(vit, x, 1)
     tokens = (

@@ -74,6 +74,9 @@ class EncoderEnd:
             self._found, self._pooled = self._end(first), {out.grad_fn}
         elif original_of(first) is self._found.output or _is_some_of(first, self._found.output):
             self._pooled.add(out.grad_fn)
+        elif _is_some_of(self._found.output, original_of(first)):
+            self._found = self._end(first)
+            self._pooled.add(out.grad_fn)
         elif extended and not self._records[first].pooled:
             # a gate, say, whose pooled factor is the map's own: the later map is the end; or one branch of several
             apart = not leads_to(first.grad_fn, self._found.output.grad_fn)

@@ -118,14 +118,24 @@ class BackwardPasses:
 
         index : of the activation call that it is at; None for the encoder's output. what : its name, for messages.
 
-        Raises SrdLabError for tokens of which it is not known where they lie.
+        Raises SrdLabError for tokens of which it is not known where they lie, and for an encoder's output of which no patch
+        is read.
         """
         alignment, end = self.run.alignment(self.trace), self.trace.end()
         if index is None and end.call is not None:
             index = end.call.index
         event = (end.event or 0) if index is None else alignment.event_of_call(index)
         axis = end.channels if index is None else self.trace.axes[index]
-        return alignment.check_tokens(event, axis, what).lay_numbers(relevance)
+        grid = alignment.check_tokens(event, axis, what)
+        if index is None and self.output.requires_grad:
+            of = (self.output.square().sum(), end.output)
+            (slope,) = torch.autograd.grad(*of, retain_graph=True, allow_unused=True)
+            if slope is not None and not grid.lay(slope, axis).any():
+                raise Refused(
+                    f"{what} holds no relevance that a patch has of its own: the logits read none there, but a class token; "
+                    'use level="input" or "high", or name an encoder that ends before the last attention with encoder="..."'
+                )
+        return grid.lay_numbers(relevance)
 
     def at_high(self, start: Start) -> Tensor:
         """Relevance (N, h, w) at the last map of 1/8 of the image that all of it passes, see :meth:`SRDTrace.high`."""
