@@ -382,6 +382,15 @@ def test_windows_lie_in_the_middle_of_their_pixels(
     assert seen
 
 
+def test_a_padding_may_be_given_as_a_list() -> None:
+    weight, x = torch.ones(1, 1, 3, 3, dtype=torch.float64), drawn(1, 1, 13, 11)
+    (_, one), (_, other) = (
+        made_of(lambda t, p=p: F.conv2d(t, weight, None, [2, 2], p), x)[0] for p in ([1, 1], (1, 1))
+    )
+    assert torch.equal(one.rows, other.rows)
+    assert torch.equal(one.columns, other.columns)
+
+
 # these mix what lies around, or two maps, and keep the place of what they scale
 MIXES = ("softmax", "log_softmax", "softmin", "_norm", "normalize", "matmul", "mm", "spmm")
 NO_GRADIENT = ("logical_and_", "logical_or_", "logical_xor_")  # autograd gives that of what they overwrote

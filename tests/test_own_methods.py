@@ -236,7 +236,7 @@ def test_a_layer_is_found_by_its_name_as_written_and_on_a_surrogate() -> None:
     net = torch.nn.Sequential(
         torch.nn.Sequential(*layers), torch.nn.Flatten(), torch.nn.Linear(144, 5)
     ).eval()
-    x = pixels(2, 3, 8, 8).double()
+    x = torch.rand(2, 3, 8, 8)
     explainer = make_explainer("captum:LayerGradCam?layer=0.10")
     found = explainer.explain(net, x, 1)
     assert found.shape == (2, 6, 6)

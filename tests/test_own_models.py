@@ -21,7 +21,10 @@ from srd_lab import parts
 from srd_lab.data import load_data
 from srd_lab.data.pictures import fit
 from srd_lab.errors import BadEntry, BadValue, BadWeights, SrdLabError, Unavailable
+from srd_lab.evaluation.settings import EvaluationSettings
+from srd_lab.evaluation.study import Evaluation
 from srd_lab.models import WEIGHTS, load_model, preprocessing, scenes_network, weights_digest
+from srd_lab.models.own import state_digest
 from srd_lab.registry import make_explainer
 from srd_lab.types import INTERPOLATIONS, Preprocessing
 
@@ -446,3 +449,67 @@ def test_own_and_bundled_networks_are_told_apart() -> None:
     with pytest.raises(SrdLabError, match="there is no network 'nosuch' for scenes"):
         load_model("nosuch")
     assert isinstance(scenes_network("vgg16"), nn.Module)
+
+
+@pytest.fixture
+def pictures(mine: str) -> str:
+    """A folder of pictures in the working directory."""
+    Path("photos").mkdir()
+    for k in range(3):
+        noise = np.random.default_rng(k).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(f"photos/{k}.png")
+    return "pictures:photos"
+
+
+SCORED = ("--method", "gradient", "--metrics", "sparseness", "--images", "2", "--device", "cpu", "--no-track")
+
+
+@pytest.mark.parametrize("run", ["evaluate", "explain", "apop", "attack"])
+def test_a_network_is_made_once(run: str, mine: str, pictures: str) -> None:
+    name = f"{mine}:pair"
+    scenes = ("--data", "scenes", "--device", "cpu", "--no-track")
+    options = {
+        "evaluate": ("--data", pictures, *SCORED),
+        "explain": ("photos/0.png", "--device", "cpu"),
+        "apop": (*scenes, "--images", "2"),
+        "attack": (*scenes, "--pairs", "1", "--steps", "1", "--method", "gradient", "--attack", "eq10"),
+    }[run]
+    ran = parts.find(f"{mine}:RAN")
+    ran.clear()
+    result = command(run, "--model", name, *options)
+    assert result.exit_code == 0, result.output
+    assert len(ran) == (2 if run == "apop" else 1)  # checked before the work on any, and made again for it
+
+
+def test_the_digest_is_that_of_the_very_network(mine: str) -> None:
+    """A factory that gives another network each time is not stored as if it were one."""
+    Path("other.py").write_text(
+        "import os, torch\nfrom torch import nn\n"
+        "def net():\n"
+        "    torch.manual_seed(int.from_bytes(os.urandom(4)))\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))\n"
+    )
+    settings = EvaluationSettings(
+        model="other.py:net", images=1, methods=("gradient",), metrics=("sparseness",), size=64, device="cpu"
+    )
+    study = Evaluation(settings)
+    assert study.weights_sha256 == (f"other.py:net:{state_digest(study.model.network)}",)
+
+
+@pytest.mark.parametrize(("factory", "goes_on"), [("net", True), ("Wants", False)])
+def test_a_run_from_before_networks_had_a_crop_is_not_gone_on_with_another(
+    factory: str, goes_on: bool, mine: str, pictures: str
+) -> None:
+    options = ("--data", pictures, "--model", f"{mine}:{factory}", *SCORED)
+    assert command("evaluate", *options, "--out", "out").exit_code == 0
+    about = json.loads(Path("out/run.json").read_text())
+    del about["params"]["preprocessing"], about["params"]["labels"]  # as it was stored then
+    Path("out/run.json").write_text(json.dumps(about))
+    again = command("evaluate", *options, "--resume", "out")
+    if goes_on:
+        assert again.exit_code == 0, again.output
+    else:
+        assert (
+            "run out was made before networks had a crop and an interpolation of their own: 0.875, bilinear; "
+            "mine.py:Wants now takes 1 and bicubic; start a new run" in again.output
+        )
