@@ -28,6 +28,7 @@ from attacks.gates import Gates
 from attacks.scores import SCORES
 from attacks.settings import RobustnessSettings
 from attacks.statistics import explanation_rate
+from attacks.subject import Subject
 from attacks.thresholds import TAU
 from srd_lab.catalogue import METHODS
 from srd_lab.errors import BadEntry, first_line
@@ -38,7 +39,7 @@ from srd_lab.runs.inputs import preprocessing_for
 from srd_lab.runs.settings import options_of
 
 if TYPE_CHECKING:
-    from attacks.robustness_study import RobustnessStudy, Subject
+    from attacks.robustness_study import RobustnessStudy
 
 VERSION = 1
 IMAGES = "adversarial.npz"

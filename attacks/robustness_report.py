@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from attacks.flags import HALF
 from attacks.scores import SCORES
 from attacks.settings import RobustnessSettings
 from attacks.statistics import Difference, against, area, breaking_budget, explanation_rate
+from attacks.subject import Subject
 from attacks.thresholds import TAU
 from srd_lab import render
 from srd_lab.metrics.summary import few_note, summarise
@@ -20,9 +21,6 @@ from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import Run
-
-if TYPE_CHECKING:
-    from attacks.robustness_study import Subject
 
 PICTURES = 6
 LEGEND = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +27,7 @@ from attacks.robustness_experiment import DRAWS, Experiment, images_of, transfer
 from attacks.robustness_report import Report
 from attacks.scores import SCORES
 from attacks.settings import RobustnessSettings
+from attacks.subject import Subject
 from attacks.surrogate import Surrogate
 from srd_lab.catalogue import FIGURE_4, attackable
 from srd_lab.data import skipped_report
@@ -44,48 +45,6 @@ MOST, LEAST = (
 )  # images for the checks and for the curve over the budget: a quarter of all, between these
 FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself
 CURVE = ("combined", "polish")  # its members
-
-
-@dataclass
-class Subject:
-    """One method under evaluation, and what came out so far.
-
-    name : of the variant, see :func:`attacks.pair_study.variants`. explainer : as the attack sees it.
-    child : the run that its results are stored in. experiment : that attacks it.
-    table : its scores, arrays over the images, see :mod:`attacks.flags`.
-    curve : budget, in its own units -> lowest PCC (n,) of the first images; empty if it was not asked for.
-    gates : None if they were not asked for. flags : name -> what was measured.
-    checks : scores by members that do not count, on the first images; empty without any.
-    sides : attack and certificate of the smoothed map; None if they were not asked for.
-    """
-
-    name: str
-    explainer: Explainer
-    child: Run
-    experiment: Experiment
-    table: Arrays
-    curve: dict[float, np.ndarray]
-    gates: Gates | None
-    flags: dict[str, str]
-    checks: Arrays
-    sides: Sides | None = None
-
-    def stored(self, numbers: np.ndarray, name: str, folder: str = "batches") -> np.ndarray:
-        """An array of the pairs with these numbers (n,), in their order, as this method's batches hold it.
-
-        name : of the array. folder : of the stored batches.
-        """
-        found: dict[int, np.ndarray] = {}
-        for path in self.child.list(folder):
-            first, last = (int(part) for part in path.rpartition("/")[2].removesuffix(".npz").split("-"))
-            if ((numbers >= first) & (numbers <= last)).any():
-                arrays = self.child.load_arrays(path)
-                found |= dict(zip(arrays["pair"].tolist(), arrays[name], strict=True))
-        return np.stack([found[int(number)] for number in numbers])
-
-    def final(self, numbers: np.ndarray, name: str) -> np.ndarray:
-        """The same as :meth:`stored`, after the other methods' images were tried."""
-        return self.stored(numbers, name, "transferred" if self.child.list("transferred") else "batches")
 
 
 class RobustnessStudy(PairStudy):
