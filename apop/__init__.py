@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apop.pattern import ActivationPattern, binarize, record, replay
+    from apop.passes import binarize, record, replay
+    from apop.pattern import ActivationPattern
 
 _HOME = {
     "ActivationPattern": "apop.pattern",
-    "binarize": "apop.pattern",
-    "record": "apop.pattern",
-    "replay": "apop.pattern",
+    "binarize": "apop.passes",
+    "record": "apop.passes",
+    "replay": "apop.passes",
 }
 __all__ = ["ActivationPattern", "binarize", "record", "replay"]
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apop.pattern import ActivationPattern, binarize, record, replay
+from apop.passes import binarize, record, replay
+from apop.pattern import ActivationPattern
 from srd_lab.errors import BadInput, BadValue, BadWeights
 from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import generator

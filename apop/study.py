@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from apop.experiment import SETTINGS, Experiment, Hits, Interval
-from apop.pattern import ActivationPattern, record
+from apop.passes import record
+from apop.pattern import ActivationPattern
 from apop.settings import SurveySettings
 from srd_lab import render
 from srd_lab.data import skipped_report
