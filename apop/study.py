@@ -104,7 +104,9 @@ class Survey:
         child.save_text("images.csv", csv_text(hits.rows()))
         child.save_text("summary.csv", csv_text(_summary(hits)))
         metrics = {
-            key: hits.interval(key).accuracy for key in hits.right if not key.startswith("binarized_top5")
+            _score(key) or key: hits.interval(key).accuracy
+            for key in hits.right
+            if not key.startswith("binarized_top5")
         }
         child.log_metrics({**metrics, "seconds": seconds})
         child.log_traces(over_images(_scores(hits)))
@@ -171,12 +173,14 @@ def _cell(interval: Interval) -> str:
 
 def _scores(hits: Hits) -> dict[str, np.ndarray]:
     """What other runs are held against: ``top1``, ``top5``, ``INPUT_apop_top1``, ...; 1 = a hit."""
-    found = {}
-    for condition, right in hits.right.items():
-        top, *of = condition.split("/")
-        if top in ("top1", "top5"):
-            found["_".join([part for part in of if part != "original"] + [top])] = right.astype(float)
-    return found
+    scores = {_score(condition): right for condition, right in hits.right.items()}
+    return {name: right.astype(float) for name, right in scores.items() if name}
+
+
+def _score(condition: str) -> str:
+    """A condition of :class:`Hits` as a score: ``top1/zeros/apop`` is ``zeros_apop_top1``; "" for layers."""
+    top, *of = condition.split("/")
+    return "_".join([*(part for part in of if part != "original"), top]) if top in ("top1", "top5") else ""
 
 
 def _curve(model: str, hits: Hits) -> list[Block]:

@@ -123,7 +123,7 @@ def test_a_run_holds_settings_scores_pairs_and_figures(store: str, finished: str
             assert metrics[name] == pytest.approx(np.mean([float(row[name]) for row in rows]), rel=1e-5)
         assert metrics["prediction_kept"] == np.mean([row["prediction_kept"] == "True" for row in rows])
         assert 0 < metrics["mse"] < 1e-3
-        assert len(client.get_metric_history(child.info.run_id, "loss")) == 3
+        assert len(client.get_metric_history(child.info.run_id, "over_steps/loss")) == 3
         assert {f.path for f in client.list_artifacts(child.info.run_id)} >= {
             "pairs.csv",
             "pictures.png",
@@ -605,7 +605,8 @@ def test_fixed_settings_and_options_of_the_explainer_are_stored_and_must_not_cha
     assert fixed.items() <= stored.items()
     assert {"methods": "gradient", "batch_size": ""}.items() <= stored.items()
     params = children(store, run)["gradient"].data.params  # type: ignore[attr-defined]
-    assert params == {"method": "gradient", "channels": "abs_sum"}
+    settings = {name: stored[name] for name in ManipulationSettings().stored() if name != "batch_size"}
+    assert params == settings | {"method": "gradient", "explainer.channels": "abs_sum"}
     with monkeypatch.context() as patched:
         patched.setattr("srd_lab.reproduce.manipulation.PUBLISHED", ManipulationSettings(bound=4.0))
         result = call("reproduce", "fig4", "--resume", run, *where)

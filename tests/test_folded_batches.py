@@ -157,6 +157,7 @@ class Scanned(nn.Module):
         return self.head(F.relu(y).mean(0))  # type: ignore[no-any-return]
 
 
+VIEWS = ("flipped copies", "crops beside each other")
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pixels in patches": lambda: Nested(False),
     "pixels of patches": lambda: Nested(True),
@@ -233,8 +234,24 @@ def test_relevance_is_conserved_but_for_constants(network: str) -> None:
     assert (lost["constants"].abs().max() > 1e-3) == ("patches" in network)  # the class token
 
 
-@pytest.mark.parametrize("network", ["flipped copies", "crops beside each other", "patches one by one"])
-@pytest.mark.parametrize("name", ["srd", "gradcam", "ablationcam"])
+def test_logits_of_patches_are_tokens_whose_maps_are_known() -> None:
+    model, x = drawn(NETWORKS["patches one by one"]()), images(2)
+    y = F.relu(model.b(F.relu(model.a(model.fold(x))))).mean((2, 3))
+    of_patches = model.head(y).reshape(2, 2, 2, CLASSES)[..., 1].detach()
+    assert (of_patches > 0).all()
+    torch.testing.assert_close(tried("gradcam", model, x)[0], of_patches / 4)  # the slope of a mean of four
+    torch.testing.assert_close(
+        tried("ablationcam", model, x)[0], of_patches
+    )  # without this channel nothing is left
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        *((name, network) for name in ("srd", "gradcam", "ablationcam") for network in VIEWS),
+        ("srd", "patches one by one"),
+    ],
+)
 def test_an_encoder_that_sees_views_is_refused_and_the_logits_of_views_are_none(
     name: str, network: str
 ) -> None:

@@ -264,6 +264,7 @@ class Fails:
     def __init__(self, error: BaseException, settings: Settings) -> None:
         self.error, self.settings, self.device = error, settings, "cpu"
         self.weights_sha256 = ()
+        self.drawn = None
 
     def run(self, run: Any) -> None:
         raise type(self.error)(*self.error.args)
@@ -294,12 +295,16 @@ def test_whatever_ends_a_run_says_how_to_go_on(
         def list(self) -> list[str]:
             return []
 
+        def save_text(self, *_: str) -> None: ...
+
+        def describe(self, _: object) -> None: ...
+
     @click.command()
     @common_options
     @click.pass_context
     @errors.command_errors
     def work(ctx: click.Context, /, **_: Any) -> None:
-        tracked.tracked(ctx, "attack", "it", lambda given: Fails(error, given.read(Settings)))
+        tracked.tracked(ctx, "attack", lambda given: Fails(error, given.read(Settings)))
 
     def output(*arguments: str) -> str:
         result = CliRunner().invoke(work, arguments)

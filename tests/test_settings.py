@@ -21,7 +21,7 @@ from srd_lab.evaluation.settings import EvaluationSettings, ExplainSettings
 from srd_lab.reproduce.settings import AblationSettings, TableSettings
 from srd_lab.runs.settings import FREE, Settings, as_text, read_stored
 
-COMMON = "batch_size data mean non_rgb seed size std weights"
+COMMON = "batch_size data labels mean non_rgb seed size std weights"
 PAIRS = f"{COMMON} attacks methods model pairs starts"
 EQ10 = f"{PAIRS} beta_end beta_start bound lr output_term steps stop_mse"
 SCORED = f"{COMMON} baseline images methods metrics reference target"

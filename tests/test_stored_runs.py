@@ -314,7 +314,7 @@ def test_a_folder_is_a_run_too(here: dict[str, str], tmp_path: Path) -> None:
         with run.child("gradcam", {"method": "gradcam"}) as child:
             child.log_metrics({"pcc": 0.5})
         publish(run, Outcome(Document("Found", []), 0.0, IMAGES, {"gradcam": {"pcc": scores(1)}}))
-    assert (tmp_path / "run" / "README.md").read_text().startswith("### Found")
+    assert (tmp_path / "run" / "summary.md").read_text() == "### Found\n"
     found = find_run(str(tmp_path / "run"))
     assert [part.name for part in found.parts] == ["gradcam"]
     (one,) = Comparing([find_run(here["srd"]), found]).held()

@@ -72,7 +72,7 @@ class FolderRun(Run):
             ) from None
 
     def note(self, markdown: str) -> None:
-        self.save_text("README.md", markdown + "\n")
+        """Nothing: there is no page, and the files say it."""
 
     def _tag(self, tags: Mapping[str, str]) -> None:
         self._about["tags"] = dict(tags)
