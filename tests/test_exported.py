@@ -179,6 +179,13 @@ def test_what_is_no_network_of_images_is_one_line(make: Any, said: str, tmp_path
     assert str(error.value).isprintable()
 
 
+def test_a_program_takes_no_options(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadValue, match=r"net\.pt2\?width=3: an exported program takes no options; leave the \? out"
+    ):
+        load_model(f"{tmp_path}/net.pt2?width=3")
+
+
 def test_operators_without_a_function_stay_as_they_are() -> None:
     assert function_of(torch.ops.aten.relu_.default) is torch.relu_
     assert function_of(torch.ops.aten._to_copy.default) is torch.ops.aten._to_copy.default

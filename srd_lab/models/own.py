@@ -91,7 +91,7 @@ def own_network(name: str, *, with_weights: bool = True) -> Own:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        source = _exported if name.endswith(".pt2") else SOURCES.get(name.partition(":")[0])
+        source = _exported if name.partition("?")[0].endswith(".pt2") else SOURCES.get(name.partition(":")[0])
         found = source(name, with_weights) if source else _made(name, make(name))
     found.network.eval()
     return found
@@ -225,6 +225,8 @@ def _hub(name: str, with_weights: bool) -> Own:
 def _exported(name: str, with_weights: bool) -> Own:
     from srd_lab.models.exported import exported_network
 
+    if "?" in name:
+        raise BadValue(f"{name}: an exported program takes no options; leave the ? out")
     return Own(name, *exported_network(Path(name).expanduser()))
 
 
