@@ -1,5 +1,5 @@
-"""Transformers of timm, torchvision and transformers: Grad-CAM is that of the module that is known to be the right one, with as
-many tokens in front of the patches as are known to stand there; AttnLRP and gradient-weighted rollout have maps."""
+"""Transformers of timm, torchvision and transformers: Grad-CAM is that of the module that is known to be the right one, with
+as many tokens in front of the patches as stand there; AttnLRP and gradient-weighted rollout have maps."""
 
 from __future__ import annotations
 
