@@ -7,13 +7,9 @@ and on small ones of the large families; `-m peers` tries one of every family as
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from math import sqrt
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from click.testing import CliRunner
+from script_files import script_module
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -46,17 +43,7 @@ from srd_lab.methods.srd import SRD
 WHOLE = SRD(encoder="", start="ones")
 
 
-def script(name: str) -> ModuleType:
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-architectures = script("architectures")
+architectures = script_module("architectures")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

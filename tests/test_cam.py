@@ -624,6 +624,73 @@ def test_full_gradients_of_channels_last_are_those_of_channels_first() -> None:
     close(FullGrad().terms(model, x, 1), FullGrad().terms(First(), x, 1))
 
 
+class WithBias(nn.Module):
+    """A network in which ``made`` adds a bias to a map (N, 6, h, w)."""
+
+    def __init__(self, made: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.made, self.stem, self.fc = made, nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+        self.scale, self.bias = nn.Parameter(torch.rand(6)), nn.Parameter(torch.randn(6))
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.made(self.stem(x), self.scale, self.bias)).flatten(2).mean(2))  # type: ignore[no-any-return]
+
+
+def over_channels(norm: Callable[[Tensor, list[int], Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda y, scale, bias: norm(y.movedim(1, -1), [6], scale, bias).movedim(-1, 1)
+
+
+OF_NONE = torch.zeros(6).double(), torch.ones(6).double()  # statistics that shift nothing
+NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "F.layer_norm": over_channels(F.layer_norm),
+    "torch.layer_norm": over_channels(torch.layer_norm),
+    "F.group_norm": lambda y, w, b: F.group_norm(y, 2, w, b),
+    "torch.group_norm": lambda y, w, b: torch.group_norm(y, 2, w, b),
+    "F.instance_norm": lambda y, w, b: F.instance_norm(y, None, None, w, b),
+    "F.batch_norm": lambda y, w, b: F.batch_norm(y, *OF_NONE, w, b),
+    "torch.batch_norm": lambda y, w, b: torch.batch_norm(y, w, b, *OF_NONE, False, 0.1, 1e-5, False),
+    "over channels last": lambda y, w, b: F.layer_norm(y.permute(0, 2, 3, 1), [6], w, b).permute(0, 3, 1, 2),
+    "aten": lambda y, w, b: torch.ops.aten.batch_norm.default(y, w, b, *OF_NONE, False, 0.1, 1e-5, False),
+    "a sum": lambda y, w, b: y * w.view(6, 1, 1) + b.view(6, 1, 1),
+    "addcmul": lambda y, w, b: torch.addcmul(b.view(6, 1, 1), y, w.view(6, 1, 1)),
+    "conv1d": lambda y, w, b: F.conv1d(y.flatten(2), torch.diag(w)[..., None], b),
+    "lerp": lambda y, w, b: torch.lerp(y, b.view(6, 1, 1), 0.3),
+    "index_add": lambda y, w, b: y.index_add(1, torch.arange(6), b.view(1, 6, 1, 1).expand_as(y)),
+    "conv_transpose2d": lambda y, w, b: F.conv_transpose2d(y, torch.diag(w)[..., None, None], b),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_fullgrad_sees_the_bias_of_every_norm(name: str) -> None:
+    """However it is spelled: what it adds is the bias times the logit's derivative by it."""
+    model, x = WithBias(NORMS[name]), pixels(1, 3, 8, 8)
+    wanted = [
+        (parameter * torch.autograd.grad(model(x)[0, 1], parameter)[0]).sum()
+        for parameter in (model.stem.bias, model.bias, model.fc.bias)
+    ]
+    terms = FullGrad().terms(model, x, 1)[0, 1:]
+    torch.testing.assert_close(terms, torch.stack(wanted).detach(), atol=1e-12, rtol=1e-9)
+    assert abs(wanted[1]) > 0.1
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda y, w, b: torch.native_batch_norm(y, w, b, *OF_NONE, False, 0.1, 1e-5)[0],
+        lambda y, w, b: torch.lerp(y, b.sum() * torch.arange(36).double().view(6, 6), 0.3),
+    ],
+    ids=["native_batch_norm", "lerp along rows"],
+)
+def test_fullgrad_refuses_a_bias_that_it_has_no_place_for(made: Callable[..., Tensor]) -> None:
+    model, x = WithBias(made), pixels(1, 3, 8, 8)
+    with pytest.raises(Refused, match="adds a bias that FullGrad has no place for"):
+        FullGrad().explain(model, x, 1)
+    model.bias.data.zero_()  # nothing is added
+    assert FullGrad().explain(model, x, 1).isfinite().all()
+
+
 def test_fullgrad_of_a_network_without_biases_is_its_input_gradient() -> None:
     model, x = chain(), pixels(2, 3, 8, 8) - 0.5
     for layer in model:

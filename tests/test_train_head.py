@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +15,7 @@ import torchvision
 from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
+from script_files import script_module
 from torch import Tensor, nn
 
 from srd_lab.data import load_data
@@ -31,16 +29,8 @@ NARROW = [4, "M", 8, "M", 8, "M", 16, "M", 512, "M"]  # VGG's layout, in a hundr
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    file = Path(__file__).parents[1] / "scripts" / "train_head.py"
-    spec = spec_from_file_location("train_head", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["train_head"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_head"]
+def script() -> ModuleType:
+    return script_module("train_head")
 
 
 def _picture(file: Path, colour: int, seed: int) -> None:

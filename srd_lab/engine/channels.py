@@ -26,6 +26,7 @@ _RESHAPES = {
     *(torch.reshape, T.reshape, T.view, T.reshape_as, T.view_as, torch.flatten, T.flatten),
     *(torch.unflatten, T.unflatten),
 }
+_LAYER_NORMS = spelled("layer_norm rms_norm")
 _REDUCTIONS = spelled("sum mean amax amin")
 _NEW_AXES = spelled("stack unsqueeze")
 _PRODUCTS_OF_MATRICES = {torch.matmul, T.matmul, torch.bmm, T.bmm}
@@ -79,6 +80,8 @@ class Channels:
                 return
             else:
                 found = _followed(function, args, kwargs, x, axis, out)
+                if function in _LAYER_NORMS and _over_one(args, kwargs):
+                    found = out.dim() - 1
             if found is not None:
                 self.put(out, found)
 
@@ -99,6 +102,11 @@ def _dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     if isinstance(named, list | tuple) and len(named) == 1:
         named = named[0]
     return named if isinstance(named, int) and not isinstance(named, bool) else None
+
+
+def _over_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer norm is over one axis, the last."""
+    return len(kwargs["normalized_shape"] if "normalized_shape" in kwargs else args[1]) == 1
 
 
 def places(t: Tensor, axis: int) -> tuple[int, ...]:

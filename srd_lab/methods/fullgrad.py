@@ -5,9 +5,10 @@ biases b of all its layers. The map adds up what each term has to say about plac
 
     psi(d y_c / d x * x) + sum_layers sum_channels psi(d y_c / d b * b),    psi = stretch to the image of |.|
 
-every term stretched to [0, 1] over its channels and places first. The shift of a batch norm is a bias, and an activation
-f other than ReLU has the bias f(u) - f'(u) u. Tokens lie where their patches do. Biases of linear layers behind the maps and
-those of class tokens have no place: they count for completeness only. Those within ``nn.MultiheadAttention`` are not seen.
+every term stretched to [0, 1] over its channels and places first. The shift of a norm is a bias, and an activation f other
+than ReLU has the bias f(u) - f'(u) u. Tokens lie where their patches do. Biases of linear layers behind the maps and of
+class tokens have no place: they count for completeness only. Those within ``nn.MultiheadAttention`` are not seen; functions
+with a bias that are no layer here (``F.conv1d``, ``torch.addmm``, ...) are refused.
 
 Example
 -------
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.affine import SHIFTS, constant_part, overwrites
+from srd_lab.engine.affine import SHIFTS, constant_part, overwrites, spelled
 from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
@@ -39,10 +40,18 @@ from srd_lab.engine.layers import check_rows, not_by_rows
 from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.softplus import in_place
-from srd_lab.engine.spellings import Call, Function
+from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
+from srd_lab.errors import Refused
 from srd_lab.logits import class_logit
 from srd_lab.types import Explainer
 
+# besides the layers that interception has methods of their own for
+_WITH_BIAS = spelled(
+    "layer_norm group_norm instance_norm batch_norm",
+    "conv1d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution bilinear conv_tbc",
+    "addmm addbmm baddbmm addmv addr addcmul lerp index_add native_layer_norm native_group_norm native_batch_norm",
+    "_native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm _convolution",
+)
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
 
 
@@ -175,20 +184,39 @@ class _Biases(ImageTrace):
         return super().max_pool(pool)
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What is added to a map is a bias."""
+        """What a call on one map makes of zeros is a bias, where it is one vector along the channels of the result."""
         maps = self.maps_in(args, kwargs)
-        if function not in SHIFTS or len(maps) > 1:
+        if len(maps) > 1 or not (function in SHIFTS or function in _WITH_BIAS):
             return super().on_maps(function, args, kwargs)
-        axis, bias = self.channels.of(maps[0]), constant_part(function, args, kwargs, maps)
-        if bias.dim() != maps[0].dim() or not _is_vector(bias, axis):
-            return super().on_maps(function, args, kwargs)
-        ahead = self.begin.is_ahead(maps)
+        (x,), bias = maps, constant_part(function, args, kwargs, maps)
+        axis, ahead = self.channels.of(x), self.begin.is_ahead(maps)
         if overwrites(function, kwargs):
-            return in_place(
-                args[0],
-                lambda u: self.note(self._like(maps[0], function(u, *args[1:], **kwargs)), bias, axis, ahead),
+            if self._is_bias(function, bias, x, axis):
+                return in_place(
+                    args[0],
+                    lambda u: self.note(self._like(x, function(u, *args[1:], **kwargs)), bias, axis, ahead),
+                )
+            return super().on_maps(function, args, kwargs)
+        out = super().on_maps(function, args, kwargs)
+        self.channels.follow(function, args, kwargs, x, axis, out)
+        if isinstance(out, Tensor):
+            axis = self.channels.of(out)
+        return (
+            self.note(self._like(x, out), bias, axis, ahead)
+            if self._is_bias(function, bias, out, axis)
+            else out
+        )
+
+    def _is_bias(self, function: Function, bias: Any, out: Any, axis: int) -> bool:
+        """Whether ``bias`` is a vector along the channels of ``out``; refuses what is none and has no place elsewhere."""
+        if isinstance(out, Tensor) and bias.shape == out.shape and _is_vector(bias, axis):
+            return function in SHIFTS or bool(bias.any())
+        if function in _WITH_BIAS and any(t.any() for t in tensors_in((bias,), {})):
+            raise Refused(
+                f"{function_name(function)} in {self.where()} adds a bias that FullGrad has no place for; write it as a "
+                "convolution, a linear layer or a sum, or use another method"
             )
-        return self.note(self._like(maps[0], function(*args, **kwargs)), bias, axis, ahead)
+        return False
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
