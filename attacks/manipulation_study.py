@@ -227,7 +227,7 @@ def metrics_of(table: Arrays, seed: int) -> dict[str, float]:
             f"{name}_median": summary.median,
             f"{name}_low": summary.low,
             f"{name}_high": summary.high,
-            f"{name}_noise": float(table[f"{name}_noise"].mean()),
+            f"noise_{name}": float(table[f"{name}_noise"].mean()),
             f"{name}_best": float(table[f"{name}_best"].mean()),
         }
     surrogate = (f"{name}_surrogate" for name in SCORES[:2])

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import html
 import io
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +40,9 @@ from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.parts import live
 from srd_lab.runs.active import log_to_active
-from srd_lab.runs.report import csv_text, text_table
+from srd_lab.runs.document import Document, Table
+from srd_lab.runs.outcome import REPORT, Outcome, publish
+from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import open_run
 from srd_lab.types import Preprocessing
 
@@ -99,7 +101,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return f"<pre>{html.escape(self.summary)}</pre>"
+        return Document.from_json((self.folder / REPORT).read_text(encoding="utf-8")).html()
 
 
 def _rows(file: Path, root: Path) -> list[dict[str, str]]:
@@ -187,6 +189,7 @@ def attack(
     known = probe(explainer, model, x[:PROBED], ensemble.budget, seed=seed)
     if known.best is None and "black_box" not in ensemble.members:
         ensemble = Ensemble((*ensemble.members, "black_box"), mode, ensemble.budget, seed)
+    began = time.perf_counter()
     found = ensemble.run(model, explainer, x, target, surrogate=known.best)
     rows = [
         {"image": i, "class": int(found.target[i])}
@@ -198,16 +201,20 @@ def attack(
         for i in range(len(x))
     ]
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    note = f"\n\n{method} has no gradient: {known.why}" if known.best is None else ""
+    note = f"{method} has no gradient: {known.why}" if known.best is None else ""
+    said = Document(
+        f"{method} under {', '.join(ensemble.members)}; {ensemble.budget}",
+        [Table(list(rows[0]), cells), note],
+    )
+    scores = {f"worst_{score}": found.worst[score].cpu().numpy() for score in SCORES}
+    outcome = Outcome(said, time.perf_counter() - began, [str(i) for i in range(len(x))], {method: scores})
     folder = Path(tempfile.mkdtemp())
-    text = f"{method} under {', '.join(ensemble.members)}; {ensemble.budget}\n\n{text_table(list(rows[0]), cells)}{note}"
     about = {"method": method, "members": ",".join(ensemble.members), "budget": ensemble.budget}
     about |= {"mode": mode, "seed": seed, "start": start}
-    with open_run("attack", f"attack {method}", about, track=False, out=folder) as run:
+    with _silent(), open_run("attack", f"attack {method}", about, track=False, out=folder) as run:
         run.save_text(TABLES[0], csv_text(rows))
-        run.save_text("summary.txt", text + "\n")
-        run.log_metrics({f"worst_{score}": float(found.worst[score].mean()) for score in SCORES})
-    return _passing(Result(text, folder, found.images), folder)
+        publish(run, outcome)
+    return _passing(Result(said.text(), folder, found.images), folder)
 
 
 @contextlib.contextmanager
@@ -221,13 +228,18 @@ def _named(model: Any, dataset: Any, preprocessing: Preprocessing | None) -> Ite
         }
 
 
+def _silent() -> contextlib.AbstractContextManager[Any]:
+    """Within: nothing is printed to stdout."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def _result(command: str, study: Any) -> Result:
     """Run a study without tracking; what it prints is the summary."""
     home = Path(tempfile.mkdtemp())
     folder = home / command
     stored = study.settings.stored()
     with (
-        contextlib.redirect_stdout(io.StringIO()),
+        _silent(),
         open_run(command, command, stored, track=False, out=folder) as run,
     ):
         study.run(run)

@@ -32,6 +32,17 @@ from srd_lab.types import Explainer
 MEAN, STD = (0.4, 0.5, 0.6), (0.25, 0.2, 0.3)
 SIDE = 12
 
+# words of a command for a network that is named by its import path, on small images
+OWN_NETWORK = (
+    "--model",
+    "srd_lab.models:load_model?name=vgg16&device=cpu",
+    "--size",
+    "64",
+    "--device",
+    "cpu",
+    "--no-track",
+)
+
 # a map at the input's size, or a cheaper one, where a method's default is neither
 OPTIONS: dict[str, dict[str, Any]] = {
     **{key: {"level": 0} for key in ("layercam_high", "srd_high")},

@@ -117,7 +117,7 @@ def test_an_attack_has_a_row_per_image(model: nn.Module) -> None:
 def test_a_result_shows_and_keeps_itself(model: nn.Module, tmp_path: Path) -> None:
     found = srd_lab.evaluate(model, methods=["gradient"], metrics=["sparseness"], **FEW)
     assert str(found) == found.summary
-    assert found._repr_html_().startswith("<pre>live:Classifier-1 on scenes, 5 of 2000 images")
+    assert found._repr_html_().startswith("<h2>live:Classifier-1 on scenes, 5 of 2000 images")
     assert {file.name for file in found.plot()} >= {"pictures.png"}
     saved = found.save(tmp_path / "kept")
     assert (saved / "summary.txt").read_text().rstrip() == found.summary

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from html.parser import HTMLParser
 
@@ -47,7 +45,6 @@ class _Cells(HTMLParser):
 
 def test_text_is_title_tables_and_paragraphs_with_a_blank_line_between() -> None:
     assert REPORT.text() == f"Two methods_x\n\n{TABLE}\n\nfirst line\nsecond <line>\n\n{TABLE}"
-    assert REPORT.tables == [TABLE, TABLE]
 
 
 def test_html_shows_every_cell_and_runs_nothing() -> None:
@@ -72,12 +69,6 @@ def test_latex_escapes_its_special_characters() -> None:
     assert r"\textless{}b\textgreater{}" in said
     assert "% second <line>" in said
     assert said.count(r"\toprule") == 2
-
-
-def test_csv_holds_the_tables_with_columns_named_apart() -> None:
-    first = REPORT.csv().split("\n\n")[0]
-    rows = list(csv.DictReader(io.StringIO(first)))
-    assert rows[1] == {"method": "lrp_zplus", "pcc": "50 %", "pcc 2": "a & b"}
 
 
 @settings(max_examples=50, deadline=None)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_networks import command
+from small_networks import OWN_NETWORK, command
 from torch import Tensor
 
 from srd_lab.data import SkippedFile, load_batches, load_data
@@ -189,15 +189,6 @@ def test_shards_that_cannot_be_used_are_one_line(pattern: str, said: str, tmp_pa
     assert str(error.value).isprintable()
 
 
-OWN = (
-    "--model",
-    "srd_lab.models:load_model?name=vgg16&device=cpu",
-    "--size",
-    "64",
-    "--device",
-    "cpu",
-    "--no-track",
-)
 SCORED = ("--method", "gradient", "--metrics", "sparseness", "--images", "all")
 
 
@@ -206,14 +197,16 @@ def test_shards_are_evaluated(tmp_path: Path) -> None:
     shard(tmp_path / "s-1.tar", *items(2))
     shard(tmp_path / "n.tar", *items(3, 4)[::2])
     out = tmp_path / "out"
-    result = command("evaluate", "--data", f"wds:{tmp_path}/s-{{0..1}}.tar", *OWN, *SCORED, "--out", str(out))
+    result = command(
+        "evaluate", "--data", f"wds:{tmp_path}/s-{{0..1}}.tar", *OWN_NETWORK, *SCORED, "--out", str(out)
+    )
     assert result.exit_code == 0, result.output
     assert "on wds, 3 of 3 images" in result.output
     rows = list(csv.DictReader((out / "images.csv").read_text().splitlines()))
     assert sorted((row["name"], int(row["label"])) for row in rows) == [
         *(("s-0.tar/000", 3), ("s-0.tar/001", 0), ("s-1.tar/002", 9))
     ]
-    result = command("evaluate", "--data", f"wds:{tmp_path}/n.tar", *OWN, *SCORED)
+    result = command("evaluate", "--data", f"wds:{tmp_path}/n.tar", *OWN_NETWORK, *SCORED)
     assert result.exit_code == 0, result.output
     assert "the predicted class explained" in result.output
 
@@ -334,8 +327,8 @@ def test_without_the_hub_or_the_library(hub: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_data_set_is_evaluated(hub: Path) -> None:
-    result = command("evaluate", "--data", f"hf-dataset:{hub}/one", *OWN, *SCORED)
+    result = command("evaluate", "--data", f"hf-dataset:{hub}/one", *OWN_NETWORK, *SCORED)
     assert result.exit_code == 0, result.output
     assert "on hf-dataset, 6 of 6 images" in result.output
-    refused = command("evaluate", "--data", f"hf-dataset:{hub}/folder", *OWN, *SCORED)
+    refused = command("evaluate", "--data", f"hf-dataset:{hub}/folder", *OWN_NETWORK, *SCORED)
     assert "the model tells 10 classes apart, but the data has 2" in refused.output

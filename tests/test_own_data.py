@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_networks import command
+from small_networks import OWN_NETWORK, command
 from torch.utils.data import Dataset as TorchDataset
 
 from srd_lab.data import SkippedFile, load_batches, load_data
@@ -293,16 +293,6 @@ def test_labels_beyond_the_networks_classes_are_refused(files: Path) -> None:
 
 # --- pictures without labels ----------------------------------------------------------------------------------------
 
-OWN = (
-    "--model",
-    "srd_lab.models:load_model?name=vgg16&device=cpu",
-    "--size",
-    "64",
-    "--device",
-    "cpu",
-    "--no-track",
-)
-
 
 def test_predictions_stand_in_for_labels(files: Path) -> None:
     (files / "broken.png").write_bytes(b"no image")
@@ -323,14 +313,14 @@ def test_predictions_stand_in_for_labels(files: Path) -> None:
 
 def test_pictures_without_labels_are_evaluated_and_not_compared_with_labels(files: Path) -> None:
     scored = ("--methods", "gradient", "--metrics", "sparseness")
-    result = command("evaluate", "--data", f"pictures:{files}", "--images", "3", *OWN, *scored)
+    result = command("evaluate", "--data", f"pictures:{files}", "--images", "3", *OWN_NETWORK, *scored)
     assert result.exit_code == 0, result.output
     assert "the predicted class explained. Mean" in result.output
     assert (
         "Note: the images have no labels: the classes that the network predicts stand in their place"
         in result.stderr
     )
-    refused = command("apop", "--data", f"pictures:{files}", "--images", "3", *OWN)
+    refused = command("apop", "--data", f"pictures:{files}", "--images", "3", *OWN_NETWORK)
     assert refused.exit_code == 1
     assert (
         "has no labels, which this command compares predictions with; give data that have" in refused.output

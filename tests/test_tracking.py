@@ -34,7 +34,8 @@ from srd_lab.runs import environment as record
 from srd_lab.runs import guard, page, tracking
 from srd_lab.runs.addresses import store_uri
 from srd_lab.runs.environment import environment
-from srd_lab.runs.store import EXPERIMENT, open_store
+from srd_lab.runs.sqlite_store import EXPERIMENT
+from srd_lab.runs.store import open_store
 from srd_lab.runs.tracking import Run, open_run
 
 

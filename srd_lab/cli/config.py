@@ -22,8 +22,9 @@ import click
 
 from srd_lab.errors import BadValue
 
-# where results go and how they are shown, which is of one run alone
-NOT_KEPT = ("track", "tracking_uri", "out", "resume", "debug", "as_json", "device", "workers")
+# where results go and how they are shown: no study knows these options
+OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug", "as_json")
+_OF_THE_MACHINE = ("device", "workers")
 
 
 def config_text(ctx: click.Context, command: str) -> str:
@@ -64,7 +65,11 @@ def read_config(ctx: click.Context, param: click.Parameter, file: Path | None) -
 def options_of(command: click.Command) -> Iterator[click.Option]:
     """The options of a command that decide a number."""
     for option in command.params:
-        if isinstance(option, click.Option) and option.expose_value and option.name not in NOT_KEPT:
+        if (
+            isinstance(option, click.Option)
+            and option.expose_value
+            and option.name not in (*OUTSIDE, *_OF_THE_MACHINE)
+        ):
             yield option
 
 

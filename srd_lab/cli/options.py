@@ -254,67 +254,70 @@ preprocessing_options = (
 )
 
 
+data_options = (
+    click.option("--data", default="scenes", show_default=True, help=DATA),
+    click.option(
+        "--weights",
+        multiple=True,
+        type=WeightsFile(),
+        help="State dict (.pth, .safetensors, .npz): FILE, or NAME=FILE for one of several models; repeatable. "
+        "[default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
+    ),
+    *preprocessing_options,
+    click.option(
+        "--non-rgb",
+        type=click.Choice(["skip", "convert"]),
+        default="skip",
+        show_default=True,
+        help="Images that are grey, CMYK or the like.",
+    ),
+    click.option(
+        "--workers",
+        type=whole(0),
+        help="Processes that decode images; 0 = none. [default: by data and cores]",
+    ),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=whole(0, 2**63 - 1),
+        help="Decides everything that is drawn.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
+    ),
+)
+
+run_options = (
+    click.option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=read_config,
+        help="Options from a TOML file, such as the run.toml of a run; what is typed beside it goes first.",
+    ),
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print everything that was found as JSON, and no table."
+    ),
+    click.option("--track/--no-track", default=True, show_default=True, help="Log to MLflow."),
+    click.option("--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"),
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for tables and figures, besides those of the run. [default: none]",
+    ),
+    click.option(
+        "--resume",
+        metavar="RUN",
+        help="Go on with a run that was interrupted, by its id (without tracking, by its folder); its settings apply.",
+    ),
+)
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that runs a model over data and tracks the result."""
-    options = (
-        click.option("--data", default="scenes", show_default=True, help=DATA),
-        click.option(
-            "--weights",
-            multiple=True,
-            type=WeightsFile(),
-            help="State dict (.pth, .safetensors, .npz): FILE, or NAME=FILE for one of several models; repeatable. "
-            "[default: bundled for scenes, else torchvision's IMAGENET1K_V1]",
-        ),
-        *preprocessing_options,
-        click.option(
-            "--non-rgb",
-            type=click.Choice(["skip", "convert"]),
-            default="skip",
-            show_default=True,
-            help="Images that are grey, CMYK or the like.",
-        ),
-        click.option(
-            "--workers",
-            type=whole(0),
-            help="Processes that decode images; 0 = none. [default: by data and cores]",
-        ),
-        click.option(
-            "--seed",
-            default=0,
-            show_default=True,
-            type=whole(0, 2**63 - 1),
-            help="Decides everything that is drawn.",
-        ),
-        click.option(
-            "--device",
-            default="auto",
-            show_default=True,
-            help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
-        ),
-        click.option(
-            "--config",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            is_eager=True,
-            expose_value=False,
-            callback=read_config,
-            help="Options from a TOML file, such as the run.toml of a run; what is typed beside it goes first.",
-        ),
-        click.option(
-            "--json", "as_json", is_flag=True, help="Print everything that was found as JSON, and no table."
-        ),
-        click.option("--track/--no-track", default=True, show_default=True, help="Log to MLflow."),
-        click.option(
-            "--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"
-        ),
-        click.option(
-            "--out",
-            type=click.Path(file_okay=False, path_type=Path),
-            help="Folder for tables and figures, besides those of the run. [default: none]",
-        ),
-        click.option(
-            "--resume",
-            metavar="RUN",
-            help="Go on with a run that was interrupted, by its id (without tracking, by its folder); its settings apply.",
-        ),
-    )
-    return with_options(options)(command)
+    return with_options((*data_options, *run_options))(command)

@@ -135,7 +135,7 @@ def compare(
         "seed": seed,
     }
     with open_run(
-        "compare", comparing.label.name, settings, track=track, tracking_uri=tracking_uri, out=out
+        "compare", comparing.title, settings, track=track, tracking_uri=tracking_uri, out=out
     ) as run:
         comparing.run(run)
     click.echo(f"\n{run.where}")

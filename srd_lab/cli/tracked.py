@@ -12,26 +12,24 @@ import hashlib
 import io
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
 
-from srd_lab.cli.config import as_given, config_text, options_of
+from srd_lab.cli.config import OUTSIDE, as_given, config_text, options_of
 from srd_lab.cli.errors import Notes
 from srd_lab.errors import BadValue, OtherWork
 from srd_lab.parts import code_in, code_of
 from srd_lab.runs.label import Drawn, Label, label_of
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
-# options that no study knows
-OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug", "as_json")
 _NAMES = ("model", "models", "data", "methods", "metrics")  # settings that may name parts of the user's own
 _OPTIONS = {"models": "model"}  # where an option is spelled in another way
-OF_ONE_SIZE = ("scenes", "cifar10", "cifar100")  # data of which nothing is resized
-RESIZED_BEFORE = (0.875, "bilinear")
+_OF_ONE_SIZE = ("scenes", "cifar10", "cifar100")  # data of which nothing is resized
+_RESIZED_BEFORE = (0.875, "bilinear")  # in runs that do not say
 FREE = tuple(f.name for f in dataclasses.fields(Settings) if f.metadata)
 
 
@@ -112,7 +110,7 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
                 if labels := study.settings.labels:
                     run.save_bytes(f"labels{Path(labels).suffix}", Path(labels).expanduser().read_bytes())
                 run.describe(_label(study))
-                with _silent() if as_json else contextlib.nullcontext():
+                with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
                     study.run(run)
                 found = _found(run) if as_json else ""
         except OtherWork:
@@ -121,13 +119,6 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
             error.add_note(_what_is_left(ctx, command, run))
             raise
     click.echo(found if as_json else f"\n{run.where}")
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Within: nothing is printed to stdout."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _found(run: Any) -> str:
@@ -232,12 +223,12 @@ def _check_resized_as_before(run: Any, study: Study) -> None:
     """Refuse a run that was made when every file was cropped and resized alike, for a network that takes them otherwise."""
     from srd_lab.runs.inputs import preprocessing_for
 
-    if study.settings.source in OF_ONE_SIZE:
+    if study.settings.source in _OF_ONE_SIZE:
         return
     for entry in study.weights_sha256:
         name = entry.rpartition(":")[0]
         wants = preprocessing_for(study.settings, name)
-        if (round(wants.crop, 6), wants.interpolation) != RESIZED_BEFORE:
+        if (round(wants.crop, 6), wants.interpolation) != _RESIZED_BEFORE:
             raise OtherWork(
                 f"run {run.id} was made before networks had a crop and an interpolation of their own: 0.875, bilinear; "
                 f"{name} now takes {wants.crop:.4g} and {wants.interpolation}; start a new run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ SOURCES = (
     "package.module:factory",
     "path/file.py:factory",
 )
+
+
+_FOLDERS = {  # source -> module and class of what is made of PATH, a side in pixels and how files are read
+    "imagenet": "imagenet:ImageNetFolder",
+    "imagenet-s": "imagenet_s:ImageNetS",
+    "imagefolder": "imagefolder:ImageFolder",
+    "voc": "voc:Voc",
+    "pictures": "table:Pictures",
+    "table": "table:Table",
+    "wds": "shards:Shards",
+    "hf-dataset": "hub:HubData",
+}
 
 
 def load_data(
@@ -88,34 +101,13 @@ def load_data(
         return _cifar(source, place, split, size, limit, non_rgb)
     side = 224 if size is None else size
     files: dict[str, Any] = {"crop": crop, "interpolation": interpolation, "limit": limit, "non_rgb": non_rgb}
-    if source == "imagenet" and place:
-        from srd_lab.data.imagenet import ImageNetFolder
-
-        return ImageNetFolder(place, side, boxes=boxes, **files)
-    if source == "imagenet-s" and place:
-        from srd_lab.data.imagenet_s import ImageNetS
-
-        return ImageNetS(place, side, **files)
-    if source == "imagefolder" and place:
-        from srd_lab.data.imagefolder import ImageFolder
-
-        return ImageFolder(place, side, **files)
-    if source == "voc" and place:
-        from srd_lab.data.voc import Voc
-
-        return Voc(place, side, **files)
-    if source in ("pictures", "table") and place:
-        from srd_lab.data.table import Pictures, Table
-
-        return (Pictures if source == "pictures" else Table)(place, side, **files)
-    if source == "wds" and place:
-        from srd_lab.data.shards import Shards
-
-        return Shards(place, side, **files)
-    if source == "hf-dataset" and place:
-        from srd_lab.data.hub import HubData
-
-        return HubData(place, split, side, **files)
+    if source in _FOLDERS and place:
+        module, _, kind = _FOLDERS[source].partition(":")
+        files |= (
+            {"boxes": boxes} if source == "imagenet" else {"split": split} if source == "hf-dataset" else {}
+        )
+        made: Dataset = getattr(import_module(f"srd_lab.data.{module}"), kind)(place, side, **files)
+        return made
     if source == "live" and hasattr(found := living(spec), "name") and hasattr(found, "classes"):
         ready: Dataset = found  # one of this package's kind
         return ready

@@ -36,7 +36,7 @@ class HubData(PictureFolder):
     not installed or the hub cannot be reached.
     """
 
-    def __init__(self, spec: str, split: str = "test", size: int = 224, **options: Any) -> None:
+    def __init__(self, spec: str, size: int = 224, *, split: str = "test", **options: Any) -> None:
         self.called, self._given = split_options(spec)
         if unknown := [name for name in self._given if name not in OPTIONS]:
             raise BadValue(f"hf-dataset:{spec} has no option {unknown[0]!r}; expected {', '.join(OPTIONS)}")

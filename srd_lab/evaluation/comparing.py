@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import mannwhitneyu
@@ -14,16 +14,15 @@ from srd_lab.errors import BadRun, BadValue
 from srd_lab.evaluation.tables import LEVEL, signed_rank
 from srd_lab.metrics.summary import holm, summarise
 from srd_lab.runs.document import Block, Document, Table
-from srd_lab.runs.label import Label
+from srd_lab.runs.environment import SURROUNDINGS
 from srd_lab.runs.outcome import Outcome, publish
 from srd_lab.runs.reading import StoredRun
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.run import Run
 
 RESAMPLES = 10_000
-# what a run's parts are made of, and not what was done to them
-_NOT_TOLD = {"weights", "weights_sha256", "methods", "models", "model", "data", "preprocessing", "reference"}
-_ENVIRONMENT = {"platform", "git_commit", "torch_threads", "hardware", "device", "batch_size"}
+# parameters that do not tell apart what was scored
+_NOT_TOLD = {"weights", "methods", "models", "model", "data", "reference", "batch_size", *SURROUNDINGS}
 LEGEND = """
 Differences: this - the reference, mean [95 % bootstrap interval]; p: two-sided, after Holm's correction for {tests} tests;
 same images: Wilcoxon's signed-rank test of the differences per image; different images: the rank sum test (Mann-Whitney),
@@ -103,7 +102,7 @@ class Comparing:
             kinds = "; ".join(f"{s.name}: {', '.join(s.scores) or 'none'}" for s in self.subjects)
             raise BadRun(f"the runs have no score in common ({kinds})")
         self.scores = [*scores] or shared
-        self.label = Label(f"{len(self.subjects)} compared: {' · '.join(names)}"[:200])
+        self.title = f"{len(self.subjects)} compared; the reference is {self.reference.name}"
 
     def held(self) -> list[Held]:
         """Every subject against the reference, by every score."""
@@ -157,7 +156,7 @@ class Comparing:
             if one.same and one.n < max(len(self.reference.images), self._count(one.subject))
         ]
         blocks += ["\n".join(partly), *self._notes()]
-        return Document(f"{len(self.subjects)} compared; the reference is {self.reference.name}", blocks)
+        return Document(self.title, blocks)
 
     def _count(self, name: str) -> int:
         return next(len(subject.images) for subject in self.subjects if subject.name == name)
@@ -206,7 +205,7 @@ def _apart(subject: Subject, runs: Sequence[StoredRun]) -> Subject:
     told = [
         name
         for name in subject.run.params
-        if name not in _NOT_TOLD | _ENVIRONMENT and "." not in name
+        if name not in _NOT_TOLD and "." not in name
         if len({run.params.get(name, "") for run in runs}) > 1
     ]
     for key in ("model", "data"):
@@ -243,7 +242,7 @@ def _against(subject: Subject, reference: Subject, score: str, seed: int) -> Hel
 
 def _judged(one: Held, p: float) -> Held:
     word = "open" if not p < LEVEL else "higher" if one.difference > 0 else "lower"
-    return Held(**{**vars(one), "p_corrected": p, "verdict": word})
+    return replace(one, p_corrected=p, verdict=word)
 
 
 def _difference_of_means(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from srd_lab.errors import StoreTrouble
+from srd_lab.errors import BadRun, StoreTrouble
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 
@@ -19,6 +19,15 @@ def store_uri(tracking_uri: str | None = None) -> str:
     Raises StoreTrouble for an SQLite path with a "%" or "?" in it.
     """
     return absolute(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE)
+
+
+def existing_store(tracking_uri: str | None = None) -> str:
+    """The same for a store that is to be read. Raises BadRun where it is a file that is not there."""
+    uri = store_uri(tracking_uri)
+    file = database_of(uri)
+    if file and not file.is_file():
+        raise BadRun(f"no runs yet: {file} does not exist; run a command first, or give --tracking-uri")
+    return uri
 
 
 def shown(uri: str) -> str:

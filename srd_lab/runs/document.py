@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from srd_lab.errors import BadRun
-from srd_lab.runs.report import csv_text, text_table
+from srd_lab.runs.report import text_table
 
 _LATEX = {c: f"\\{c}" for c in "#$%&_{}"} | {
     "\\": r"\textbackslash{}",
@@ -76,11 +76,6 @@ class Document:
         kept = [block.strip("\n") if isinstance(block, str) else block for block in self.blocks]
         object.__setattr__(self, "blocks", [block for block in kept if block])
 
-    @property
-    def tables(self) -> list[Table]:
-        """The tables alone."""
-        return [block for block in self.blocks if isinstance(block, Table)]
-
     def text(self) -> str:
         """As the terminal has it."""
         return "\n\n".join(map(str, [self.title, *self.blocks]))
@@ -126,14 +121,6 @@ class Document:
 
         return self._written(f"% {self.title}", table, lambda said: "% " + said.replace("\n", "\n% "))
 
-    def csv(self) -> str:
-        """The tables, a blank line between them."""
-        return "\n".join(
-            csv_text([dict(zip(_distinct(one.header), row, strict=True)) for row in one.rows])
-            for one in self.tables
-            if one.rows
-        )
-
     def to_json(self) -> str:
         """To be read by :meth:`from_json`."""
         blocks = [block if isinstance(block, str) else asdict(block) for block in self.blocks]
@@ -173,8 +160,3 @@ def _escaped(cells: Sequence[str]) -> list[str]:
 
 def _latex(cell: str) -> str:
     return "".join(_LATEX.get(c, c) for c in cell.strip())
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Names as keys: one that comes again gets a number."""
-    return [f"{name} {k}" if (k := names[:i].count(name) + 1) > 1 else name for i, name in enumerate(names)]

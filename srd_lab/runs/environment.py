@@ -13,6 +13,11 @@ from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = ("torch", "torchvision", "numpy", "scikit-image", "scipy", "mlflow", "srd-lab")
+# parameters of a run that are no settings: what it ran on, and with which weights
+SURROUNDINGS = (
+    *("python", "platform", *_PACKAGES, "git_commit", "torch_threads", "device", "hardware"),
+    *("weights_sha256", "preprocessing", "own_code"),
+)
 
 
 def environment() -> dict[str, str]:

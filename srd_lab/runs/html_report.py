@@ -10,13 +10,10 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
+from srd_lab.runs.environment import SURROUNDINGS
 from srd_lab.runs.reading import StoredRun
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
-_SURROUNDINGS = (
-    *("python", "platform", "torch", "torchvision", "numpy", "scikit-image", "scipy", "mlflow", "srd-lab"),
-    *("git_commit", "torch_threads", "device", "hardware", "weights_sha256", "preprocessing", "own_code"),
-)
 _CAPTIONS = {
     "scores": "Every point is an image; boxes hold the middle half of them, the line in a box is the median, and whiskers "
     "reach the farthest point within 1.5 box heights. Pale: random noise instead of an attack.",
@@ -31,15 +28,17 @@ _CAPTIONS = {
     "comparison": "Points are means, lines 95 % intervals, the dashed line is the reference.",
     "certificate": "What an attack leaves of the map, and what is certified that none can take.",
 }
+_UNDER_ATTACK = (
+    "A score near 1 means that the attacks within the budget did not move the map; near 0, that nothing of it is left. "
+    "It is an upper bound: a stronger attack can only lower it.",
+    "Compare with the noise column. A method whose map random noise of the same size moves as much is not attacked, "
+    "but unstable.",
+    "Robust does not mean right: a map that ignores the network is the most robust of all. `srd-lab robustness` has "
+    "gates for that, and `srd-lab evaluate` scores other sides.",
+)
 _READING: Mapping[str, Sequence[str]] = {
-    "attack": (
-        "A score near 1 means that the attacks within the budget did not move the map; near 0, that nothing of it is left. "
-        "It is an upper bound: a stronger attack can only lower it.",
-        "Compare with the noise column. A method whose map random noise of the same size moves as much is not attacked, "
-        "but unstable.",
-        "Robust does not mean right: a map that ignores the network is the most robust of all. `srd-lab robustness` has "
-        "gates for that, and `srd-lab evaluate` scores other sides.",
-    ),
+    "attack": _UNDER_ATTACK,
+    "robustness": _UNDER_ATTACK,
     "apop": (
         "APOP is what the network answers when it is given nothing of the image but which of its activations were on.",
         "Far above guessing, the pattern holds the answer, and the values of the image add little.",
@@ -62,7 +61,6 @@ _READING: Mapping[str, Sequence[str]] = {
         "What differs from the paper's setting stands under the tables.",
     ),
 }
-_READING = {**_READING, "robustness": _READING["attack"]}
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1d1f; --paper: #fff; --faint: #62666d; --line: #d6d9de; --fill: #f5f6f8;
@@ -158,8 +156,8 @@ def _made(run: StoredRun, names: Sequence[str]) -> str:
         parts.append(f"<pre>{_(run.load_text('command.txt').strip())}</pre>")
     if "notes.txt" in names:
         parts.append(f"<h3>Noted on the way</h3><pre>{_(run.load_text('notes.txt').strip())}</pre>")
-    settings = {k: v for k, v in run.params.items() if k not in _SURROUNDINGS and v}
-    around = {k: run.params[k] for k in _SURROUNDINGS if run.params.get(k)}
+    settings = {k: v for k, v in run.params.items() if k not in SURROUNDINGS and v}
+    around = {k: run.params[k] for k in SURROUNDINGS if run.params.get(k)}
     for title, values in (("Settings", settings), ("Versions, machine and weights", around)):
         rows = "".join(f"<tr><td>{_(k)}</td><td>{_(v)}</td></tr>" for k, v in values.items())
         parts.append(

@@ -71,9 +71,7 @@ def data_and_network(settings: Settings, name: str, models: Sequence[str], devic
     dataset = data_for(settings, name)
     model = network_for(settings, name, models, device, dataset, made)
     if settings.labels:
-        dataset = (
-            copy.copy(dataset) if settings.source == "live" else dataset
-        )  # the user's own stays as it is
+        dataset = copy.copy(dataset)  # the user's own stays as it is
         dataset.classes = read_labels(settings.labels, model.classes)
     return dataset, model
 

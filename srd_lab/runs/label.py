@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import PurePath
 from typing import Any
 
+from srd_lab import __version__
 from srd_lab.runs.settings import PACE, Settings, as_text
 
 _LONGEST = 40  # characters of one part of a name
@@ -76,7 +76,7 @@ def label_of(settings: Settings, device: object = "", drawn: Drawn | None = None
         "data": settings.data,
         "images": str(drawn.images if drawn else number),
         "device": str(device),
-        "srd_lab": _version(),
+        "srd_lab": __version__,
         **{tag: as_text(own[name]).replace(",", ", ") for tag, name in _TAGS.items() if own.get(name)},
     }
     if drawn:
@@ -97,10 +97,3 @@ def _short(name: str) -> str:
     if colon and ("/" in place or "\\" in place) and "?" not in place:
         name = f"{kind}:{PurePath(place).name or place}"
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
-
-
-def _version() -> str:
-    try:
-        return metadata.version("srd-lab")
-    except metadata.PackageNotFoundError:
-        return ""

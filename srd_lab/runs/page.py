@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from srd_lab.errors import BadRun, BadValue, StoreTrouble
-from srd_lab.runs.addresses import database_of, shown, store_uri
+from srd_lab.errors import BadValue, StoreTrouble
+from srd_lab.runs.addresses import database_of, existing_store, shown
 from srd_lab.runs.guard import guarded
-from srd_lab.runs.store import follow_move, quiet_mlflow
+from srd_lab.runs.sqlite_store import follow_move
+from srd_lab.runs.store import quiet_mlflow
 
 
 def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "127.0.0.1") -> None:
@@ -25,7 +26,7 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
     Raises BadValue for an empty host, BadRun if there is no store yet, and StoreTrouble if it is a server already or no
     MLflow store, if the port is taken, or if the page stops by itself.
     """
-    uri = store_uri(tracking_uri)
+    uri = existing_store(tracking_uri)
     if not host.strip():
         raise BadValue(
             "--host is empty, which would mean all networks; give 127.0.0.1, or 0.0.0.0 for all of them"
@@ -33,8 +34,6 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
     if uri.startswith("http"):
         raise StoreTrouble(f"{shown(uri)} is a server already: open it in a browser")
     file = database_of(uri)
-    if file and not file.is_file():
-        raise BadRun(f"no runs yet: {file} does not exist; run a command first, or give --tracking-uri")
     _require_free(host, port)
     quiet_mlflow()
     print(f"{shown(uri)} will be shown at {_page(host, port, file)} (Ctrl-C ends it)", flush=True)

@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from srd_lab.errors import BadRun, StoreTrouble
-from srd_lab.runs.addresses import database_of, local_folder, shown, store_uri
+from srd_lab.runs.addresses import database_of, existing_store, local_folder, shown
 from srd_lab.runs.document import Document
 from srd_lab.runs.files import Files, FolderFiles, ServerFiles
 from srd_lab.runs.folder_run import ABOUT, about_folder
 from srd_lab.runs.outcome import REPORT, SCORES, content, read_scores
-from srd_lab.runs.store import EXPERIMENT, Store, open_to_read
+from srd_lab.runs.sqlite_store import EXPERIMENT
+from srd_lab.runs.store import COMMAND, Store, open_to_read
 
 if TYPE_CHECKING:
     import numpy as np
     from mlflow.entities import Run as FoundRun
 
-_COMMAND = "srd_lab.command"
 _PAGE = 1000
 
 
@@ -126,14 +126,13 @@ def find_run(reference: str, tracking_uri: str | None = None) -> StoredRun:
 
 
 def _opened(tracking_uri: str | None) -> Store:
-    uri = store_uri(tracking_uri)
-    file = database_of(uri)
-    if file and not file.is_file():
-        raise BadRun(f"no runs yet: {file} does not exist; run a command first, or give --tracking-uri")
+    uri = existing_store(tracking_uri)
     try:
         return open_to_read(uri)
     except sqlite3.Error as error:
-        raise StoreTrouble(f"{file} is not an MLflow store ({error}); see --tracking-uri") from None
+        raise StoreTrouble(
+            f"{database_of(uri)} is not an MLflow store ({error}); see --tracking-uri"
+        ) from None
 
 
 def _search(store: Store, command: str, limit: int | None) -> list[StoredRun]:
@@ -154,7 +153,7 @@ def _search(store: Store, command: str, limit: int | None) -> list[StoredRun]:
                 _of_store(store, run)
                 for run in page
                 if "mlflow.parentRunId" not in run.data.tags
-                and run.data.tags.get(_COMMAND, "").startswith(command)
+                and run.data.tags.get(COMMAND, "").startswith(command)
             ]
             token = page.token
             if not token or (limit and len(found) >= limit):
@@ -178,7 +177,7 @@ def _of_store(store: Store, found: FoundRun) -> StoredRun:
     return StoredRun(
         number,
         str(about.run_name),
-        found.data.tags.get(_COMMAND, ""),
+        found.data.tags.get(COMMAND, ""),
         str(about.status),
         datetime.fromtimestamp(about.start_time / 1000) if about.start_time else None,
         dict(found.data.params),

@@ -10,7 +10,6 @@ import getpass
 import json
 import os
 import re
-import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +17,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import quote
 
 from srd_lab.errors import BadRun, SrdLabError, SrdLabWarning, StoreTrouble, Unavailable
 from srd_lab.runs.addresses import DEFAULT_STORE, absolute, database_of, secrets_in, shown
 from srd_lab.runs.environment import git_commit
 from srd_lab.runs.label import Drawn
+from srd_lab.runs.sqlite_store import EXPERIMENT, alone, artifact_folder, follow_move, is_there
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as StoredRun
 
-EXPERIMENT = "srd-lab"  # the names of all experiments begin so
 _PARAMS_PER_CALL = 100
 _METRICS_PER_CALL = 1000
-_COMMAND = "srd_lab.command"
+COMMAND = "srd_lab.command"  # tag
 _LOCKED = "database is locked"
 _PATIENCE = 60.0  # seconds
 Found = TypeVar("Found")
@@ -101,7 +99,7 @@ class Store:
             raise BadRun(f"run {run_id} was deleted; `mlflow runs restore --run-id {run_id}` undoes it")
         if parent := tags.get("mlflow.parentRunId"):
             raise BadRun(f"run {run_id} is one part of run {parent}; resume that one")
-        if (made_by := tags.get(_COMMAND, "another program")) != self.command:
+        if (made_by := tags.get(COMMAND, "another program")) != self.command:
             raise BadRun(f"run {run_id} was made by {made_by!r}, not by {self.command!r}")
         return stored
 
@@ -207,9 +205,9 @@ def open_store(uri: str, experiment: str, command: str) -> Store:
     except ImportError:
         raise Unavailable("mlflow is not installed; `pip install mlflow`, or use --no-track") from None
     file = database_of(uri)
-    with _alone(file) if file else contextlib.nullcontext(), _store_errors(uri), _impatient():
-        location = _artifact_folder(file, experiment) if file else None
-        if file and not _is_there(file):
+    with alone(file) if file else contextlib.nullcontext(), _store_errors(uri), _impatient():
+        location = artifact_folder(file, experiment) if file else None
+        if file and not is_there(file):
             _make(file, experiment, location)
         client = MlflowClient(tracking_uri=uri)
         store = Store(client, uri, _experiment_id(client, experiment, location), command)
@@ -229,7 +227,7 @@ def open_to_read(uri: str) -> Store:
         ) from None
     file = database_of(uri)
     with _store_errors(uri), _impatient():
-        if file and not _is_there(file):
+        if file and not is_there(file):
             raise StoreTrouble(f"{file} is empty; give another --tracking-uri")
         if file:
             follow_move(file)
@@ -247,23 +245,6 @@ def experiment_of(command: str) -> str:
     return f"{EXPERIMENT} {command.partition(' ')[0]}"
 
 
-def _is_there(file: Path) -> bool:
-    """Whether ``file`` is an MLflow store; raises StoreTrouble if it is half of one, or something else."""
-    if not file.exists() or file.stat().st_size == 0:
-        return False
-    with contextlib.closing(sqlite3.connect(file)) as database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        # MLflow makes its first experiment last
-        whole = "experiments" in tables and database.execute("SELECT 1 FROM experiments").fetchone()
-    if not whole and tables & {"experiments", "runs", "alembic_version"}:
-        raise StoreTrouble(
-            f"{file} is half an MLflow store: a process was killed while it made it; it holds no runs, so remove it"
-        )
-    if not whole:
-        raise StoreTrouble(f"{file} is a database, but not one of MLflow; give another --tracking-uri")
-    return True
-
-
 def _make(file: Path, experiment: str, location: str | None) -> None:
     """Make a store beside its place and move it there whole: who is killed meanwhile leaves no half of one."""
     from mlflow import MlflowClient
@@ -273,10 +254,6 @@ def _make(file: Path, experiment: str, location: str | None) -> None:
         leftover.unlink()
     _experiment_id(MlflowClient(tracking_uri=f"sqlite:///{part.as_posix()}"), experiment, location)
     part.replace(file)
-
-
-def _artifact_folder(file: Path, experiment: str) -> str:
-    return str(file.parent / "mlruns" / quote(experiment, safe=" "))
 
 
 def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
@@ -296,51 +273,6 @@ def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str
             f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
         )
     return str(found.experiment_id)
-
-
-@contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Hold the store's lock; raises StoreTrouble if ``file`` cannot be a store."""
-    from filelock import FileLock, Timeout
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_name(f".{file.name}.lock"), timeout=120):
-            yield
-    except Timeout:
-        raise StoreTrouble(f"another process has held {file} locked for two minutes; is it stuck?") from None
-    except (OSError, sqlite3.Error) as error:
-        raise StoreTrouble(
-            f"{file} cannot be used as an MLflow store ({error}); see --tracking-uri"
-        ) from None
-
-
-def follow_move(file: Path) -> str:
-    """Point the store at the artifacts beside it after its directory was moved or copied.
-
-    MLflow records absolute paths; without this the runs of a renamed project lose their files and new ones are written under
-    the old name. Gives the id of the experiment that the newest run is in, "" if the store has none of this package's.
-    """
-    with contextlib.closing(sqlite3.connect(file, timeout=60)) as database, database:
-        query = "SELECT experiment_id, name, artifact_location FROM experiments WHERE name = ? OR name LIKE ?"
-        found = database.execute(query, (EXPERIMENT, f"{EXPERIMENT} %")).fetchall()
-        for number, name, old in found:
-            folder = _artifact_folder(file, name)
-            beside = Path(old).parts[-2:] == Path(folder).parts[-2:]  # else somebody chose another place
-            if old != folder and beside and Path(folder).is_dir():
-                for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-                    database.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                        f"WHERE experiment_id = ? AND substr({column}, 1, ?) = ?",
-                        (folder, len(old) + 1, number, len(old), old),
-                    )
-        numbers = [number for number, *_ in found]
-        newest = database.execute(
-            f"SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' AND experiment_id IN "
-            f"({','.join('?' * len(numbers))}) ORDER BY start_time DESC LIMIT 1",
-            numbers,
-        ).fetchone()
-        return str(newest[0] if newest else numbers[-1] if numbers else "")
 
 
 @contextlib.contextmanager
@@ -396,7 +328,7 @@ def quiet_mlflow() -> None:
 
 
 def _source_tags(command: str) -> dict[str, str]:
-    tags = {_COMMAND: command, "mlflow.source.name": f"srd-lab {command}", "mlflow.source.type": "LOCAL"}
+    tags = {COMMAND: command, "mlflow.source.name": f"srd-lab {command}", "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     if commit := git_commit():
