@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WRITTEN = ("sdpa", "mha", "softmax", "einsum")
+WRITTEN = ("sdpa", "mha", "softmax", "einsum")  # and "apart": mha's three linear layers, one by one
 HEADS = 2
 
 
@@ -23,15 +23,18 @@ class Attention(nn.Module):
         if self.written == "mha":
             y: Tensor = self.mha(x, x, x, need_weights=False)[0]
             return y
-        packed = F.linear(x, self.mha.in_proj_weight, self.mha.in_proj_bias)
-        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in packed.chunk(3, -1))
-        if self.written == "sdpa":
+        weights, biases = self.mha.in_proj_weight, self.mha.in_proj_bias
+        packed = [F.linear(x, weights, biases)]
+        if self.written == "apart":
+            packed = [F.linear(x, w, b) for w, b in zip(weights.chunk(3), biases.chunk(3), strict=True)]
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in torch.cat(packed, -1).chunk(3, -1))
+        if self.written in ("sdpa", "apart"):
             y = F.scaled_dot_product_attention(q, k, v)
         elif self.written == "softmax":
             y = F.dropout((q @ k.transpose(-2, -1) / sqrt(q.shape[-1])).softmax(-1), training=False) @ v
         else:
-            weights = torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) / sqrt(q.shape[-1]), dim=-1)
-            y = torch.einsum("bhij,bhjd->bhid", weights, v)
+            attended = torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k) / sqrt(q.shape[-1]), dim=-1)
+            y = torch.einsum("bhij,bhjd->bhid", attended, v)
         return self.mha.out_proj(y.transpose(1, 2).flatten(2))
 
 

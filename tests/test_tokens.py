@@ -170,6 +170,29 @@ def test_the_layer_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert searched == [1]
 
 
+def test_fullgrad_sees_the_biases_within_one_call_of_attention() -> None:
+    """Those of queries, keys, values and the projection, where the tokens lie."""
+    x = pixels(2, 3, 20, 12)
+    whole, apart = SmallViT("mha"), SmallViT("apart")
+    close(FullGrad().terms(whole, x, 1), FullGrad().terms(apart, x, 1))
+    close(FullGrad().explain(whole, x, 1), FullGrad().explain(apart, x, 1))
+    before = FullGrad().explain(whole, x, 1)
+    whole.blocks[0].attention.mha.in_proj_bias[8:].zero_()
+    assert (FullGrad().explain(whole, x, 1) - before).abs().max() > 0.01
+
+
+def test_fullgrad_refuses_tokens_whose_first_axis_is_not_the_images() -> None:
+    class TokensFirst(SmallViT):
+        def tokens(self, x: Tensor) -> Tensor:
+            return super().tokens(x).transpose(0, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.tokens(x))[0])  # type: ignore[no-any-return]
+
+    with pytest.raises(Refused, match=r"output of a layer with a bias .*expected the batch first"):
+        FullGrad().explain(TokensFirst(), pixels(2, 3, 20, 12), 1)
+
+
 def test_fullgrad_shows_the_biases_of_tokens_where_they_lie() -> None:
     """A transformer whose only bias is that of one linear layer on tokens."""
     vit, x = SmallViT(pool="mean", prefix=2), pixels(2, 3, 12, 16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine.affine import SHAPED
@@ -164,6 +165,10 @@ class ImageTrace(Interceptor):
             self.channels.follow(function, args, kwargs, x, axis, out)
         self.after(function, args, maps, out)
         return out
+
+    def linear_of_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear layer that makes the queries or keys of an attention in one call of torch."""
+        return F.linear(x, weight, bias)
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What becomes of a call on maps that is no activation, layer or pool."""

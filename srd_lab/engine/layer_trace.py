@@ -12,7 +12,7 @@ from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.layers import Place, call_index, high
-from srd_lab.engine.norms_and_attention import affine_form
+from srd_lab.engine.norms_and_attention import AsItIs, affine_form
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.spellings import Call, Function
 
@@ -31,7 +31,7 @@ class Tokens:
     event: int
 
 
-class LayerTrace(ImageTrace):
+class LayerTrace(AsItIs, ImageTrace):
     """Records the output of every activation call, of every call that may make tokens, and where the encoder ends.
 
     encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
@@ -142,23 +142,5 @@ class LayerTrace(ImageTrace):
         # what follows may overwrite it
         return output.clone() if self.encoder.returned(module, output) else None
 
-    # what srd_lab.engine.norms_and_attention asks of a trace ---------------------------------------------
     def layer_reads(self, x: Tensor, axis: int) -> None:
         self.encoder.layer(x, axis)
-
-    def live_constant(self, t: Tensor) -> Tensor:
-        return t
-
-    def factors(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Two maps that attention is about to multiply."""
-        return one, other
-
-    def attention(self, weights: Tensor) -> Tensor:
-        """The weights of an attention, as they are."""
-        return weights
-
-    def as_gate(self, t: Tensor, function: Function) -> Tensor:
-        return t
-
-    def shifted(self, y: Tensor, x: Tensor, shift: Tensor, axis: int) -> Tensor:
-        return y + shift

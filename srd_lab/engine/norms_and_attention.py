@@ -59,6 +59,34 @@ class Trace(Protocol):
         """A linear layer with its bias shared."""
         ...
 
+    def linear_of_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear layer that makes queries or keys."""
+        ...
+
+
+class AsItIs:
+    """Of a trace that leaves a network as it is: nothing is constant."""
+
+    def live_constant(self, t: Tensor) -> Tensor:
+        """``t``."""
+        return t
+
+    def factors(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps that attention is about to multiply."""
+        return one, other
+
+    def attention(self, weights: Tensor) -> Tensor:
+        """The weights of an attention."""
+        return weights
+
+    def as_gate(self, t: Tensor, function: Function) -> Tensor:
+        """``t``."""
+        return t
+
+    def shifted(self, y: Tensor, x: Tensor, shift: Tensor, axis: int) -> Tensor:
+        """The sum."""
+        return y + shift
+
 
 def layer_norm(
     trace: Trace,
@@ -205,8 +233,7 @@ def multi_head_attention_forward(
     def heads(t: Tensor) -> Tensor:
         return t.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    # no relevance passes through queries and keys, so their biases need no shares
-    q, k = (heads(F.linear(inputs[i], projections[i], biases[i])) for i in (0, 1))
+    q, k = (heads(trace.linear_of_weights(inputs[i], projections[i], biases[i])) for i in (0, 1))
     v = heads(trace.linear(inputs[2], projections[2], biases[2]))
     mask = None
     if attn_mask is not None:

@@ -7,8 +7,8 @@ biases b of all its layers. The map adds up what each term has to say about plac
 
 every term stretched to [0, 1] over its channels and places first. The shift of a norm is a bias, and an activation f other
 than ReLU has the bias f(u) - f'(u) u. Tokens lie where their patches do. Biases of linear layers behind the maps and of
-class tokens have no place: they count for completeness only. Those within ``nn.MultiheadAttention`` are not seen; functions
-with a bias that are no layer here (``F.conv1d``, ``torch.addmm``, ...) are refused.
+class tokens have no place: they count for completeness only. The bias of a layer that is no vector along channels is
+refused; a position embedding is none.
 
 Example
 -------
@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from srd_lab import maps
 from srd_lab.catalogue import method
@@ -38,6 +40,7 @@ from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.layers import check_rows, not_by_rows
 from srd_lab.engine.network_input import NetworkInput
+from srd_lab.engine.norms_and_attention import AsItIs, multi_head_attention_forward
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
@@ -110,7 +113,7 @@ class _Bias:
         return self.y - slope * self.u
 
 
-class _Biases(ImageTrace):
+class _Biases(AsItIs, ImageTrace):
     """Notes every tensor that a bias was added to, with the bias and the axis of its channels."""
 
     needs_activations = False
@@ -120,13 +123,20 @@ class _Biases(ImageTrace):
         super().__init__(model)
         self.found: list[_Bias] = []
         self.begin = NetworkInput(self.records)
+        self._made = WeakTensorKeyDictionary()  # which torch function of the model made a tensor
+        self._queries: int | None = None  # within an attention in one call: what made its queries
 
-    def note(self, y: Tensor, bias: Tensor | None, axis: int, ahead: bool = False) -> Tensor:
-        """``y``, to which ``bias`` was added; a copy, as what follows may overwrite it."""
+    def note(
+        self, y: Tensor, bias: Tensor | None, axis: int, ahead: bool = False, event: int | None = None
+    ) -> Tensor:
+        """``y``, to which ``bias`` was added; a copy, as what follows may overwrite it.
+
+        event : whose output lies where ``y`` does; None = of the call that is running.
+        """
         if bias is None or not y.requires_grad:
             return y
-        lone = self.records[y].lone
-        self.found.append(_Bias(y, axis, bias, None, self.events, lone, ahead))
+        lone, event = self.records[y].lone, self.events if event is None else event
+        self.found.append(_Bias(y, axis, bias, None, event, lone, ahead))
         return self._with_channels(y.clone(), axis, lone)
 
     def _with_channels(self, t: Tensor, axis: int, lone: bool) -> Tensor:
@@ -153,6 +163,7 @@ class _Biases(ImageTrace):
         for made in out if isinstance(out, tuple | list) else (out,):
             if isinstance(made, Tensor):
                 self._like(maps[0], made)
+                self._made[made] = self.events
 
     def _activated(self, call: Call, x: Tensor, inplace: bool, axis: int) -> Tensor:
         if call.kind in _WITHOUT_BIAS:
@@ -170,7 +181,15 @@ class _Biases(ImageTrace):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.begin.reads(x)
         y = self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
-        return self.note(self._like(x, y), bias, y.dim() - 1)
+        return self.note(self._like(x, y), bias, y.dim() - 1, event=self._place_of(x))
+
+    def linear_of_weights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The queries or keys of an attention."""
+        return self.linear(x, weight, bias)
+
+    def layer_reads(self, x: Tensor, axis: int) -> None:
+        """An attention reads ``x``."""
+        self.begin.reads(x)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
         ahead = self.begin.is_ahead([norm.x])
@@ -186,6 +205,8 @@ class _Biases(ImageTrace):
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call on one map makes of zeros is a bias, where it is one vector along the channels of the result."""
         maps = self.maps_in(args, kwargs)
+        if function is F.multi_head_attention_forward:
+            return self._attention(args, kwargs)
         if len(maps) > 1 or not (function in SHIFTS or function in _WITH_BIAS):
             return super().on_maps(function, args, kwargs)
         (x,), bias = maps, constant_part(function, args, kwargs, maps)
@@ -207,6 +228,26 @@ class _Biases(ImageTrace):
             else out
         )
 
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An attention in one call of torch, of which each linear layer has a bias of its own."""
+        query = kwargs["query"] if "query" in kwargs else args[0]
+        self._queries = self._made.get(_memory(query), 0)
+        out = multi_head_attention_forward(self, *args, **kwargs)
+        self._queries = None
+        if out is None:
+            raise Refused(
+                f"the attention in {self.where()} adds keys or values, or its tokens have no batch, which FullGrad has no "
+                "rule for; use another method"
+            )
+        return out
+
+    def _place_of(self, x: Tensor) -> int | None:
+        """Within an attention in one call: which torch function put out tokens that lie where those of ``x`` do."""
+        if self._queries is None:
+            return None
+        tokens = _memory(x)
+        return self._made.get(tokens, self._queries) if tokens.shape == x.shape else self._queries
+
     def _is_bias(self, function: Function, bias: Any, out: Any, axis: int) -> bool:
         """Whether ``bias`` is a vector along the channels of ``out``; refuses what is none and has no place elsewhere."""
         if isinstance(out, Tensor) and bias.shape == out.shape and _is_vector(bias, axis):
@@ -217,6 +258,10 @@ class _Biases(ImageTrace):
                 "convolution, a linear layer or a sum, or use another method"
             )
         return False
+
+
+def _memory(t: Tensor) -> Tensor:
+    return t if t._base is None else t._base
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
@@ -269,7 +314,9 @@ def _placed(product: Tensor, alignment: Alignment, term: _Bias, images: int, *, 
         alignment.check(term.event, None if term.lone else term.axis, what, ask=ask)
     elif term.y.dim() == 3 and alignment.grid(term.event, term.axis) is not None:
         return alignment.check_tokens(term.event, term.axis, what, ask=ask).lay(product, 1)
-    elif term.y.dim() == 3 and alignment.lies(term.event, None):  # a map of one image
+    elif term.y.dim() == 3 and (
+        len(term.y) != images or alignment.lies(term.event, None)
+    ):  # a map of one image
         raise not_by_rows(what, term.y.shape, images, cure)
     return product
 
