@@ -95,7 +95,7 @@ CASES: dict[str, Case] = {
     "convnext_atto": Case(NOT_RELU),
     "convnextv2_atto": Case(no_rule("torch.Tensor.mul") | NOT_RELU),
     "starnet_s1": Case(no_rule("torch.Tensor.mul")),
-    "mobilevit_xxs": Case(NOT_RELU),
+    "mobilevit_xxs": Case(NOT_RELU | WINDOWS),
     "efficientvit_b0": Case(no_rule("torch.Tensor.div") | NOT_RELU | WINDOWS),
     "poolformer_s12": Case(NOT_RELU),
     "mixer_s32_224": Case(NOT_RELU),
@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
         | {"srd": "several maps are pooled, each by itself", "gradcam": "several maps are pooled"}
         | {"lrp_epsilon": r"torch\.nn\.functional\.conv1d in aggregate is neither affine"},
     ),
-    "tnt_s_legacy_patch16_224": Case(NOT_RELU | TOKENS, CONSTANTS),
+    "tnt_s_legacy_patch16_224": Case(NOT_RELU | TOKENS | WINDOWS, CONSTANTS),
     "tnt_s_patch16_224": Case(
         NOT_RELU
         | TOKENS
@@ -119,7 +119,7 @@ CASES: dict[str, Case] = {
         | WINDOWS,
         CONSTANTS,
     ),
-    "swin_tiny_patch4_window7_224": Case(NOT_RELU, DEAD),
+    "swin_tiny_patch4_window7_224": Case(NOT_RELU | WINDOWS, DEAD),
     "hiera_tiny_224": Case(NOT_RELU),
     "sequencer2d_s": Case(no_rule("torch.lstm") | NOT_RELU | WINDOWS),
 }

@@ -6,9 +6,9 @@ biases b of all its layers. The map adds up what each term has to say about plac
     psi(d y_c / d x * x) + sum_layers sum_channels psi(d y_c / d b * b),    psi = stretch to the image of |.|
 
 every term stretched to [0, 1] over its channels and places first. The shift of a norm is a bias, and an activation f other
-than ReLU has the bias f(u) - f'(u) u. Tokens lie where their patches do. Biases of linear layers behind the maps and of
-class tokens have no place: they count for completeness only. The bias of a layer that is no vector along channels is
-refused; a position embedding is none.
+than ReLU has the bias f(u) - f'(u) u. Tokens lie where their patches do. Biases of linear layers behind the maps, of class
+tokens, and of layers that mix tokens or keep others than the patches' have no place: they count for completeness only. The
+bias of a layer that is no vector along channels is refused; a position embedding is no bias.
 
 Example
 -------
@@ -312,12 +312,13 @@ def _placed(product: Tensor, alignment: Alignment, term: _Bias, images: int, *, 
     if term.y.dim() == (3 if term.lone else 4):
         check_rows(what, (term.y if term.lone else term.y.movedim(term.axis, 1)).shape, images, cure)
         alignment.check(term.event, None if term.lone else term.axis, what, ask=ask)
-    elif term.y.dim() == 3 and alignment.grid(term.event, term.axis) is not None:
-        return alignment.check_tokens(term.event, term.axis, what, ask=ask).lay(product, 1)
-    elif term.y.dim() == 3 and (
-        len(term.y) != images or alignment.lies(term.event, None)
-    ):  # a map of one image
-        raise not_by_rows(what, term.y.shape, images, cure)
+    elif term.y.dim() == 3:
+        if len(term.y) != images or alignment.lies(
+            term.event, None
+        ):  # tokens first, windows, or a map of one image
+            raise not_by_rows(what, term.y.shape, images, cure)
+        if alignment.grid(term.event, term.axis) is not None:
+            return alignment.check_tokens(term.event, term.axis, what, ask=ask).lay(product, 1)
     return product
 
 
