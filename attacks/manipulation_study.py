@@ -166,8 +166,7 @@ class ManipulationStudy(PairStudy):
             parts.append(Table(*equal_table(tables, seed)))
         stalled = _stalled(tables, self.settings.stop_mse)
         notes = [*_ended_early(tables), *stalled, *_left_out(tables), few_note(len(self.pairs), "pairs")]
-        notes.append(skipped_report(self.skipped) if self.skipped else "")
-        return Document(title, [*parts, *notes, LEGEND])
+        return Document(title, [*parts, *notes, *self.left_out(), LEGEND])
 
 
 def manipulation_of(explainer: Explainer, s: ManipulationSettings) -> Manipulation:

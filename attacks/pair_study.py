@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from attacks.experiment import attack_explainer
 from attacks.settings import PairSettings
+from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_pairs
+from srd_lab.errors import Refused
 from srd_lab.methods.smoothed import plain_name
+from srd_lab.registry import refusals
 from srd_lab.runs.inputs import data_and_network, labelled, weights_sums
 from srd_lab.runs.label import drawn_from
 from srd_lab.runtime import Batcher, pick_device
@@ -20,15 +23,17 @@ class PairStudy:
 
     methods : names, wrapped or not; those of SRD are attacked once for each of ``settings.starts``.
 
-    Raises BadValue for methods that are not known and for more pairs than the data gives; else the errors are those of
+    A method that refuses the network is left out (``refused``, name -> why).
+
+    Raises BadValue for methods that are not known and for more pairs than the data gives, and Refused where no method is
+    left; else the errors are those of
     :func:`srd_lab.runs.inputs.data_for` and :func:`srd_lab.runs.inputs.network_for`.
     """
 
     def __init__(self, settings: PairSettings, methods: Sequence[str]) -> None:
         self.settings: PairSettings = settings
         self.variants = variants(methods, settings.starts)
-        for method, start in self.variants.values():
-            attack_explainer(method, start)  # whether it is known
+        explainers = {name: attack_explainer(*variant) for name, variant in self.variants.items()}
         self.device = pick_device(settings.device)
         name = settings.model
         self.dataset, self.model = data_and_network(settings, name, [name], self.device)
@@ -38,9 +43,19 @@ class PairStudy:
             *(self.dataset, self.model, settings.pairs, settings.seed, self.device, settings.workers)
         )
         self.drawn = drawn_from(settings, self.dataset, [pair.original for pair in self.pairs])
-        side = self.dataset[self.pairs[0].original].image.shape[-1]
+        image = self.dataset[self.pairs[0].original].image
+        side = image.shape[-1]
+        self.refused = refusals(self.model, image[None].to(self.device), explainers)
+        self.variants = {n: variant for n, variant in self.variants.items() if n not in self.refused}
+        if not self.variants:
+            raise Refused(f"no method goes with {name}: {next(iter(self.refused.values()))}")
         self.batcher = Batcher(settings.batch_size or pairs_at_once(side, self.device.type))
         self.where = f"{name} on {settings.source}"
+
+    def left_out(self) -> list[str]:
+        """A line for each method that refuses the network, and one on files that could not be read."""
+        lines = [f"{name} does not go with this network: {why}" for name, why in self.refused.items()]
+        return [*lines, *([skipped_report(self.skipped)] if self.skipped else [])]
 
 
 def variants(methods: Sequence[str], starts: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -109,8 +109,8 @@ class Report:
         ]
 
     # all methods ---------------------------------------------------------------------------------------
-    def all(self, run: Run, subjects: Sequence[Subject], skipped: str) -> None:
-        """Print and store what compares the methods; skipped : a line on files that could not be read, or empty."""
+    def all(self, run: Run, subjects: Sequence[Subject], left_out: Sequence[str]) -> None:
+        """Print and store what compares the methods; left_out : lines on methods and files."""
         worst = {s.name: s.table["worst/pcc"] for s in subjects}
         differences = [
             *against({s.name: s.table["worst/pcc"] for s in subjects}, "pcc", self.seed),
@@ -133,7 +133,7 @@ class Report:
         seconds = sum(float(s.table["seconds"]) for s in subjects)
         images = [str(name) for name in subjects[0].table["original"]]
         scored = {s.name: _scores(s.table) for s in subjects}
-        publish(run, Outcome(self.document(subjects, differences, skipped), seconds, images, scored))
+        publish(run, Outcome(self.document(subjects, differences, left_out), seconds, images, scored))
 
     def _certificates(self, run: Run, subjects: Sequence[Subject]) -> None:
         """One figure with both sides: what an attack leaves, and what is certified."""
@@ -145,7 +145,7 @@ class Report:
         run.save_figure("certificate.png", render.certificate_plot(attacked, certified, values, title=title))
 
     def document(
-        self, subjects: Sequence[Subject], differences: Sequence[Difference], skipped: str
+        self, subjects: Sequence[Subject], differences: Sequence[Difference], left_out: Sequence[str]
     ) -> Document:
         """The report; arguments as in :meth:`all`, and the comparisons of the methods."""
         title = f"{self.title}; worst case over the {self.settings.mode} ensemble, mean [95 % interval]"
@@ -174,7 +174,7 @@ class Report:
         gated = [f"  {s.name}: {s.gates.why}" for s in subjects if s.gates and not s.gates.ranked]
         if gated:
             parts.append("Not ranked (gates):\n" + "\n".join(gated))
-        notes = [few_note(len(subjects[0].table["pair"]), "images"), skipped]
+        notes = [few_note(len(subjects[0].table["pair"]), "images"), *left_out]
         return Document(title, [*parts, *notes])
 
     def _table(self, subjects: Sequence[Subject]) -> tuple[list[str], list[list[str]]]:

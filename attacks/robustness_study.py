@@ -87,7 +87,7 @@ class RobustnessStudy(PairStudy):
             report.one(subject)
             if self.settings.entries:
                 write_entry(self, subject, report.score(subject))
-        report.all(run, subjects, skipped_report(self.skipped) if self.skipped else "")
+        report.all(run, subjects, self.left_out())
 
     # attacks -------------------------------------------------------------------------------------------
     def _attacked(self, run: Run, name: str, method: str, start: str) -> Subject:

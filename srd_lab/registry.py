@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from srd_lab.catalogue import METHODS, metric_of, with_options
 from srd_lab.catalogue import METRICS as DECLARED_METRICS
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import BadInput, BadValue
+from srd_lab.errors import BadInput, BadValue, Refused
 from srd_lab.methods.own import own_method
 from srd_lab.methods.smoothed import parse_explainer
 from srd_lab.metrics.explained import Metric
@@ -89,6 +90,22 @@ def explain(
     check_input(x, model)
     _check_range(model, x)
     return explainer.explain(model, x, target)
+
+
+def refusals(model: nn.Module, x: Tensor, explainers: Mapping[str, Explainer]) -> dict[str, str]:
+    """Which methods refuse this network, and why: name -> sentence.
+
+    x : an image (1, C, H, W) on which each is tried, for class 0. explainers : name -> method.
+
+    Only Refused is caught; other errors of a method are passed on.
+    """
+    why = {}
+    for name, explainer in explainers.items():
+        try:
+            explainer.explain(model, x, 0)
+        except Refused as error:
+            why[name] = str(error)
+    return why
 
 
 def _check_range(model: nn.Module, x: Tensor) -> None:

@@ -21,7 +21,7 @@ from srd_lab import load_data, load_model, render
 from srd_lab.catalogue import METHODS, METRICS, TABLE_2
 from srd_lab.cli.main import main
 from srd_lab.errors import BadValue, SrdLabError
-from srd_lab.evaluation.experiment import Experiment, refusals
+from srd_lab.evaluation.experiment import Experiment
 from srd_lab.evaluation.explaining import Classes
 from srd_lab.evaluation.outputs import write_new
 from srd_lab.evaluation.study import PICTURES
@@ -30,7 +30,7 @@ from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import holm
 from srd_lab.models.cifar import cifar_network
-from srd_lab.registry import EXPLAINERS, make_explainer
+from srd_lab.registry import EXPLAINERS, make_explainer, refusals
 from srd_lab.registry import METRICS as SCORES
 from srd_lab.reproduce.evaluation import activation_of
 from srd_lab.reproduce.paper import paper
@@ -359,7 +359,8 @@ def test_what_does_not_go_with_a_network_is_said_and_the_rest_is_done() -> None:
         nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )
     smooth.eval().requires_grad_(False)
-    why = refusals(smooth, load_data("scenes")[0].image[None], ["gradient", "lrp_zplus", "gradcam"])
+    asked = {name: make_explainer(name) for name in ("gradient", "lrp_zplus", "gradcam")}
+    why = refusals(smooth, load_data("scenes")[0].image[None], asked)
     assert list(why) == ["lrp_zplus"]
     assert "silu" in why["lrp_zplus"]
 

@@ -88,6 +88,31 @@ def test_a_resumed_run_and_other_batches_end_with_the_same_numbers(
                     assert float(a[column]) == pytest.approx(float(b[column]), abs=0.03), column
 
 
+@pytest.mark.parametrize("attack", ["combined", "eq10"])
+def test_methods_that_refuse_the_network_are_left_out_and_named(
+    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_study(monkeypatch, steps=1, queries=4)
+    common = ["--attack", attack, "--steps", "1", "--pairs", "2", "--device", "cpu", "--no-track"]
+    if attack != "eq10":
+        del common[2:4]
+    both = ["attack", "--method", "attention_rollout", "--method", "gradient", *common]
+    done = command(*both, "--out", str(tmp_path / "both"))
+    assert done.exit_code == 0, done.output
+    assert "attention_rollout does not go with this network: the network has no attention" in done.output
+    assert rows_of_parts(tmp_path / "both") == ["gradient"]
+    none = command("attack", "--method", "attention_rollout", *common, "--out", str(tmp_path / "none"))
+    assert none.exit_code == 1
+    assert none.output.startswith("Error: no method goes with vgg16: the network has no attention"), (
+        none.output
+    )
+    assert not (tmp_path / "none").exists()
+
+
+def rows_of_parts(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
 # --- statistics -----------------------------------------------------------------------------------
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from srd_lab import catalogue
 from srd_lab.errors import Refused
-from srd_lab.evaluation.experiment import refusals
 from srd_lab.methods.rollout import AttentionRollout, GradientRollout
+from srd_lab.registry import make_explainer, refusals
 from srd_lab.types import Explainer
 
 METHODS: dict[str, Explainer] = {"attention": AttentionRollout(), "gradient": GradientRollout()}
@@ -186,6 +186,6 @@ def test_what_needs_attention_is_left_out_where_there_is_none() -> None:
     network, needing = nn.Sequential(*layers).double().eval(), {"attention_rollout", "gradient_rollout"}
     assert set(catalogue.METHODS) - set(catalogue.for_any_network()) == needing
     asked = ("gradient", "attention_rollout", "gradcam", "gradient_rollout")
-    refused = refusals(network, pixels(1, 3, 8, 8), asked)
+    refused = refusals(network, pixels(1, 3, 8, 8), {name: make_explainer(name) for name in asked})
     assert set(refused) == needing
     assert all(why.count("\n") == 0 and "has no attention" in why for why in refused.values())

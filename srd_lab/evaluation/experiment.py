@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import BadValue, Refused
+from srd_lab.errors import BadValue
 from srd_lab.logits import class_logits
 from srd_lab.metrics.explained import Explained, Images, Metric
-from srd_lab.registry import make_explainer
 from srd_lab.runs.batches import Advance, Arrays, Item
 from srd_lab.types import Explainer, Sample
 
@@ -84,20 +83,6 @@ def _scores(name: str, metric: Metric, explained: Explained) -> np.ndarray:
             f"the metric {name} gives {found} for {count} images; expected one number per image, ({count},)"
         )
     return scores.detach().cpu().numpy()
-
-
-def refusals(model: nn.Module, x: Tensor, methods: Sequence[str]) -> dict[str, str]:
-    """Which methods refuse this network, and why: name -> sentence; tried on one image x (1, C, H, W), for class 0.
-
-    Only Refused is caught; other errors of a method are passed on.
-    """
-    why = {}
-    for method in methods:
-        try:
-            make_explainer(method).explain(model, x, 0)
-        except Refused as error:
-            why[method] = str(error)
-    return why
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -14,7 +14,7 @@ from srd_lab.catalogue import METHODS, METRICS, metric_of, title_of
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.errors import BadValue, Refused
-from srd_lab.evaluation.experiment import Experiment, refusals
+from srd_lab.evaluation.experiment import Experiment
 from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
@@ -67,7 +67,7 @@ class Evaluation:
         explainers = {method: registry.make_explainer(method) for method in asked}
         self.metrics = tuple(METRICS) if "all" in settings.metrics else settings.metrics
         side = preprocessing_for(settings, name).size
-        self.refused = refusals(self.model, torch.rand(1, 3, side, side).to(self.device), asked)
+        self.refused = registry.refusals(self.model, torch.rand(1, 3, side, side).to(self.device), explainers)
         methods = tuple(method for method in asked if method not in self.refused)
         if not methods:
             raise Refused(f"no method goes with {name}: {next(iter(self.refused.values()))}")

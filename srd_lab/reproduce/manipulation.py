@@ -10,7 +10,6 @@ from attacks.manipulation_study import ManipulationStudy
 from attacks.settings import ManipulationSettings
 from srd_lab import render
 from srd_lab.catalogue import FIGURE_4
-from srd_lab.data import skipped_report
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, paper, report, store_findings
 from srd_lab.runs.outcome import publish
 from srd_lab.runs.tracking import Run
@@ -80,9 +79,7 @@ class Figure4(ManipulationStudy):
             lines.append(f"left out: {', '.join(left)}")
         lines.append(f"output term: {s.output_term}; Eq. 10 prints logits, which paralyse the attack")
         lines.append(f"at most {s.steps} steps; the paper does not say how many")
-        if self.skipped:
-            lines.append(skipped_report(self.skipped))
-        return lines
+        return lines + self.left_out()
 
 
 def _scores(tables: dict[str, Arrays]) -> dict[str, dict[str, Any]]:
