@@ -3,7 +3,7 @@
     python scripts/train_scenes.py vgg16 --epochs 14 --seed 0 --out srd_lab/weights
 
 AdamW with a one-cycle learning rate; flips, quarter turns, shifts and noise. The epoch that is best on
-``val`` is kept. resnet50 starts with blocks that do nothing. vgg16 trains with batch normalisation behind
+``val`` is kept. resnet50 starts with blocks that do nothing. VGGs train with batch normalisation behind
 each convolution, which is folded into weight and bias when saved. What is saved is rounded to 16 bits, and
 the accuracies on the card are those of the saved file read by ``load_model``.
 """
@@ -156,7 +156,7 @@ def rounded(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 def save(name: str, network: nn.Module, out: Path) -> Path:
     state = network.state_dict()
-    if name == "vgg16":
+    if name.startswith("vgg"):
         rest = {key: value for key, value in state.items() if not key.startswith("features.")}
         state = {**fold(network.get_submodule("features")), **rest}  # type: ignore[arg-type]
     out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def main(name: str, epochs: int, seed: int, rate: float, length: int | None, thr
     card = {
         "name": name,
         "file": file.name,
-        "width": "1/8" if name == "vgg16" else "1/4",
+        "width": "1/8" if name.startswith("vgg") else "1/4",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": "scenes, 20,000 training images of 64 x 64" if length is None else f"scenes, first {length}",
         "test_accuracy": scores["test"],

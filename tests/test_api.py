@@ -64,7 +64,10 @@ def test_a_live_network_is_scored_as_by_name_and_left_as_it_was(model: nn.Module
         str(tmp_path / "out"),
     )
     assert (
-        command("evaluate", "--methods", "srd,gradient", "--metrics", "sparseness", *options).exit_code == 0
+        command(
+            "evaluate", "--model", "vgg16", "--methods", "srd,gradient", "--metrics", "sparseness", *options
+        ).exit_code
+        == 0
     )
     with (tmp_path / "out" / "images.csv").open(newline="") as lines:
         expected = list(csv.DictReader(lines))
@@ -140,7 +143,12 @@ def test_results_are_logged_into_the_active_run(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mine.db")
     result = srd_lab.evaluate("vgg16", methods=["gradient"], metrics=["sparseness"], images=2, device="cpu")
     options = ("--method", "gradient", "--metrics", "sparseness", "--images", "2", "--device", "cpu")
-    assert command("evaluate", *options, "--tracking-uri", f"sqlite:///{tmp_path}/theirs.db").exit_code == 0
+    assert (
+        command(
+            "evaluate", "--model", "vgg16", *options, "--tracking-uri", f"sqlite:///{tmp_path}/theirs.db"
+        ).exit_code
+        == 0
+    )
     theirs = mlflow.MlflowClient(f"sqlite:///{tmp_path}/theirs.db")
     tracked = theirs.search_runs([each.experiment_id for each in theirs.search_experiments()])
     child, parent = sorted(tracked, key=lambda run: len(run.data.params))

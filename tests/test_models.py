@@ -575,7 +575,7 @@ def test_the_statistics_for_cifar_are_those_of_training(file: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("alexnet",), r"'alexnet' for scenes.*vgg16, resnet18, resnet50"),
+        (("alexnet",), r"'alexnet' for scenes.*vgg16, vgg16_8x8, resnet18, resnet50"),
         (("vgg17", "imagenet"), r"'vgg17' for imagenet; .*vgg16"),
         (("resnet21", "cifar10:FILE", "w.pth"), r"'resnet21' for cifar10; .*resnet20"),
         (("resnet20", "imagefolder:DIR", "w.pth"), r"'resnet20' for imagefolder; .*resnet18"),

@@ -10,11 +10,14 @@ import click
 from srd_lab.catalogue import METHODS, METRICS
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
+    DEFAULT_MODEL,
+    FINE_MODEL,
     Name,
     WeightsFile,
     baseline_option,
     batch_size_option,
     common_options,
+    fine_model_option,
     images_option,
     methods_option,
     model_option,
@@ -27,7 +30,7 @@ from srd_lab.evaluation.settings import EvaluationSettings, ExplainSettings
 
 
 @click.command()
-@model_option
+@fine_model_option
 @methods_option(["all"], "Explanation method; `srd-lab methods` lists them.")
 @names_option(
     *("--metric", "--metrics", "metrics"),
@@ -63,6 +66,8 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     """
     from srd_lab.evaluation.study import Evaluation
 
+    if ctx.params["model"] is None:
+        ctx.params["model"] = FINE_MODEL if ctx.params["data"] == "scenes" else DEFAULT_MODEL
     tracked(ctx, "evaluate", lambda given: Evaluation(given.read(EvaluationSettings)))
 
 

@@ -18,6 +18,8 @@ from srd_lab.parts import is_own
 from srd_lab.runs.settings import named_file
 
 DEFAULT_MODEL = "vgg16"
+# the bundled network whose encoder ends in enough positions for a coarse map to mean something
+FINE_MODEL = "vgg16_8x8"
 
 DATA = (
     "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100, voc, pictures (without "
@@ -180,6 +182,12 @@ model_option = click.option(
     default=DEFAULT_MODEL,
     show_default=True,
     help=f"A bundled network, with ImageNet data any torchvision one, or {OWN_MODEL}.",
+)
+
+fine_model_option = click.option(
+    "--model",
+    help=f"A bundled network, with ImageNet data any torchvision one, or {OWN_MODEL}. [default: {FINE_MODEL} with scenes, "
+    f"else {DEFAULT_MODEL}]",
 )
 
 pairs_option = click.option(

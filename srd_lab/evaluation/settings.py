@@ -35,7 +35,7 @@ class EvaluationSettings(ScoringSettings):
     model : the network's name.
     """
 
-    model: str = "vgg16"
+    model: str = "vgg16_8x8"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The three small networks for ``scenes`` that come with the package."""
+"""The small networks for ``scenes`` that come with the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from srd_lab.types import Preprocessing
 
-SCENES_NETWORKS = ("vgg16", "resnet18", "resnet50")
+SCENES_NETWORKS = ("vgg16", "vgg16_8x8", "resnet18", "resnet50")
 SCENES_PREPROCESSING = Preprocessing(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -43,10 +43,12 @@ class Scenes:
 def scenes_network(name: str, *, batch_norm: bool = False) -> nn.Module:
     """The untrained small network ``name``, of SCENES_NETWORKS, for ten classes.
 
-    batch_norm : whether vgg16 gets one behind each convolution, as it has in training alone.
+    batch_norm : whether a VGG gets one behind each convolution, as it has in training alone.
     """
     if name == "vgg16":
         return SmallVGG(batch_norm=batch_norm)
+    if name == "vgg16_8x8":
+        return FineVGG(batch_norm=batch_norm)
     if name == "resnet18":
         return SmallResNet(BasicBlock, (2, 2, 2, 2))
     assert name == "resnet50", name
@@ -76,6 +78,27 @@ class SmallVGG(nn.Module):
         """Logits (N, classes) of normalised images x (N, 3, 64, 64)."""
         x = self.avgpool(self.features(x))
         return self.classifier(torch.flatten(x, 1))
+
+
+class FineVGG(nn.Module):
+    """:class:`SmallVGG` without its last two pools, so that its encoder ends in 8 x 8 positions, and with one linear layer
+    on their mean: what a class activation map is of.
+
+    classes : rows of the last layer.
+    batch_norm : whether one follows each convolution: only for training, the weights are saved without.
+    """
+
+    LAYERS = (8, 8, "M", 16, 16, "M", 32, 32, 32, "M", 64, 64, 64, 64, 64, 64)
+
+    def __init__(self, classes: int = 10, *, batch_norm: bool = False) -> None:
+        super().__init__()
+        self.features = torchvision.models.vgg.make_layers(list(self.LAYERS), batch_norm=batch_norm)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of normalised images x (N, 3, 64, 64)."""
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
 class SmallResNet(nn.Module):

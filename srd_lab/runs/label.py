@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
 
-from srd_lab import __version__
 from srd_lab.runs.settings import PACE, Settings, as_text
 
 _LONGEST = 40  # characters of one part of a name
@@ -76,7 +76,7 @@ def label_of(settings: Settings, device: object = "", drawn: Drawn | None = None
         "data": settings.data,
         "images": str(drawn.images if drawn else number),
         "device": str(device),
-        "srd_lab": __version__,
+        "srd_lab": version("srd-lab"),
         **{tag: as_text(own[name]).replace(",", ", ") for tag, name in _TAGS.items() if own.get(name)},
     }
     if drawn:
