@@ -20,6 +20,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
+from command_line import page  # noqa: E402 (found by the line above)
 from docstrings import process  # noqa: E402 (found by the line above)
 
 project = "srd-lab"
@@ -27,7 +28,7 @@ author = "the srd-lab authors"
 copyright = "2026, the srd-lab authors"
 version = release = version_of("srd-lab")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_click"]
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
 exclude_patterns = ["entries"]
 html_theme = "furo"
 html_title = f"srd-lab {version}"
@@ -43,6 +44,7 @@ highlight_language = "none"
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_show_tb = True
 nb_ipywidgets_js: dict[str, Any] = {}  # they would be loaded from elsewhere
@@ -75,6 +77,10 @@ def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname in PROJECT:
         app.env.note_dependency(file)
         source[0] = file.read_text(encoding="utf-8")
+    if docname == "reference/command_line":
+        source[0] += page()
+        for code in (ROOT / "srd_lab" / "cli").glob("*.py"):
+            app.env.note_dependency(code)
     if file.suffix == ".md":
         source[0] = _LINK.sub(lambda link: _link(file, docname, *link.groups()), source[0])
 
