@@ -30,6 +30,7 @@ version = release = version_of("srd-lab")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 exclude_patterns = ["entries"]
+smartquotes = False  # quotes and dashes stay what one types
 html_theme = "furo"
 html_title = f"srd-lab {version}"
 html_static_path = ["_static"]

@@ -77,7 +77,7 @@ def _definitions(block: list[str], known: set[str]) -> list[str]:
 def _definition(names: str, text: str) -> list[str]:
     return [
         f"    {', '.join(f'``{name}``' for name in names.split(', '))}",
-        f"        {_escaped(text.strip())}",
+        f"        {_escaped(re.sub(';$', '.', text.strip()))}",
     ]
 
 
@@ -102,6 +102,7 @@ def _names_of(obj: Any) -> set[str]:
     """Parameters, or fields and properties of a class."""
     names = {field.name for field in fields(obj)} if is_dataclass(obj) else set()
     if inspect.isclass(obj):
+        names |= set(inspect.get_annotations(obj))
         names |= {name for name, _ in inspect.getmembers(obj, lambda member: isinstance(member, property))}
     with contextlib.suppress(TypeError, ValueError):
         names |= set(inspect.signature(obj).parameters)
