@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from textwrap import dedent
 
 import click
 
@@ -37,7 +38,7 @@ def _section(command: click.Command, context: click.Context) -> Iterator[str]:
     yield from ("", f"## {context.command_path}", "")
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         if paragraph.startswith("\b"):
-            yield from ("```", *paragraph.splitlines()[1:], "```", "")
+            yield from ("```", *dedent("\n".join(paragraph.splitlines()[1:])).splitlines(), "```", "")
         else:
             yield from (_plain(" ".join(paragraph.split())), "")
     yield from (
