@@ -111,7 +111,7 @@ class Name(click.ParamType):  # type: ignore[type-arg]
         text = str(value).strip()
         if (
             ctx is not None and ctx.resilient_parsing
-        ):  # a shell completes: the names need PyTorch, which takes seconds
+        ):  # completion: the names need PyTorch, which takes seconds
             return text
         allowed = self.allowed()
         if text not in allowed and not self._read_later(text, allowed):
