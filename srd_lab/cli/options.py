@@ -109,9 +109,7 @@ class Name(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         text = str(value).strip()
-        if (
-            ctx is not None and ctx.resilient_parsing
-        ):  # completion: the names need PyTorch, which takes seconds
+        if ctx is not None and ctx.resilient_parsing:  # completion; PyTorch, to know the names, takes seconds
             return text
         allowed = self.allowed()
         if text not in allowed and not self._read_later(text, allowed):
