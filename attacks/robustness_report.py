@@ -167,7 +167,8 @@ class Report:
             s.name: int((s.table["eq10/used"] < HALF).sum()) for s in subjects if "eq10/used" in s.table
         }
         parts += [
-            f"eq10 stalled on {count} images of {name} (below half of the budget): no sign of robustness there."
+            f"eq10 stalled on {count} image{'' if count == 1 else 's'} of {name} (below half of the budget): no sign of "
+            "robustness there."
             for name, count in stalled.items()
             if count
         ]

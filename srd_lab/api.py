@@ -112,8 +112,11 @@ def _rows(file: Path, root: Path) -> list[dict[str, str]]:
 
 
 def _numbers(column: Any) -> Any:
+    """A column of numbers as such, whole ones as integers."""
+    import pandas
+
     try:
-        return column.astype(float)
+        return pandas.to_numeric(column)
     except (ValueError, TypeError):
         return column
 

@@ -8,7 +8,14 @@ import click
 
 from apop.settings import SurveySettings
 from srd_lab.cli.errors import command_errors
-from srd_lab.cli.options import DEFAULT_MODEL, Names, batch_size_option, common_options, images_option
+from srd_lab.cli.options import (
+    DEFAULT_MODEL,
+    OWN_MODEL,
+    Names,
+    batch_size_option,
+    common_options,
+    images_option,
+)
 from srd_lab.cli.tracked import tracked
 
 INPUTS = SurveySettings.inputs
@@ -21,7 +28,7 @@ INPUTS = SurveySettings.inputs
     multiple=True,
     default=[DEFAULT_MODEL],
     show_default=True,
-    help="A bundled network, or with ImageNet data any torchvision one; repeatable.",
+    help=f"A bundled network, with ImageNet data any torchvision one, or {OWN_MODEL}; repeatable.",
 )
 @images_option("500")
 @click.option(

@@ -10,6 +10,7 @@ from srd_lab.cli.apop import apop
 from srd_lab.cli.attacks import attack, leaderboard, robustness, verify
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.evaluation import evaluate, explain
+from srd_lab.cli.options import OWN_MODEL
 from srd_lab.cli.reproduce import reproduce
 from srd_lab.cli.runs import compare, export, list_, report, ui
 from srd_lab.runs.report import text_table
@@ -58,6 +59,7 @@ def models() -> None:
     ]
     click.echo(text_table(["model", "width", "parameters", "test accuracy", "seed", "data", "made by"], rows))
     click.echo("\nWith --data imagenet:DIR, --model takes any torchvision classification network by name.")
+    click.echo(f"With any data it takes networks from elsewhere: {OWN_MODEL}.")
 
 
 @main.command()

@@ -67,7 +67,9 @@ def draw_pairs(
     )
     if not pairs:
         right = (
-            "are all of one class" if waiting else "are none: do the labels and --weights belong together?"
+            "are all of one class"
+            if waiting
+            else "are none: do the labels and --weights belong together (folders are numbered by their names in order)?"
         )
         raise BadValue(f"{found}; those classified correctly {right}")
     raise BadValue(f"{found}; ask for fewer with --pairs")

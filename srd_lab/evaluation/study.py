@@ -195,7 +195,9 @@ class Evaluation:
         count = len(table["name"])
         notes = ["No masks: localisation is not scored."]
         if self.masked:
-            notes = [f"Masks: {self.masks}{f', of {self.masked} images' if self.masked < count else ''}."]
+            notes = [
+                f"Masks: {self.masks or 'given'}{f', of {self.masked} images' if self.masked < count else ''}."
+            ]
         if "fidelity" in self.metrics:
             notes.append(f"Fidelity sets pixels to the baseline {self.settings.baseline}.")
         lacking: dict[str, list[str]] = {}

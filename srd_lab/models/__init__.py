@@ -1,6 +1,6 @@
 """Classifiers on pixels: a normalisation layer and a torchvision-style network, frozen, in eval mode.
 
-``load_model("vgg16")`` is one of the three small networks that come with the package, trained on ``scenes``;
+``load_model("vgg16")`` is one of the small networks that come with the package, trained on ``scenes``;
 ``load_model("vgg16", "imagenet")`` is torchvision's, from torchvision's own cache or from ``--weights FILE``;
 for all other data the weights are the user's own. One file per family of networks; networks from elsewhere
 (``timm:NAME``, ``package.module:factory``) are in :mod:`srd_lab.models.own`.
