@@ -162,16 +162,24 @@ class Evaluation:
         scores = self.scores(table)
         if place := ranks(scores):
             run.save_figure("ranks.png", render.rank_chart(_titled(place), self.title))
-        names = self.dataset.classes
+        names, images = (
+            self.dataset.classes,
+            table["images"][:PICTURES],
+        )  # more where memory ran out in between
+        masks = table.get("mask", ())  # not in batches of older versions
+        outlines = masks[:PICTURES] if len(masks) >= len(images) else [None] * len(images)
         rows = [
             render.SheetRow(
-                names[int(table["label"][i])],
+                names[int(table["label"][i])].split(",")[0],
                 image,
                 {title_of(m): table[f"{m}/map"][i] for m in self.experiment.methods},
+                outlines[i],
             )
-            for i, image in enumerate(table["images"][:PICTURES])  # more where memory ran out in between
+            for i, image in enumerate(images)
         ]
-        run.save_figure("pictures.png", render.method_sheet(rows, self.title))
+        some = any(row.outline is not None and np.any(row.outline) for row in rows)
+        outlined = f"the object's {self.masks or 'mask'}" if some else ""
+        run.save_figure("pictures.png", render.method_sheet(rows, self.title, outlined))
 
     def document(
         self, table: Arrays, scores: dict[str, dict[str, np.ndarray]], against: Sequence[Comparison]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")  # Okabe and Ito
 MARKERS = "osD^vPX"
 GREY = "#555555"
+SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}  # labels below an axis
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -24,7 +25,52 @@ _DPI = 150
 
 def title_of(figure: Figure, title: str) -> None:
     """Put ``title`` over the figure, wrapped to its width."""
-    figure.suptitle(textwrap.fill(title, int(14 * figure.get_figwidth())), fontsize=9)
+    figure.suptitle(_filled(title, 13 * figure.get_figwidth()), fontsize=9, parse_math=False)
+
+
+def key(
+    figure: Figure,
+    caption: str,
+    handles: Sequence[Any] = (),
+    labels: Sequence[str] = (),
+    columns: int = 3,
+) -> None:
+    """Put below a figure what its marks mean: a line in words, and the legend.
+
+    caption : wrapped to the figure's width. handles, labels : (N,) of the legend; () = words alone.
+    columns : of the legend at most; fewer where the labels would leave the figure.
+    """
+    longest = max(map(len, labels), default=0)
+    fitting = int(12 * figure.get_figwidth() // (longest + 6))  # of 8 points, and the mark before each
+    legend = figure.legend(
+        *(handles, labels),
+        title=_filled(caption, 15 * figure.get_figwidth()),
+        title_fontproperties={"size": 7},
+        loc="outside lower center",
+        ncols=max(1, min(columns, fitting)),
+        frameon=False,
+    )
+    legend.get_title().set(multialignment="center", color=GREY, parse_math=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _filled(text: str, characters: float) -> str:
+    return textwrap.fill(text, max(12, int(characters)))
+
+
+def shortened(text: str, most: int) -> str:
+    """``text``, or its beginning and end around an ellipsis where it is longer than ``most`` characters (>= 3).
+
+    Example
+    -------
+    >>> shortened("ILSVRC2012_val_00000293.JPEG", 16)
+    'ILSVRC2…293.JPEG'
+    """
+    if len(text) <= most:
+        return text
+    end = most // 2
+    return f"{text[: most - end - 1]}…{text[-end:]}"
 
 
 def blank(size: tuple[float, float], layout: Any = "constrained") -> Figure:

@@ -122,14 +122,24 @@ def _section(run: StoredRun) -> str:
         parts.append(run.document().html())
     else:
         parts.append("<h2>No report</h2><p>This run has not finished.</p>")
-    parts += [_figure(run, name) for name in names if PurePosixPath(name).suffix in _KINDS]
+    parts += [_figure(run, name) for name in _shown(names)]
     for part in run.parts:
-        shown = [name for name in part.top_files if PurePosixPath(name).suffix in _KINDS]
+        shown = _shown(part.top_files)
         if shown:
             parts.append(f"<h3>{_(part.name)}</h3>" + "".join(_figure(part, name) for name in shown))
     parts.append(_how_to_read(run.command.partition(" ")[0]))
     parts.append(_made(run, names))
     return "\n".join(parts) + "</section>"
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    """The figures among a run's files that a page can show, each in one format: PNG, else SVG."""
+    found: dict[str, str] = {}
+    for kind in _KINDS:
+        for name in names:
+            if PurePosixPath(name).suffix == kind:
+                found.setdefault(PurePosixPath(name).stem, name)
+    return sorted(found.values())
 
 
 def _figure(run: StoredRun, name: str) -> str:
