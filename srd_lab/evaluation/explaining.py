@@ -168,7 +168,9 @@ class Explaining:
             raise Refused(f"none of the methods explains {file}; see above, and `srd-lab methods`")
         label = file.name
         if len(targets) == 1:
-            label += f"\n{_short(self.classes.names[targets[0]])}, {float(likely[targets[0]]):.3f}"
+            label += (
+                f"\n{_short(self.classes.names[targets[0]])}\nprobability {float(likely[targets[0]]):.3f}"
+            )
         return render.SheetRow(label, image, shown)
 
     def _write(self, place: Path, raw: Tensor, figure: Any) -> None:

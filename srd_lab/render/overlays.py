@@ -21,17 +21,27 @@ OVERLAYS = ("heat", "contour")
 SHARE = 0.5
 FOR, AGAINST = (0.86, 0.06, 0.1), (0.08, 0.32, 0.95)  # red and blue, bright enough for dark photographs
 _UNSIGNED = "autumn_r"  # from yellow to red
-_MOST = 0.85  # of the colour where a map is strongest: the photograph is seen even there
+_MOST = 0.8  # of the colour where a map is strongest: the photograph is seen even there
 _SIDE = 2.3  # inches of a square photograph
+_BLUR = (
+    1 / 64
+)  # of the longer side: what a contour averages over, so that lines do not run around single pixels
 
 
-def overlay(image: Picture, saliency: Picture, how: str = "heat", share: float = SHARE) -> np.ndarray:
+def overlay(
+    image: Picture,
+    saliency: Picture,
+    how: str = "heat",
+    share: float = SHARE,
+    blur: float | None = None,
+) -> np.ndarray:
     """A map over its image, as (H, W, 3) uint8; where the map is 0 or not finite, the image is untouched.
 
     image : (3, H, W) pixels in [0, 1]. saliency : (H, W) raw map, signed or not, shown as :func:`signed`.
     how : "heat" colours by strength: a map with negative values red (for the class) and blue (against it), another from
-        yellow to red; "contour" colours the edge of what :func:`strongest` gives.
-    share : of the relevance that the contour encloses, in (0, 1].
+        yellow to red; "contour" colours the edge of what :func:`strongest` gives of the map after a Gaussian filter.
+    share : of the relevance that the contour encloses, in (0, 1]. blur : standard deviation of that filter in pixels, >= 0,
+        without which lines would run around single pixels of a fine map; None = 1/64 of the longer side.
 
     Raises BadValue for another ``how``, a share out of range, and a map of another size than the image.
     """
@@ -39,7 +49,7 @@ def overlay(image: Picture, saliency: Picture, how: str = "heat", share: float =
     colours, alpha = _colours(values), _alpha(values)
     if how == "contour":
         alpha = np.zeros_like(values)
-        for part in _parts(saliency, share):
+        for part in _parts(saliency, share, blur):
             alpha[part & ~_inner(part)] = 1
         colours = _colours(np.sign(values))
     mixed = picture + alpha[..., None] * (255 * colours - picture)
@@ -142,9 +152,10 @@ def _key(figure: Figure, values: np.ndarray, how: str, share: float) -> None:
         figure.text(0.5, 0.36 / up, "The map is zero everywhere: nothing is marked.", **words)
         return
     if how == "contour":
-        said = f"Lines enclose the strongest pixels, which hold\n{share:.0%} of the relevance"
-        said += " (red: for the class, blue: against it)." if against else "."
-        figure.text(0.5, 0.36 / up, said, **words)
+        blurred = max(1, round(_BLUR * max(values.shape)))
+        said = f"Lines enclose the strongest places (map averaged over {blurred} px): {share:.0%} of the relevance"
+        said += "; red: for the class, blue: against it." if against else "."
+        figure.text(0.5, 0.36 / up, textwrap.fill(said, int(15 * across)), **words)
         return
     ends = ("against the class", "for the class") if against else ("none", "strongest")
     ramp = np.linspace(-1 if against else 0, 1, 256)[None]
@@ -180,13 +191,17 @@ def _colours(values: np.ndarray) -> np.ndarray:
 
 def _alpha(values: np.ndarray) -> np.ndarray:
     """How much of the colour is laid over the image, (H, W) in [0, 1]; 0 where the map is."""
-    return _MOST * np.abs(values) ** 0.75
+    return _MOST * np.abs(values)
 
 
-def _parts(saliency: Picture, share: float) -> tuple[np.ndarray, np.ndarray]:
+def _parts(saliency: Picture, share: float, blur: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What the contour encloses: where it is for the class, and where against it; bool (H, W) each."""
-    inside, raw = strongest(saliency, share), np.asarray(saliency)
-    return inside & (raw > 0), inside & (raw < 0)
+    from scipy.ndimage import gaussian_filter
+
+    raw = np.nan_to_num(np.asarray(saliency, dtype=np.float64), nan=0, posinf=0, neginf=0)
+    smooth = gaussian_filter(raw, _BLUR * max(raw.shape) if blur is None else blur) if raw.any() else raw
+    inside = strongest(smooth, share)
+    return inside & (smooth > 0), inside & (smooth < 0)
 
 
 def _inner(mask: np.ndarray) -> np.ndarray:

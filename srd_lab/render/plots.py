@@ -13,7 +13,7 @@ from srd_lab.render.style import COLOURS, GREY, MARKERS, SLANTED, blank, key, sh
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 _UPRIGHT = 11  # letters of a line that stand below one box
 _NAME = 32  # letters of a name below an axis
@@ -35,7 +35,7 @@ def box_plots(
     """
     metrics = list(next(iter(scores.values())))
     with style():
-        figure = blank((max(5.2, 1.4 + 1.4 * len(scores)), 3.6))
+        figure = blank((max(5.2, 1.4 + 1.4 * len(scores)), 3.6 if _fit_upright(list(scores)) else 4.6))
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
             shift = 0.19 if control else 0.0
@@ -66,7 +66,7 @@ def _boxes(axes: Axes, groups: Sequence[np.ndarray], shift: float, *, pale: bool
         )  # fmt: skip
 
 
-def _box_key(figure: Figure, with_control: bool) -> None:
+def _box_key(figure: Figure | SubFigure, with_control: bool) -> None:
     from matplotlib.patches import Patch
 
     caption = "Point: one image or pair; box: the middle half; line in it: median; whiskers: farthest within 1.5 boxes."
@@ -77,11 +77,14 @@ def _box_key(figure: Figure, with_control: bool) -> None:
         key(figure, caption)
 
 
+def _fit_upright(methods: Sequence[str]) -> bool:
+    return max(len(part) for name in methods for part in name.split("_")) < _UPRIGHT
+
+
 def _method_ticks(axes: Axes, methods: Sequence[str]) -> None:
     """Names below the axis: upright in lines that end at underscores, or slanted where these are too long for that."""
-    broken = [name.replace("_", "_\n") for name in methods]
-    if max(len(line) for name in broken for line in name.split("\n")) <= _UPRIGHT:
-        axes.set_xticks(range(len(methods)), broken)
+    if _fit_upright(methods):
+        axes.set_xticks(range(len(methods)), [name.replace("_", "_\n") for name in methods])
     else:
         axes.set_xticks(range(len(methods)), [shortened(name, _NAME) for name in methods], **SLANTED)
     axes.set_xlim(-0.6, len(methods) - 0.4)

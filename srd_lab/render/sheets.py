@@ -106,8 +106,9 @@ def _sheet(columns: Sequence[_Column], labels: Sequence[str], title: str, outlin
     right = max(0.15, *(0.052 * len(n) - (len(names) - j - 0.35) * cell + 0.2 for j, n in enumerate(names)))
     width = max(3.4, left + cell * len(columns) + right)
     heads = textwrap.wrap(title, int(12.5 * width))
-    slanted = 0.22 + 0.042 * max(map(len, names))
-    top, below = 0.1 + 0.19 * len(heads) + slanted, _captions(width, outlined)
+    upright = 0.068 * max(map(len, names)) < cell - 0.1
+    top = 0.14 + 0.19 * len(heads) + (0.2 if upright else 0.22 + 0.042 * max(map(len, names)))
+    below = _captions(width, outlined)
     bottom = 0.5 + 0.14 * len(below)
     lines = [0.125 * len(text.splitlines()) for text in texts]
     steps = np.maximum(cell, lines)  # a row is as high as its label
@@ -125,8 +126,9 @@ def _sheet(columns: Sequence[_Column], labels: Sequence[str], title: str, outlin
                 if i < len(column.cells) and (shown := column.cells[i]) is not None:
                     _show(figure, shown, left + j * cell, up, cell - 0.04)
         for j, name in enumerate(names):
-            x = left + (j + 0.35) * cell
-            _write(figure, x, size[1] - top + 0.06, name, rotation=35, ha="left", va="bottom")
+            x = left + (j + (0.5 if upright else 0.35)) * cell
+            how = {"ha": "center"} if upright else {"ha": "left", "rotation": 35}
+            _write(figure, x, size[1] - top + 0.06, name, va="bottom", **how)
         for k, line in enumerate(heads):
             _write(figure, 0.1, size[1] - 0.1 - 0.19 * k, line, fontsize=9, va="top")
         _scale(figure, below)
