@@ -73,7 +73,9 @@ def binarisation_curve(
     ends : (L,) of the 95 % Wilson intervals of the accuracies; () = none are drawn.
     """
     with style():
-        figure = blank((min(9.0, max(4.6, 1.5 + 0.28 * len(names))), 3.6))
+        shown = [shortened(name, _NAME) for name in names] if len(names) <= _NAMED else []
+        slanted = 0.04 * max(map(len, shown), default=0)  # inches that the names take below the axis
+        figure = blank((min(9.0, max(4.6, 1.5 + 0.28 * len(names))), 3.2 + slanted))
         axes = figure.subplots()
         calls = range(1, len(names) + 1)
         (line,) = axes.plot(calls, accuracy, color=COLOURS[0], label="this call binarised")
@@ -81,8 +83,8 @@ def binarisation_curve(
         if len(ends):
             low, high = np.transpose(ends)
             axes.vlines(calls, low, high, color=COLOURS[0], alpha=0.45, linewidth=2)
-        if len(names) <= _NAMED:
-            axes.set_xticks(calls, [shortened(name, _NAME) for name in names], fontsize=7, **SLANTED)
+        if shown:
+            axes.set_xticks(calls, shown, fontsize=7, **SLANTED)
         axes.set_xlabel("activation call, in order")
         axes.set_xlim(0.4, len(names) + 0.6)
         _accuracy_axis(axes, original, chance)

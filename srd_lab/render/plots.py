@@ -148,7 +148,7 @@ def manipulation_figure(
     """
     methods = list(shown)
     with style():
-        figure = blank((1.5 + 1.25 * len(methods), 7.4))
+        figure = blank((max(4.6, 1.5 + 1.25 * len(methods)), 7.8))
         parts: Any = figure.subfigures(2, 1, height_ratios=(1.25, 1))
         above, below = parts
         bare: dict[str, Any] = {"xticks": [], "yticks": []}
@@ -199,15 +199,14 @@ def rank_chart(ranks: Mapping[str, Mapping[str, float]], title: str = "") -> Fig
     order = np.argsort(mean, kind="stable")
     with style():
         names = [shortened(methods[i], _NAME) for i in order]
-        figure = blank(
-            (1.2 + 0.06 * max(map(len, names)) + 0.5 * (len(ranks) + 1), 1.9 + 0.24 * len(methods))
-        )
+        width = max(4.2, 1.2 + 0.06 * max(map(len, names)) + 0.5 * (len(ranks) + 1))
+        figure = blank((width, 2.2 + 0.24 * len(methods)))
         axes = figure.subplots()
         shown = np.column_stack([mean[order], grid[order]])
         axes.imshow(shown, cmap="YlGnBu_r", vmin=1, vmax=len(methods), aspect="auto")
         for (i, j), rank in np.ndenumerate(shown):
             if np.isfinite(rank):
-                colour = "white" if rank < 0.45 * len(methods) else "black"
+                colour = "white" if rank - 1 <= 0.45 * (len(methods) - 1) else "black"
                 text = f"{rank:.1f}" if j == 0 else f"{rank:g}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
         axes.axvline(0.5, color="white", linewidth=3)

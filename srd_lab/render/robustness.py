@@ -31,7 +31,8 @@ def member_heat(
     grid = np.array([[own.get(name, np.nan) for name in attacks] for own in reached.values()])
     with style():
         names = [shortened(name, _NAME) for name in reached]
-        figure = blank((2.2 + 0.06 * max(map(len, names)) + 0.55 * len(attacks), 1.8 + 0.28 * len(reached)))
+        width = max(4.2, 1.4 + 0.06 * max(map(len, names)) + 0.55 * len(attacks))
+        figure = blank((width, 1.8 + 0.28 * len(reached)))
         axes = figure.subplots()
         axes.imshow(grid, cmap="YlGnBu_r", vmin=-0.5, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
