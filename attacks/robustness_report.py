@@ -16,7 +16,7 @@ from attacks.statistics import Difference, against, area, breaking_budget, expla
 from attacks.subject import Subject
 from attacks.thresholds import TAU
 from srd_lab import render
-from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.metrics.summary import few_note, summarise, unsettled_note
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
@@ -229,7 +229,12 @@ class Report:
         title = (
             f"Against {differences[0].reference} on the same images (paired bootstrap, Holm's correction):"
         )
-        return [title, Table(["method", "score", "difference", "p", "verdict"], rows)]
+        counts = [
+            d.n for d in differences if d.score == differences[0].score
+        ]  # each score has a correction of its own
+        note = unsettled_note(counts, by="The exact test of signed ranks")
+        said = f"{note} The bootstrap's p is too small for so few." if note else ""
+        return [title, Table(["method", "score", "difference", "p", "verdict"], rows), said]
 
 
 def _is_ranked(subject: Subject) -> bool:

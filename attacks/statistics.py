@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from attacks.thresholds import TAU
-from srd_lab.metrics.summary import holm
+from srd_lab.metrics.summary import LEVEL, holm
 
-LEVEL = 0.05
 RESAMPLES = 10_000
 
 

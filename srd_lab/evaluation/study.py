@@ -18,7 +18,7 @@ from srd_lab.evaluation.experiment import Experiment, refusals
 from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
-from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.metrics.summary import few_note, summarise, unsettled_note
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import data_and_network, labelled, preprocessing_for, weights_sums
@@ -197,6 +197,7 @@ class Evaluation:
         parts.append(LEGEND.format(compared=held))
         parts += ["Cost:", Table(*_cost_table(table, tuple(self.experiment.methods)))]
         parts += self._notes(table, scores)
+        parts += filter(None, [unsettled_note([c.n for c in against], [c.p_corrected for c in against])])
         return Document(f"{self.title}{accuracy}. Mean [95 % interval]", parts)
 
     def _notes(self, table: Arrays, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:
