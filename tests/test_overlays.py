@@ -212,7 +212,7 @@ def test_a_mask_is_outlined_on_the_image_where_it_is_and_nowhere_else() -> None:
 def test_names_of_files_are_whole_or_shortened_in_the_middle(name: str) -> None:
     row = render.SheetRow(f"{name}\nring", IMAGE, {"SRD": spot()})
     shown = render.method_sheet([row]).texts[0].get_text().replace("\n", "")
-    if len(name) <= 36:
+    if len(name) <= 54:
         assert shown == f"{name}ring"
     else:
         assert shown.startswith("xxxxx")

@@ -78,13 +78,17 @@ def _box_key(figure: Figure | SubFigure, with_control: bool) -> None:
 
 
 def _fit_upright(methods: Sequence[str]) -> bool:
-    return max(len(part) for name in methods for part in name.split("_")) < _UPRIGHT
+    return max(len(line) for name in methods for line in _broken(name).split("\n")) <= _UPRIGHT
+
+
+def _broken(method: str) -> str:
+    return method.replace("_", "_\n")
 
 
 def _method_ticks(axes: Axes, methods: Sequence[str]) -> None:
     """Names below the axis: upright in lines that end at underscores, or slanted where these are too long for that."""
     if _fit_upright(methods):
-        axes.set_xticks(range(len(methods)), [name.replace("_", "_\n") for name in methods])
+        axes.set_xticks(range(len(methods)), [_broken(name) for name in methods])
     else:
         axes.set_xticks(range(len(methods)), [shortened(name, _NAME) for name in methods], **SLANTED)
     axes.set_xlim(-0.6, len(methods) - 0.4)

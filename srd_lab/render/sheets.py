@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,10 @@ def _captions(width: float, outlined: str) -> list[str]:
 
 
 def _fitted(line: str) -> str:
-    return "\n".join(textwrap.wrap(shortened(line, _LABEL * (_LINES - 1)), _LABEL)[:_LINES])
+    short = shortened(" ".join(line.split()), _LABEL * _LINES)
+    wrapped = textwrap.wrap(short, _LABEL)
+    # broken at spaces it may take a line more: then it is broken anywhere
+    return "\n".join(wrapped if len(wrapped) <= _LINES else re.findall(f".{{1,{_LABEL}}}", short))
 
 
 def _write(figure: Figure, x: float, y: float, text: str, **how: Any) -> None:
