@@ -122,7 +122,10 @@ def certificate(names: list[str]) -> Figure:
     return render.certificate_plot(some, some, 3 * 224 * 224, title=TITLE)
 
 
-def figures() -> Iterator[tuple[str, Callable[[], Figure]]]:
+Case = tuple[str, Callable[[], Figure]]
+
+
+def of_pictures() -> Iterator[Case]:
     """Name of a case, and what draws it."""
     shapes = {"square": (24, 24), "wide": (10, 30), "tall": (30, 10)}
     for shape, (height, width) in shapes.items():
@@ -155,6 +158,10 @@ def figures() -> Iterator[tuple[str, Callable[[], Figure]]]:
         lambda: render.map_sheet({LONG: sheet_rows(2, NAMES), "vgg16": sheet_rows(1, ["SRD"])}, TITLE),
     )
     yield "map_sheet-1", lambda: render.map_sheet({"vgg16": sheet_rows(1, ["SRD"])})
+
+
+def of_scores() -> Iterator[Case]:
+    """Name of a case, and what draws it."""
     for names in (["srd"], NAMES, METHODS[:12]):
         n = len(names)
         yield f"box_plots-{n}", lambda m=names: render.box_plots(scores(m, 1.8), scores(m), TITLE)
@@ -185,6 +192,10 @@ def figures() -> Iterator[tuple[str, Callable[[], Figure]]]:
         )
     for methods, metrics in ((["srd"], 1), (METHODS, 15)):
         yield f"rank_chart-{metrics}", lambda m=methods, k=metrics: render.rank_chart(ranks(m, k), TITLE)
+
+
+def of_accuracies() -> Iterator[Case]:
+    """Name of a case, and what draws it."""
     for inputs in (["zeros"], ["zeros", "ones", "normal"]):
         yield f"apop_bars-{len(inputs)}", lambda i=inputs: render.apop_bars(accuracies(i), 0.962, 0.1, TITLE)
     for count in (1, 15, 24, 94):
@@ -199,7 +210,7 @@ def figures() -> Iterator[tuple[str, Callable[[], Figure]]]:
         yield f"binarisation_panels-{count}", lambda p=panels: render.binarisation_panels(p, 0.001, TITLE)
 
 
-CASES = dict(figures())
+CASES = dict((*of_pictures(), *of_scores(), *of_accuracies()))
 
 
 @pytest.mark.parametrize("case", CASES)
