@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from PIL import Image
 
 from srd_lab import render
 from srd_lab.errors import BadValue
@@ -266,3 +269,19 @@ def test_text_stays_text_in_vector_formats() -> None:
     )
     with pytest.raises(BadValue, match="figures cannot be stored as 'gif'; choose of png, pdf, svg"):
         render.figure_bytes(figure, "gif")
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_names_in_letters_that_no_font_has_and_signs_of_formulas_are_drawn_as_they_are(kind: str) -> None:
+    name = "$5_x^2$ <\u00fc> & \u65e5\u672c.png"
+    row = render.SheetRow(name, IMAGE, {"SRD $x$": spot()})
+    for figure in (render.method_sheet([row], name), render.explanation(IMAGE, spot(), name, name)):
+        drawn = render.figure_bytes(figure, kind)
+        assert kind != "svg" or "&lt;\u00fc&gt; &amp; \u65e5" in drawn.decode()
+
+
+def test_a_white_photograph_has_a_frame() -> None:
+    figure = render.explanation(np.ones((3, 8, 8)), np.zeros((8, 8)), "SRD")
+    with Image.open(io.BytesIO(render.figure_bytes(figure))) as drawn:
+        row = np.asarray(drawn.convert("L"))[drawn.height // 2]
+    assert (row < 230).sum() >= 4, "two photographs, two sides each"

@@ -153,7 +153,9 @@ def _key(figure: Figure, values: np.ndarray, how: str, share: float) -> None:
         return
     if how == "contour":
         blurred = max(1, round(_BLUR * max(values.shape)))
-        said = f"Lines enclose the strongest places (map averaged over {blurred} px): {share:.0%} of the relevance"
+        said = (
+            f"Lines enclose the strongest places (map smoothed by {blurred} px): {share:.0%} of the relevance"
+        )
         said += "; red: for the class, blue: against it." if against else "."
         figure.text(0.5, 0.36 / up, textwrap.fill(said, int(15 * across)), **words)
         return

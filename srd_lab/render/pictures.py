@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Picture: TypeAlias = np.ndarray | Tensor  # anything on the CPU that np.asarray takes
 
 _COLOUR_MAP = "inferno"
+_FRAME = "#bbbbbb"
 _SCORED = 4  # the column of a picture grid under which the scores stand: the map of the adversarial image
 
 
@@ -107,10 +108,10 @@ def picture_grid(rows: Sequence[PictureRow]) -> Figure:
 
 
 def axes_at(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
-    """Axes without ticks or frame; inches from the lower left corner."""
+    """Axes without ticks, in a thin frame that shows where a white picture ends; inches from the lower left corner."""
     across, up = figure.get_size_inches()
     axes = figure.add_axes((x / across, y / up, width / across, height / up), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
+    axes.spines[:].set(visible=True, color=_FRAME, linewidth=0.4)
     return axes
 
 
