@@ -12,8 +12,10 @@ import pytest
 from small_networks import command, tiny_study
 
 from attacks import robustness_experiment
+from attacks.robustness_report import Report
 from attacks.robustness_study import few_of
 from attacks.scores import SCORES
+from attacks.settings import RobustnessSettings
 from attacks.statistics import (
     against,
     area,
@@ -189,3 +191,17 @@ def test_the_breaking_budget_by_hand() -> None:
     assert breaking_budget({1.0: np.array([tau])}) == np.inf
     between = {1.0: np.array([(TAU["pcc"] + TAU["ssim"]) / 2])}
     assert breaking_budget(between, "pcc") != breaking_budget(between, "ssim")
+
+
+@pytest.mark.parametrize(("images", "said"), [(4, True), (20, False)])
+def test_too_few_images_are_said_beside_the_bootstraps_p_which_does_not_know_them(
+    images: int, said: bool
+) -> None:
+    """Four differences of one sign have a bootstrap p of 2e-4; the exact test of their signs cannot fall below 1/8."""
+    scores = np.linspace(0.1, 0.9, images)
+    differences = against({"srd": scores, "other": scores / 2, "third": scores / 3}, "pcc", 0)
+    assert all(d.p < 0.001 for d in differences)
+    *_, note = Report(RobustnessSettings(), "some", [])._compared(differences)
+    assert isinstance(note, str)
+    assert ("cannot settle any of 2 comparisons with 4 images" in note) == said
+    assert ("The bootstrap's p is too small for so few" in note) == said
