@@ -119,15 +119,16 @@ class Survey:
         title = f"{name} on {self.about}"
         original, chance = hits.interval("top1/original").accuracy, 1 / len(self.dataset.classes)
         bars = {
-            (kind, setting): hits.interval(f"top1/{kind}/{setting}").accuracy
+            (kind, setting): _with_ends(hits.interval(f"top1/{kind}/{setting}"))
             for kind in self.experiment.inputs
             for setting in SETTINGS
         }
         if bars:
             child.save_figure("apop.png", render.apop_bars(bars, original, chance, title))
         if hits.layers:
-            curve = [interval.accuracy for interval in hits.curve()]
-            figure = render.binarisation_curve(hits.layers, curve, original, chance, title)
+            curve = hits.curve()
+            accuracies, ends = [each.accuracy for each in curve], [(each.low, each.high) for each in curve]
+            figure = render.binarisation_curve(hits.layers, accuracies, original, chance, title, ends)
             child.save_figure("binarisation.png", figure)
 
     def report(self, run: Run, results: dict[str, Hits]) -> None:
@@ -169,6 +170,10 @@ def table_3(results: dict[str, Hits], experiment: Experiment) -> tuple[list[str]
 
 def _cell(interval: Interval) -> str:
     return f"{interval.accuracy:.3f} ±{interval.half_width:.3f}"
+
+
+def _with_ends(interval: Interval) -> tuple[float, float, float]:
+    return interval.accuracy, interval.low, interval.high
 
 
 def _scores(hits: Hits) -> dict[str, np.ndarray]:

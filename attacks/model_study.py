@@ -238,7 +238,7 @@ class ModelStudy:
                 columns[f"{name}, {when}"] = shown_maps(make_explainer(name), net, some)[:, 0].cpu()
         rows = [
             render.SheetRow(
-                held.classes[int(some.classes[0][i])],
+                held.classes[int(some.classes[0][i])].split(",")[0],
                 some.images[i].cpu(),
                 {name: maps[i] for name, maps in columns.items()},
             )

@@ -16,7 +16,7 @@ from attacks.statistics import Difference, against, area, breaking_budget, expla
 from attacks.subject import Subject
 from attacks.thresholds import TAU
 from srd_lab import render
-from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.metrics.summary import few_note, summarise, unsettled_note
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
@@ -230,7 +230,11 @@ class Report:
         title = (
             f"Against {differences[0].reference} on the same images (paired bootstrap, Holm's correction):"
         )
-        return [title, Table(["method", "score", "difference", "p", "verdict"], rows)]
+        one = [
+            d for d in differences if d.score == differences[0].score
+        ]  # each score has a correction of its own
+        note = unsettled_note([d.n for d in one], [d.p_corrected for d in differences])
+        return [title, Table(["method", "score", "difference", "p", "verdict"], rows), note]
 
 
 def _is_ranked(subject: Subject) -> bool:

@@ -39,6 +39,7 @@ from srd_lab.errors import BadValue
 from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.parts import live
+from srd_lab.render.files import FORMATS
 from srd_lab.runs.active import log_to_active
 from srd_lab.runs.document import Document, Table
 from srd_lab.runs.outcome import REPORT, Outcome, publish
@@ -77,8 +78,8 @@ class Result:
         return pandas.DataFrame(rows).apply(_numbers)
 
     def plot(self) -> list[Path]:
-        """The figures, as PNG files in :attr:`folder`."""
-        return sorted(self.folder.rglob("*.png"))
+        """The figures in :attr:`folder`: PNG files, and those of the ``figure_formats`` that were asked for."""
+        return sorted(file for file in self.folder.rglob("*") if file.suffix[1:] in FORMATS)
 
     def save(self, folder: str | Path) -> Path:
         """Copy everything into a new folder, which is returned. Raises BadValue where it exists already."""
@@ -245,6 +246,7 @@ def _result(command: str, study: Any) -> Result:
         _silent(),
         open_run(command, command, stored, track=False, out=folder) as run,
     ):
+        run.store_figures_as(study.settings.figure_formats)
         study.run(run)
     return _passing(Result((folder / "summary.txt").read_text(encoding="utf-8").rstrip(), folder), home)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr, wilcoxon
 from torch import Tensor, nn
@@ -163,6 +164,11 @@ def test_it_says_what_was_done(evaluated: tuple[str, Path]) -> None:
     assert "Fidelity sets pixels to the baseline black." in text
     assert "than srd" in text
     assert "Holm's correction for 15 tests" in text
+    said = (
+        "cannot settle any of 15 comparisons with 7 images: the smallest corrected p that is possible is 0.23"
+    )
+    assert text.count(said) == 1
+    assert "with 10 images or more" in text
     for name in ("ranks.png", "pictures.png"):
         assert (out / name).read_bytes()[1:4] == b"PNG"
     found = table(out / "comparisons.csv")
@@ -262,7 +268,7 @@ def test_pictures_keep_their_labels_when_memory_runs_out(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Experiment, "run", tight)
     sheet = render.method_sheet
-    monkeypatch.setattr(render, "method_sheet", lambda rows, title: drawn.append(rows) or sheet(rows, title))
+    monkeypatch.setattr(render, "method_sheet", lambda rows, *said: drawn.append(rows) or sheet(rows, *said))
     succeed(
         *("evaluate", "--no-track", "--model", "resnet18", "--images", "16", "--batch-size", "16"),
         *("--methods", "sobel", "--metrics", "sparseness"),
@@ -271,6 +277,29 @@ def test_pictures_keep_their_labels_when_memory_runs_out(monkeypatch: pytest.Mon
     assert len(rows) == PICTURES
     labels = {(s := data[i]).image.numpy().tobytes(): data.classes[s.label] for i in range(len(data))}
     assert [row.label for row in rows] == [labels[np.asarray(row.image).tobytes()] for row in rows]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_sheet_outlines_the_masks(older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that an older version stored have none."""
+    drawn: list[Any] = []
+    whole = Experiment.run
+
+    def without(self: Experiment, *given: Any) -> Any:
+        return {name: values for name, values in whole(self, *given).items() if name != "mask" or not older}
+
+    monkeypatch.setattr(Experiment, "run", without)
+    sheet = render.method_sheet
+    monkeypatch.setattr(render, "method_sheet", lambda *given: drawn.append(given) or sheet(*given))
+    options = ("--model", "resnet18", "--methods", "sobel", "--metrics", "sparseness", "--images", "3")
+    succeed("evaluate", "--no-track", *options, "--device", "cpu")
+    data, ((rows, _, outlined),) = load_data("scenes"), drawn
+    assert outlined == ("" if older else "the object's outlines")
+    masks = {(s := data[i]).image.numpy().tobytes(): s.mask for i in range(len(data))}
+    for row in rows:
+        mask = masks[np.asarray(row.image).tobytes()]
+        assert mask is not None
+        assert row.outline is None if older else (np.asarray(row.outline) == mask.numpy()).all()
 
 
 @pytest.mark.usefixtures("unseen")
@@ -421,7 +450,7 @@ def test_explain_writes_the_maps_of_the_methods(pictures: list[Path], tmp_path: 
         stored = np.load(out / "photo" / f"{method}.npy")
         np.testing.assert_allclose(stored, EXPLAINERS[method].explain(model, x)[0].numpy(), atol=1e-6)
         with Image.open(out / "photo-2" / f"{method}.png") as overlay:
-            assert overlay.size == (64, 64)
+            assert overlay.width > overlay.height > 400, "photograph and overlay, side by side"
     assert (out / "contact_sheet.png").read_bytes()[1:4] == b"PNG"
     top = torch.softmax(model(x).double(), 1)[0].topk(5)
     classes = load_data("scenes").classes
@@ -432,6 +461,61 @@ def test_explain_writes_the_maps_of_the_methods(pictures: list[Path], tmp_path: 
         [classes[int(i)], f"{float(p):.3f}", str(int(i))]
         for p, i in zip(top.values, top.indices, strict=True)
     ]
+
+
+def test_explain_says_in_every_figure_what_it_shows(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    sheets: list[Any] = []
+    one, sheet = render.explanation, render.method_sheet
+    monkeypatch.setattr(render, "explanation", lambda *given: figures.append(one(*given)) or figures[-1])
+    monkeypatch.setattr(render, "method_sheet", lambda *given: sheets.append(sheet(*given)) or sheets[-1])
+    options = ("--target", "ring", "--methods", "srd,gradcam", "--overlay", "contour", "--share", "0.2")
+    text = succeed("explain", str(pictures[0]), *options, "--out", str(tmp_path / "out"), "--device", "cpu")
+    said = re.search(r"ring, probability 0\.\d{3}", text)
+    assert said is not None
+    for figure, method in zip(figures, ("SRD, input", "Grad-CAM"), strict=True):
+        words = " ".join(part.get_text() for part in figure.texts).replace("\n", " ")
+        assert f"{method} {said[0]}" in words
+        assert "20% of the relevance" in words
+    words = " ".join(part.get_text() for part in sheets[0].texts).replace("\n", " ")
+    for part in (
+        "photo.png ring probability 0.",
+        "SRD, input",
+        "Grad-CAM",
+        "vgg16: 1 picture",
+        "for the class",
+    ):
+        assert part in words
+    assert "1 pictures" not in words
+
+
+def test_explain_splits_the_sheet_of_many_pictures(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "explanation", lambda *given: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(
+        render, "method_sheet", lambda rows, title: titles.append(title) or Figure(figsize=(1, 1))
+    )
+    titles: list[str] = []
+    files = []
+    for k in range(31):
+        files.append(tmp_path / f"{k}.png")
+        files[-1].write_bytes(pictures[0].read_bytes())
+    out = tmp_path / "out"
+    options = ("--methods", "sobel", "--out", str(out), "--device", "cpu", "--figure-format", "svg")
+    out.mkdir()
+    (out / "contact_sheet-2.svg").write_text("mine")
+    refused = call("explain", *map(str, files), *options)
+    assert f"{out / 'contact_sheet-2.svg'} would be overwritten" in refused.output
+    assert "explained for" not in refused.output
+    (out / "contact_sheet-2.svg").unlink()
+    text = succeed("explain", *map(str, files), *options)
+    sheets = [f"contact_sheet{page}.{kind}" for page in ("", "-2") for kind in ("png", "svg")]
+    assert f"written: {', '.join(str(out / sheet) for sheet in sheets)}, and" in text
+    assert {file.name for file in out.iterdir() if file.is_file()} == set(sheets)
+    assert titles == [f"vgg16: 31 pictures, sheet {k} of 2" for k in (1, 2)]
 
 
 def test_explain_computes_in_full_precision(
@@ -469,7 +553,7 @@ def test_several_targets_give_a_map_per_class_side_by_side(
 ) -> None:
     drawn: list[Any] = []
     sheet = render.method_sheet
-    monkeypatch.setattr(render, "method_sheet", lambda rows, title: drawn.append(rows) or sheet(rows, title))
+    monkeypatch.setattr(render, "method_sheet", lambda rows, *said: drawn.append(rows) or sheet(rows, *said))
     methods = ("--methods", "srd,gradcam")
     ring = str(load_data("scenes").classes.index("ring"))
     twice = ("--target", "ring", "--target", "star", "--target", ring)  # one class by name and by number
@@ -481,7 +565,7 @@ def test_several_targets_give_a_map_per_class_side_by_side(
         "Grad-CAM: ring",
         "Grad-CAM: star",
     ]
-    assert drawn[0][0].label == "photo"
+    assert drawn[0][0].label == "photo.png"
     for name in ("ring", "star"):
         alone = explained(pictures[0], tmp_path / name, *methods, "--target", name)
         assert sorted(alone) == ["gradcam", "srd"]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import wilcoxon
 from torch import Tensor
 
 from srd_lab.errors import BadInput
 from srd_lab.metrics import summary
 from srd_lab.metrics.complexity import Roughness, Sparseness
-from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.metrics.summary import few_note, holm, images_needed, smallest_p, summarise, unsettled_note
 
 Metric = Sparseness | Roughness
 BOTH = pytest.mark.parametrize("metric", [Sparseness(), Roughness()], ids=["sparseness", "roughness"])
@@ -218,3 +219,30 @@ def test_one_score_has_no_interval() -> None:
     assert str(summarise(np.array([0.25, 0.25]))) == "0.250 [0.250, 0.250]"
     assert few_note(10, "pairs") == ""
     assert few_note(9, "pairs").startswith("fewer than 10 pairs: the intervals are too narrow")
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 9, 14])
+def test_the_smallest_p_is_that_of_the_signed_rank_test_where_all_differences_have_one_sign(n: int) -> None:
+    assert smallest_p(n) == wilcoxon(np.arange(1, n + 1), method="exact").pvalue
+
+
+@pytest.mark.parametrize("tests", [1, 2, 13, 26, 26 * 15])
+def test_with_one_image_fewer_than_needed_no_corrected_p_is_below_the_level(tests: int) -> None:
+    n = images_needed(tests)
+    for images, reached in ((n, True), (n - 1, False)):
+        p = wilcoxon(np.arange(1, images + 1), method="exact").pvalue
+        assert bool((holm(np.full(tests, p)) < 0.05).any()) == reached
+        assert bool(unsettled_note([images] * tests)) != reached
+
+
+def test_the_note_says_how_many_images_are_needed_and_is_silent_where_something_is_settled() -> None:
+    assert unsettled_note([4] * 2) == (
+        "The test cannot settle any of 2 comparisons with 4 images: the smallest corrected p that is possible is 0.25; "
+        "below 0.05 it can be with 7 images or more."
+    )
+    assert unsettled_note([]) == unsettled_note([0, 0]) == unsettled_note([6]) == ""
+    assert "any of 1 comparison with 1 image: " in unsettled_note([1, 0])
+    assert "any of 2 comparisons with 6 images" in unsettled_note([6, 6, 5], [np.nan, 0.06, np.nan]), (
+        "no p of 5"
+    )
+    assert unsettled_note([6] * 2, [0.03, 1.0]) == "", "ties, which the normal approximation takes"

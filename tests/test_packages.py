@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "srd_lab.metrics": set(),
     "srd_lab.registry": {"srd_lab.engine", "srd_lab.methods", "srd_lab.metrics"},
     "srd_lab.adapters": {"srd_lab.registry"},
-    "srd_lab.runs": {"srd_lab.data", "srd_lab.models"},
+    "srd_lab.runs": {"srd_lab.data", "srd_lab.models", "srd_lab.render"},
     "attacks": EXPERIMENTS,
     "apop": EXPERIMENTS,
     "srd_lab.evaluation": EXPERIMENTS,

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from small_networks import command, tiny_study
 
 from attacks import robustness_experiment
+from attacks.robustness_report import Report
 from attacks.robustness_study import few_of
 from attacks.scores import SCORES
+from attacks.settings import RobustnessSettings
 from attacks.statistics import (
     against,
     area,
@@ -214,3 +217,18 @@ def test_the_breaking_budget_by_hand() -> None:
     assert breaking_budget({1.0: np.array([tau])}) == np.inf
     between = {1.0: np.array([(TAU["pcc"] + TAU["ssim"]) / 2])}
     assert breaking_budget(between, "pcc") != breaking_budget(between, "ssim")
+
+
+@pytest.mark.parametrize(("images", "settled"), [(4, False), (20, True)])
+def test_few_images_settle_nothing_however_sure_the_bootstrap_is(images: int, settled: bool) -> None:
+    """Four differences of one sign have a bootstrap p of 2e-4; the exact test of their signs cannot fall below 1/8."""
+    scores = np.linspace(0.1, 0.9, images)
+    worst = {"srd": scores, "other": scores / 2, "third": scores / 3}
+    differences = against(worst, "pcc", 0)
+    assert paired_bootstrap(scores / 2, 0)[2] < 0.001
+    exact = scipy.stats.wilcoxon(worst["other"] - scores, method="exact").pvalue
+    assert all(d.p == pytest.approx(max(exact, 2 / 10_001), rel=1e-6) for d in differences)
+    assert [d.verdict for d in differences] == 2 * ["less robust" if settled else "open"]
+    *_, note = Report(RobustnessSettings(), "some", [])._compared(differences)
+    assert isinstance(note, str)
+    assert ("cannot settle any of 2 comparisons with 4 images" in note) != settled

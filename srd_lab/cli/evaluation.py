@@ -13,10 +13,12 @@ from srd_lab.cli.options import (
     DEFAULT_MODEL,
     FINE_MODEL,
     Name,
+    Positive,
     WeightsFile,
     baseline_option,
     batch_size_option,
     common_options,
+    figure_format_option,
     fine_model_option,
     images_option,
     methods_option,
@@ -107,13 +109,28 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for what is made; no file there is overwritten. [default: explanations, else explanations-2, ...]",
 )
+@click.option(
+    "--overlay",
+    type=click.Choice(["heat", "contour"]),
+    default="heat",
+    show_default=True,
+    help="The map over the picture: colour by its strength, or lines around the strongest pixels.",
+)
+@click.option(
+    "--share",
+    type=Positive(below=1),
+    default=0.5,
+    show_default=True,
+    help="contour: of the relevance that the lines enclose, above 0 and below 1.",
+)
+@figure_format_option
 @command_errors
 def explain(images: tuple[Path, ...], **settings: Any) -> None:
     """Explain IMAGES: overlays, raw maps, a contact sheet.
 
-    Prints the likeliest classes. For every picture OUT/NAME/METHOD.png shows where the map is positive (full
-    colour: what half a percent of its pixels exceed), and METHOD.npy is the raw map at its own resolution. With
-    several --target there is a METHOD-CLASS.png and .npy for each, side by side in the contact sheet.
+    Prints the likeliest classes. For every picture OUT/NAME/METHOD.png shows the map over it, red for the class and
+    blue against it (from yellow to red for a map without a sign), and METHOD.npy is the raw map at its own resolution.
+    With several --target there is a METHOD-CLASS.png and .npy for each, side by side in the contact sheet.
     """
     from srd_lab.evaluation.explaining import Explaining
 

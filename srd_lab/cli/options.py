@@ -302,7 +302,18 @@ data_options = (
     ),
 )
 
+figure_format_option = click.option(
+    "--figure-format",
+    "figure_formats",
+    multiple=True,
+    type=click.Choice(["png", "pdf", "svg"]),
+    default=["png"],
+    show_default=True,
+    help="Of the figures; repeatable. PNG, which pages show, is always among them; pdf and svg hold text as text.",
+)
+
 run_options = (
+    figure_format_option,
     click.option(
         "--config",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),

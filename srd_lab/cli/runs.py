@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from srd_lab.cli.errors import command_errors
-from srd_lab.cli.options import whole
+from srd_lab.cli.options import figure_format_option, whole
 from srd_lab.runs.report import text_table
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def _headline(run: StoredRun) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for table and figure too. [default: none]",
 )
+@figure_format_option
 @command_errors
 def compare(
     references: tuple[str, ...],
@@ -116,6 +117,7 @@ def compare(
     track: bool,
     tracking_uri: str | None,
     out: Path | None,
+    figure_formats: tuple[str, ...],
 ) -> None:
     """Hold runs against each other: paired where they are of the same images, with intervals and corrected tests.
 
@@ -137,6 +139,7 @@ def compare(
     with open_run(
         "compare", comparing.title, settings, track=track, tracking_uri=tracking_uri, out=out
     ) as run:
+        run.store_figures_as(figure_formats)
         comparing.run(run)
     click.echo(f"\n{run.where}")
 

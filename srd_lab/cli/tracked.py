@@ -110,6 +110,7 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
                 if labels := study.settings.labels:
                     run.save_bytes(f"labels{Path(labels).suffix}", Path(labels).expanduser().read_bytes())
                 run.describe(_label(study))
+                run.store_figures_as(study.settings.figure_formats)
                 with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
                     study.run(run)
                 found = _found(run) if as_json else ""

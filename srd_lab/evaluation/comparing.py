@@ -11,8 +11,8 @@ from scipy.stats import mannwhitneyu
 
 from srd_lab import render
 from srd_lab.errors import BadRun, BadValue
-from srd_lab.evaluation.tables import LEVEL, signed_rank
-from srd_lab.metrics.summary import holm, summarise
+from srd_lab.evaluation.tables import signed_rank
+from srd_lab.metrics.summary import LEVEL, holm, summarise, unsettled_note
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.environment import SURROUNDINGS
 from srd_lab.runs.outcome import Outcome, publish
@@ -146,7 +146,9 @@ class Comparing:
         header = ["score", "subject", "mean", "reference", "difference", "p", "verdict", "images"]
         blocks.append(Table(header, rows))
         blocks.append(LEGEND.format(tests=sum(np.isfinite(one.p) for one in held)))
-        if not all(one.same for one in held):
+        if all(one.same for one in held):
+            blocks.append(unsettled_note([one.n for one in held], [one.p_corrected for one in held]))
+        else:
             blocks.append(
                 "Some of the runs are of different images: their differences may be of the images and not of the methods."
             )

@@ -40,8 +40,8 @@ class Experiment:
 
         Returns arrays whose first axis is the image: scores (N,) under ``method/metric``, NaN = not scored; seconds (N,)
         under ``method/seconds`` and ``forward/seconds``; maps (N, H, W) in [-1, 1] under ``method/map``; and ``index``,
-        ``name``, ``images`` (N, 3, H, W), ``label``, ``predicted``, ``masked`` (whether there is a mask that is not
-        empty).
+        ``name``, ``images`` (N, 3, H, W), ``label``, ``predicted``, ``mask`` bool (N, H, W), ``masked`` (N,) whether it is
+        not empty.
 
         An image's scores depend on the image and its index alone, not on the batch.
         """
@@ -61,6 +61,7 @@ class Experiment:
             "images": x.cpu().numpy(),
             "label": labels.cpu().numpy(),
             "predicted": predicted.cpu().numpy(),
+            "mask": _outlines(samples),
             "masked": np.array([sample.mask is not None and bool(sample.mask.any()) for sample in samples]),
             "forward/seconds": np.full(len(x), seconds / len(x)),
         }
@@ -91,6 +92,13 @@ def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - start, result
+
+
+def _outlines(samples: Sequence[Sample]) -> np.ndarray:
+    """Masks bool (N, H, W), empty where an image has none."""
+    masks = _masks(samples, torch.device("cpu"))
+    shape = (len(samples), *samples[0].image.shape[1:])
+    return np.zeros(shape, dtype=bool) if masks is None else masks.numpy()
 
 
 def _masks(samples: Sequence[Sample], device: torch.device) -> Tensor | None:

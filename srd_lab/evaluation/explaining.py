@@ -28,13 +28,15 @@ from srd_lab.models import Classifier
 from srd_lab.overflow import refuse_overflow
 from srd_lab.parts import is_own
 from srd_lab.registry import make_explainer
+from srd_lab.render.files import check_formats
+from srd_lab.render.sheets import ROWS
 from srd_lab.runs.inputs import network_for, preprocessing_for
 from srd_lab.runs.report import text_table
 from srd_lab.runtime import full_precision, pick_device
 
 TOP = 5
 OUT = "explanations"
-SHEET = "contact_sheet.png"
+SHEET = "contact_sheet"
 LONGEST_LABEL = 60
 
 
@@ -47,10 +49,12 @@ class Explaining:
 
     def __init__(self, settings: ExplainSettings) -> None:
         self.out = settings.out or first_free(OUT, lambda folder: [folder])
-        refuse_taken([self.out / SHEET])  # before a network is loaded; the other files are known after that
+        self.formats = tuple(dict.fromkeys(("png", *settings.figure_formats)))
+        check_formats(self.formats)
+        refuse_taken(self._sheets(1))  # before a network is loaded; the other files are known after that
         full_precision()
         self.device = pick_device(settings.device)
-        name = settings.model
+        name = self.title = settings.model
         data = settings.data or ("" if is_own(name) else "scenes")
         settings = replace(settings, data=data)
         self.model: Classifier = network_for(settings, name, [name], self.device)
@@ -59,6 +63,7 @@ class Explaining:
         asked: Sequence[str] = tuple(METHODS) if "all" in settings.methods else settings.methods
         self.methods = {method: make_explainer(method) for method in asked}
         self.classes = Classes.of(data, self.model.classes, settings.labels)
+        self.overlay, self.share = settings.overlay, settings.share
         self.targets = list(dict.fromkeys(map(self.classes.index, settings.targets)))
 
     def run(self, files: Sequence[Path]) -> None:
@@ -69,8 +74,9 @@ class Explaining:
         Raises BadValue where a file is there already, SkippedFile if no picture can be decoded, and Refused
         where no method explains a picture.
         """
-        folders = [self.out / stem for stem in _stems(files)]
-        refuse_taken(file for folder in folders for file in self._files(folder))
+        sheets = self._sheets(len(files))
+        folders = [self.out / stem for stem in _stems(files, [sheet.name for sheet in sheets])]
+        refuse_taken([*sheets, *(file for folder in folders for file in self._files(folder))])
         images, bad = list[tuple[Path, Path, Tensor]](), list[SkippedFile]()
         for file, folder in zip(files, folders, strict=True):
             try:
@@ -83,18 +89,34 @@ class Explaining:
             click.echo(f"left out: {left_out}\n", err=True)
         rows = [self._explain(*image) for image in images]
         folders = [folder for _, folder, _ in images]
-        sheet = self.out / SHEET
-        drawn = io.BytesIO()
-        render.method_sheet(rows, f"{len(rows)} pictures").savefig(drawn)
-        write_new(sheet, drawn.getvalue())
-        click.echo(f"written: {sheet}, and the maps in {', '.join(map(str, folders))}")
+        sheets = self._draw_sheets(rows)
+        click.echo(f"written: {', '.join(map(str, sheets))}, and the maps in {', '.join(map(str, folders))}")
+
+    def _draw_sheets(self, rows: Sequence[render.SheetRow]) -> list[Path]:
+        """Write the contact sheet, or several where there are many pictures; their files."""
+        pages = render.sheet_pages(rows)
+        for k, page in enumerate(pages):
+            of = f", sheet {k + 1} of {len(pages)}" if len(pages) > 1 else ""
+            count = "1 picture" if len(rows) == 1 else f"{len(rows)} pictures"
+            figure = render.method_sheet(page, f"{self.title}: {count}{of}")
+            for kind in self.formats:
+                write_new(self._sheet(k, kind), render.figure_bytes(figure, kind))
+        return self._sheets(len(rows))
+
+    def _sheet(self, number: int, kind: str) -> Path:
+        return self.out / (f"{SHEET}-{number + 1}.{kind}" if number else f"{SHEET}.{kind}")
+
+    def _sheets(self, pictures: int) -> list[Path]:
+        """The files of contact sheets of so many pictures, >= 1."""
+        pages = -(-pictures // ROWS)
+        return [self._sheet(k, kind) for k in range(pages) for kind in self.formats]
 
     def _files(self, folder: Path) -> Iterator[Path]:
         """What may be written for one picture."""
         for method in self.methods:
             for target in self.targets or [0]:
                 stem = self._stem(method, target)
-                yield from (folder / f"{stem}.png", folder / f"{stem}.npy")
+                yield from (folder / f"{stem}.{kind}" for kind in (*self.formats, "npy"))
 
     def _stem(self, method: str, target: int) -> str:
         return f"{method}-{self.classes.file_label(target)}" if len(self.targets) > 1 else method
@@ -131,7 +153,11 @@ class Explaining:
                 continue
             for target, raw in raws.items():
                 prepared = maps.prepared(raw, (self.size, self.size))[0].cpu()
-                self._write(folder, self._stem(method, target), image, raw[0], prepared)
+                about = f"{self.classes.name(target)}, probability {float(likely[target]):.3f}"
+                figure = render.explanation(
+                    image, prepared, title_of(method), about, self.overlay, self.share
+                )
+                self._write(folder / self._stem(method, target), raw[0], figure)
                 column = (
                     f"{title_of(method)}: {self.classes.label(target)}"
                     if len(targets) > 1
@@ -140,17 +166,20 @@ class Explaining:
                 shown[column] = prepared
         if not shown:
             raise Refused(f"none of the methods explains {file}; see above, and `srd-lab methods`")
-        return render.SheetRow(
-            folder.name if len(targets) > 1 else self.classes.names[targets[0]], image, shown
-        )
+        label = file.name
+        if len(targets) == 1:
+            label += (
+                f"\n{_short(self.classes.names[targets[0]])}\nprobability {float(likely[targets[0]]):.3f}"
+            )
+        return render.SheetRow(label, image, shown)
 
-    def _write(self, folder: Path, stem: str, image: Tensor, raw: Tensor, prepared: Tensor) -> None:
-        """The raw map as numbers, the prepared one over its image."""
-        numbers, picture = io.BytesIO(), io.BytesIO()
+    def _write(self, place: Path, raw: Tensor, figure: Any) -> None:
+        """The raw map as numbers, and its figure; place : their path without a suffix."""
+        numbers = io.BytesIO()
         np.save(numbers, raw.cpu().numpy())
-        render.save_picture(picture, render.overlay(image, render.signed(prepared)))
-        write_new(folder / f"{stem}.npy", numbers.getvalue())
-        write_new(folder / f"{stem}.png", picture.getvalue())
+        write_new(Path(f"{place}.npy"), numbers.getvalue())
+        for kind in self.formats:
+            write_new(Path(f"{place}.{kind}"), render.figure_bytes(figure, kind))
 
 
 class Classes:
@@ -251,15 +280,15 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "-", _short(name))[:LONGEST_LABEL].strip("-")
 
 
-def _stems(files: Sequence[Path]) -> list[str]:
-    """A folder's name for every file, none twice."""
+def _stems(files: Sequence[Path], taken: Sequence[str]) -> list[str]:
+    """A folder's name for every file, none twice and none of those that are taken."""
     stems: list[str] = []
     for file in files:
         own = (
             file.stem if file.stem.strip(". ") else "picture"
         )  # of "...jpg" it is "..", which is another folder
         stem, k = own, 2
-        while stem in (*stems, SHEET):
+        while stem in (*stems, *taken):
             stem, k = f"{own}-{k}", k + 1
         stems.append(stem)
     return stems

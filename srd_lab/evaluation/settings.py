@@ -49,6 +49,9 @@ class ExplainSettings:
     methods : names, wrapped or not; ``all``.
     targets : classes to explain: index, name or WordNet number; () = the predicted one.
     out : folder for what is made; None = the first of ``explanations``, ``explanations-2``, ... that is free.
+    overlay : how maps are laid over the pictures: ``heat`` or ``contour``.
+    share : of the relevance that a contour encloses, in (0, 1).
+    figure_formats : as in :class:`srd_lab.runs.settings.Settings`.
     """
 
     model: str = "vgg16"
@@ -62,3 +65,6 @@ class ExplainSettings:
     targets: tuple[str, ...] = ()
     device: str = "auto"
     out: Path | None = None
+    overlay: str = "heat"
+    share: float = 0.5
+    figure_formats: tuple[str, ...] = ("png",)

@@ -18,7 +18,7 @@ from srd_lab.evaluation.experiment import Experiment
 from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
-from srd_lab.metrics.summary import few_note, summarise
+from srd_lab.metrics.summary import few_note, summarise, unsettled_note
 from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import data_and_network, labelled, preprocessing_for, weights_sums
@@ -162,16 +162,24 @@ class Evaluation:
         scores = self.scores(table)
         if place := ranks(scores):
             run.save_figure("ranks.png", render.rank_chart(_titled(place), self.title))
-        names = self.dataset.classes
+        names, images = (
+            self.dataset.classes,
+            table["images"][:PICTURES],
+        )  # more where memory ran out in between
+        masks = table.get("mask", ())  # not in batches of older versions
+        outlines = masks[:PICTURES] if len(masks) >= len(images) else [None] * len(images)
         rows = [
             render.SheetRow(
-                names[int(table["label"][i])],
+                names[int(table["label"][i])].split(",")[0],
                 image,
                 {title_of(m): table[f"{m}/map"][i] for m in self.experiment.methods},
+                outlines[i],
             )
-            for i, image in enumerate(table["images"][:PICTURES])  # more where memory ran out in between
+            for i, image in enumerate(images)
         ]
-        run.save_figure("pictures.png", render.method_sheet(rows, self.title))
+        some = any(row.outline is not None and np.any(row.outline) for row in rows)
+        outlined = f"the object's {self.masks or 'mask'}" if some else ""
+        run.save_figure("pictures.png", render.method_sheet(rows, self.title, outlined))
 
     def document(
         self, table: Arrays, scores: dict[str, dict[str, np.ndarray]], against: Sequence[Comparison]
@@ -189,6 +197,7 @@ class Evaluation:
         parts.append(LEGEND.format(compared=held))
         parts += ["Cost:", Table(*_cost_table(table, tuple(self.experiment.methods)))]
         parts += self._notes(table, scores)
+        parts += filter(None, [unsettled_note([c.n for c in against], [c.p_corrected for c in against])])
         return Document(f"{self.title}{accuracy}. Mean [95 % interval]", parts)
 
     def _notes(self, table: Arrays, scores: dict[str, dict[str, np.ndarray]]) -> list[str]:

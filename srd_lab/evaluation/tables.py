@@ -9,14 +9,13 @@ import numpy as np
 from scipy.stats import rankdata, wilcoxon
 
 from srd_lab.catalogue import metric_of
-from srd_lab.metrics.summary import holm, summarise
+from srd_lab.metrics.summary import LEVEL, holm, images_needed, summarise
 
 Scores = Mapping[
     str, Mapping[str, np.ndarray]
 ]  # method -> metric -> one score per image (N,), NaN = not scored
-LEVEL = 0.05
 EXACT = 50  # pairs up to which the signed-rank test is exact, where nothing ties
-FEWEST = 6  # pairs with which a signed-rank test can reach the level at all
+FEWEST = images_needed(1)  # pairs with which a signed-rank test can reach the level at all
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
 FEW = 10  # below, a bootstrap interval is too narrow to settle anything
+LEVEL = 0.05
 _DRAWN_AT_ONCE = 2**20
 
 
@@ -39,6 +42,44 @@ def few_note(n: int, what: str) -> str:
     return (
         f"fewer than {FEW} {what}: the intervals are too narrow (even of {FEW}, a 95 % bootstrap interval holds "
         "the true mean in 85 to 92 % of cases)"
+    )
+
+
+def smallest_p(n: int) -> float:
+    """The smallest two-sided p of Wilcoxon's signed-rank test of n >= 1 differences without ties: all of one sign.
+
+    Example
+    -------
+    >>> smallest_p(6)
+    0.03125
+    """
+    return min(1.0, 2.0 ** (1 - n))
+
+
+def images_needed(tests: int) -> int:
+    """With how many images the smallest p, after Holm's correction for ``tests`` >= 1, is below 0.05.
+
+    Example
+    -------
+    >>> images_needed(1), images_needed(26 * 15)
+    (6, 14)
+    """
+    return next(n for n in count(1) if tests * smallest_p(n) < LEVEL)
+
+
+def unsettled_note(counts: Sequence[int], corrected: Sequence[float] = ()) -> str:
+    """What to say below paired comparisons of which none can reach a corrected p below 0.05; empty where one can or does.
+
+    counts : (M,) images of each; those of none are not compared. corrected : (M,) their p, NaN = none; () = not looked at.
+    """
+    least = min(images_needed(1), max(counts, default=0))
+    tests, most = sum(n >= max(1, least) for n in counts), max(counts, default=0)
+    if not tests or tests * smallest_p(most) < LEVEL or any(p < LEVEL for p in corrected):
+        return ""
+    return (
+        f"No test can settle any of {tests} comparison{'' if tests == 1 else 's'} with {most} "
+        f"image{'' if most == 1 else 's'}: the smallest corrected p that is possible is "
+        f"{min(1.0, tests * smallest_p(most)):.2g}; below {LEVEL} it can be with {images_needed(tests)} images or more."
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from srd_lab.errors import BadValue
-from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, style, title_of
+from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, key, style, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,8 +111,12 @@ def _legend(figure: Figure, methods: list[str]) -> None:
         Patch(facecolor=GREY, alpha=0.2, edgecolor=GREY, linestyle="--"),
     ]
     names = [*methods, "upper bound: left by the attack", "lower bound: certified"]
-    columns = 3 if max(map(len, methods)) < 20 else 2
-    figure.legend([*handles, *bounds], names, loc="outside lower center", ncols=columns, frameon=False)
+    key(
+        figure,
+        "Means over the images; the truth lies between area and line.",
+        [*handles, *bounds],
+        names,
+    )
 
 
 def _ends(sizes: list[np.ndarray]) -> tuple[float, float]:

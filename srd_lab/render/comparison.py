@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from srd_lab.render.style import COLOURS, GREY, blank, style, title_of
+from srd_lab.render.style import COLOURS, GREY, blank, key, style, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ACROSS = 3  # panels in a row
 _LABEL = 28  # characters of a line of a label
+_TITLE = 24  # and of a panel's title
 
 
 def score_intervals(
@@ -23,8 +24,10 @@ def score_intervals(
     """A panel per score, a line per subject: a point for the mean, a bar for its 95 % interval.
 
     scores : score -> subject -> (mean, low, high); low and high may be NaN. reference : the subject whose mean is drawn
-        through as a dashed line. title : of the figure; "" says what points and lines are.
+        through as a dashed line. title : of the figure.
     """
+    from matplotlib.ticker import MaxNLocator
+
     subjects = list(next(iter(scores.values())))
     across = min(_ACROSS, len(scores))
     down = -(-len(scores) // across)
@@ -43,11 +46,13 @@ def score_intervals(
                 if np.isfinite([low, high]).all():
                     axes.plot([low, high], [i, i], color=colour, linewidth=2, alpha=0.6)
                 axes.plot(mean, i, "o", color=colour, markersize=5)
-            axes.set_title(score)
+            axes.set_title(textwrap.fill(score, _TITLE), parse_math=False)
+            axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.margins(x=0.08)
             axes.set_ylim(len(subjects) - 0.5, -0.5)
             axes.set_yticks(range(len(subjects)), labels)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", alpha=0.25, linewidth=0.5)
-        title_of(figure, title or f"Mean and 95 % interval; dashed: {reference}")
+        title_of(figure, title)
+        key(figure, f"Point: mean; line: its 95 % bootstrap interval; dashed: the mean of {reference}.")
     return figure

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from srd_lab.render.style import blank, style, title_of
+from srd_lab.render.style import blank, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Picture: TypeAlias = np.ndarray | Tensor  # anything on the CPU that np.asarray takes
 
 _COLOUR_MAP = "inferno"
+_FRAME = "#bbbbbb"
 _SCORED = 4  # the column of a picture grid under which the scores stand: the map of the adversarial image
 
 
@@ -55,12 +56,6 @@ def heat(saliency: Picture) -> np.ndarray:
 
     colours = colormaps[_COLOUR_MAP](np.clip(np.asarray(saliency, dtype=np.float64), 0, 1))
     return np.round(255 * colours[..., :3]).astype(np.uint8)
-
-
-def overlay(image: Picture, saliency: Picture) -> np.ndarray:
-    """The map (H, W) in [0, 1] over its image (3, H, W) in [0, 1], greyed: 60 and 40 %, as (H, W, 3) uint8."""
-    grey = np.clip(np.asarray(image, dtype=np.float64).mean(axis=0), 0, 1)[..., None]
-    return np.round(0.4 * 255 * grey + 0.6 * heat(saliency)).astype(np.uint8)
 
 
 def save_picture(file: IO[bytes], picture: np.ndarray) -> None:
@@ -104,7 +99,7 @@ def picture_grid(rows: Sequence[PictureRow]) -> Figure:
             y = size[1] - top - (i + 1) * cell[1] - i * below
             _side_label(figure, labels[i], 0.5 * left, y + 0.5 * cell[1])
             for j, (title, pictures) in enumerate(columns.items()):
-                axes = _axes_at(figure, left + j * (cell[0] + gap), y, *cell)
+                axes = axes_at(figure, left + j * (cell[0] + gap), y, *cell)
                 axes.imshow(pictures[i], aspect="auto", interpolation="nearest")
                 axes.set_title(title if i == 0 else "", fontsize=8)
                 axes.set_xlabel(row.scores if j == _SCORED else "", fontsize=7, labelpad=2)
@@ -112,11 +107,11 @@ def picture_grid(rows: Sequence[PictureRow]) -> Figure:
     return figure
 
 
-def _axes_at(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
-    """Axes without ticks or frame; inches from the lower left corner."""
+def axes_at(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes without ticks, in a thin frame that shows where a white picture ends; inches from the lower left corner."""
     across, up = figure.get_size_inches()
     axes = figure.add_axes((x / across, y / up, width / across, height / up), xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
+    axes.spines[:].set(visible=True, color=_FRAME, linewidth=0.4)
     return axes
 
 
@@ -164,93 +159,12 @@ def _wrapped(label: str, inches: float) -> str:
 def _map_scale(figure: Figure, x: float, y: float, width: float) -> None:
     from matplotlib.cm import ScalarMappable
 
-    axes = _axes_at(figure, x, y, width, 0.08)
+    axes = axes_at(figure, x, y, width, 0.08)
     colours = ScalarMappable(cmap=_COLOUR_MAP)
     bar: Any = figure.colorbar(colours, cax=axes, orientation="horizontal", ticks=[0, 1])
     bar.outline.set_visible(False)
     axes.tick_params(length=0, labelsize=7, pad=2)
     axes.set_xlabel("|map| / its maximum", fontsize=7, labelpad=-6)
-
-
-@dataclass(frozen=True)
-class SheetRow:
-    """One image in a ``map_sheet`` or ``method_sheet``, and its maps.
-
-    label : text beside the row. image : (3, H, W) pixels in [0, 1].
-    maps : (H, W), raw and signed, by what made them.
-    """
-
-    label: str
-    image: Picture
-    maps: Mapping[str, Picture]
-
-
-def map_sheet(blocks: Mapping[str, Sequence[SheetRow]], title: str = "") -> Figure:
-    """A block of columns per network, a row per image: the image, then each of its maps, red > 0 > blue.
-
-    blocks : network -> rows, whose maps have the same names within a block. title : of the figure.
-
-    Maps are shown as :func:`signed`.
-    """
-    count = max(len(rows) for rows in blocks.values())
-    columns = [("image", *rows[0].maps) for rows in blocks.values()]
-    width = sum(map(len, columns))
-    with style():
-        figure = blank((1.35 * width + 0.3, 1.5 * count + 0.7))
-        grid = figure.subplots(count, width, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-        for axes in grid.flat:
-            axes.spines[:].set_visible(False)
-        first = 0
-        for (block, rows), names in zip(blocks.items(), columns, strict=True):
-            for i, row in enumerate(rows):
-                grid[i, first].imshow(pixels(row.image), interpolation="nearest")
-                grid[i, first].set_ylabel(_wrapped(row.label.rpartition("/")[2], 1.1), fontsize=5)
-                for j, raw in enumerate(row.maps.values(), 1):
-                    grid[i, first + j].imshow(
-                        signed(raw), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
-                    )
-            for j, name in enumerate(names):
-                grid[0, first + j].set_title(f"{block}\n{name}" if j == 0 else f"\n{name}", fontsize=8)
-            first += len(names)
-        title_of(figure, title)
-    return figure
-
-
-def method_sheet(rows: Sequence[SheetRow], title: str = "") -> Figure:
-    """A row per image, a column per method: the image, then its maps, red > 0 > blue.
-
-    rows : a row without a map that others have stays white there. title : of the figure.
-
-    Maps are shown as :func:`signed`.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in row.maps))
-    longest = max(map(len, names))  # of the slanted names, an inch is 17 letters across the top
-    cell, left, top, right = 0.82, 0.75, 1.4 + 0.04 * max(0, longest - 28), 0.8 + 0.06 * max(0, longest - 20)
-    size = (left + cell * (1 + len(names)) + right, top + cell * len(rows) + 0.1)
-    look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
-    with style():
-        figure = blank(size, layout="none")
-        for i, row in enumerate(rows):
-            y = size[1] - top - (i + 1) * cell
-            figure.text(
-                (left - 0.06) / size[0], (y + cell / 2) / size[1], _wrapped(row.label.split(",")[0], 0.7),
-                ha="right", va="center", fontsize=6, parse_math=False,
-            )  # fmt: skip
-            shown = [
-                (pixels(row.image), {}),
-                *((signed(row.maps[n]), look) if n in row.maps else None for n in names),
-            ]
-            for j, picture in enumerate(shown):
-                if picture is not None:
-                    axes = _axes_at(figure, left + j * cell, y, cell - 0.04, cell - 0.04)
-                    axes.imshow(picture[0], interpolation="nearest", aspect="auto", **picture[1])
-        for j, name in enumerate(["image", *names]):
-            figure.text(
-                (left + (j + 0.35) * cell) / size[0], (size[1] - top + 0.06) / size[1], name,
-                rotation=35, ha="left", va="bottom", fontsize=8, parse_math=False,
-            )  # fmt: skip
-        figure.text(0.1 / size[0], (size[1] - 0.2) / size[1], title, fontsize=9)
-    return figure
 
 
 def signed(raw: Picture) -> np.ndarray:

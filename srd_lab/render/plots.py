@@ -1,25 +1,26 @@
-"""Plots of scores and accuracies."""
+"""Plots of scores."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from srd_lab.render.pictures import PictureRow, heat, pixels, strength
-from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, style, title_of
+from srd_lab.render.style import COLOURS, GREY, MARKERS, SLANTED, blank, key, shortened, style, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-_SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+_UPRIGHT = 11  # letters of a line that stand below one box
+_NAME = 32  # letters of a name below an axis
 _PERTURBATIONS = {
     "mse": "MSE of the image (normalised units)",
     "linf": "largest change of a pixel (0..255)",
 }
-_SETTINGS = {"original": "ordinary pass", "apop": "APOP", "apop_relu": "APOP & ReLU"}
 
 
 def box_plots(
@@ -34,7 +35,7 @@ def box_plots(
     """
     metrics = list(next(iter(scores.values())))
     with style():
-        figure = blank((max(5.2, 1.4 + 1.3 * len(scores)), 3.2))
+        figure = blank((max(5.2, 1.4 + 1.4 * len(scores)), 3.6 if _fit_upright(list(scores)) else 4.6))
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
             shift = 0.19 if control else 0.0
@@ -43,9 +44,8 @@ def box_plots(
                 _boxes(axes, [control[method][metric] for method in scores], shift, pale=True)
             _method_ticks(axes, list(scores))
             _score_axis(axes, metric)
-        if control:
-            _box_legend(figure)
         title_of(figure, title)
+        _box_key(figure, bool(control))
     return figure
 
 
@@ -66,16 +66,31 @@ def _boxes(axes: Axes, groups: Sequence[np.ndarray], shift: float, *, pale: bool
         )  # fmt: skip
 
 
-def _box_legend(figure: Figure) -> None:
+def _box_key(figure: Figure | SubFigure, with_control: bool) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=GREY, alpha=0.5), Patch(facecolor=GREY, alpha=0.15)]
-    labels = ["attack", "control: random noise of equal MSE"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    caption = "Point: one image or pair; box: the middle half; line in it: median; whiskers: farthest within 1.5 boxes."
+    if with_control:
+        handles = [Patch(facecolor=GREY, alpha=0.5), Patch(facecolor=GREY, alpha=0.15)]
+        key(figure, caption, handles, ["attack", "control: random noise of the same size"])
+    else:
+        key(figure, caption)
+
+
+def _fit_upright(methods: Sequence[str]) -> bool:
+    return max(len(line) for name in methods for line in _broken(name).split("\n")) <= _UPRIGHT
+
+
+def _broken(method: str) -> str:
+    return method.replace("_", "_\n")
 
 
 def _method_ticks(axes: Axes, methods: Sequence[str]) -> None:
-    axes.set_xticks(range(len(methods)), [name.replace("_", "_\n") for name in methods])
+    """Names below the axis: upright in lines that end at underscores, or slanted where these are too long for that."""
+    if _fit_upright(methods):
+        axes.set_xticks(range(len(methods)), [_broken(name) for name in methods])
+    else:
+        axes.set_xticks(range(len(methods)), [shortened(name, _NAME) for name in methods], **SLANTED)
     axes.set_xlim(-0.6, len(methods) - 0.4)
 
 
@@ -92,95 +107,6 @@ def _score_axis(axes: Axes, name: str) -> None:
         axes.axhline(0, color=GREY, linewidth=0.6)
 
 
-def apop_bars(
-    table: Mapping[tuple[str, str], float], original: float, chance: float, title: str = ""
-) -> Figure:
-    """Accuracy per input (a group) and setting (a bar).
-
-    table : (input, setting) -> accuracy in [0, 1]; settings "original", "apop", "apop_relu".
-    original, chance : accuracies in [0, 1] of the untouched network on the real images, and of guessing.
-    title : of the figure.
-    """
-    inputs = list(dict.fromkeys(key[0] for key in table))
-    settings = list(dict.fromkeys(key[1] for key in table))
-    width = 0.8 / len(settings)
-    with style():
-        figure = blank((max(4.2, 1.6 + 1.2 * len(inputs)), 3.2))
-        axes = figure.subplots()
-        for k, setting in enumerate(settings):
-            there = [i for i, name in enumerate(inputs) if (name, setting) in table]
-            heights = [table[inputs[i], setting] for i in there]
-            places = [i + (k - (len(settings) - 1) / 2) * width for i in there]
-            label = _SETTINGS.get(setting, setting)
-            bars = axes.bar(places, heights, 0.92 * width, color=COLOURS[k % len(COLOURS)], label=label)
-            axes.bar_label(bars, [f"{100 * height:.1f}" for height in heights], fontsize=7, padding=1)
-        axes.set_xticks(range(len(inputs)), inputs)
-        axes.set_xlabel("input of the replay")
-        _accuracy_axis(axes, original, chance)
-        _finish(figure, title)
-    return figure
-
-
-def binarisation_curve(
-    names: Sequence[str], accuracy: Sequence[float], original: float, chance: float, title: str = ""
-) -> Figure:
-    """Accuracy in [0, 1] when one activation call gives 1 where it is positive, else 0; each call in turn.
-
-    names, accuracy : (L,) in call order.
-    original, chance : accuracies in [0, 1] of the untouched network, and of guessing. title : of the figure.
-    """
-    with style():
-        figure = blank((min(9.0, max(4.6, 1.5 + 0.28 * len(names))), 3.4))
-        axes = figure.subplots()
-        calls = range(1, len(names) + 1)
-        (line,) = axes.plot(calls, accuracy, color=COLOURS[0], label="this call binarised")
-        line.set(marker="o", markersize=3.5)
-        if len(names) <= 24:
-            axes.set_xticks(calls, names, fontsize=7, **_SLANTED)
-        axes.set_xlabel("activation call, in order")
-        axes.set_xlim(0.4, len(names) + 0.6)
-        _accuracy_axis(axes, original, chance)
-        _finish(figure, title)
-    return figure
-
-
-def binarisation_panels(
-    panels: Mapping[str, tuple[Sequence[float], float]], chance: float, title: str = ""
-) -> Figure:
-    """:func:`binarisation_curve` of several networks side by side.
-
-    panels : network -> (accuracy per activation call, accuracy of the untouched network), in [0, 1].
-    chance : accuracy of guessing. title : of the figure.
-    """
-    with style():
-        figure = blank((1.0 + 2.6 * len(panels), 3.2))
-        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (name, (accuracy, original)) in zip(row, panels.items(), strict=True):
-            calls = range(1, len(accuracy) + 1)
-            (line,) = axes.plot(calls, accuracy, color=COLOURS[0], label="this call binarised")
-            line.set(marker="o", markersize=3)
-            axes.axhline(original, color=GREY, linewidth=1, label="real activations", zorder=0)
-            axes.axhline(
-                chance, color=GREY, linewidth=1, linestyle="--", label=f"chance ({chance:.1%})", zorder=0
-            )
-            axes.set(title=name, xlabel="activation call, in order", ylim=(0, 1.02))
-        row[0].set_ylabel("top-1 accuracy")
-        _finish(figure, title)
-    return figure
-
-
-def _accuracy_axis(axes: Axes, original: float, chance: float) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    for height, name, dashes in ((original, "real images", "-"), (chance, "chance", "--")):
-        label = f"{name} ({100 * height:.1f} %)"
-        axes.axhline(height, color=GREY, linewidth=1, linestyle=dashes, label=label, zorder=0)
-    axes.set_ylim(0, 1.06)
-    axes.set_yticks(np.linspace(0, 1, 6))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("top-1 accuracy")
-
-
 def perturbation(
     over: str,
     reached: np.ndarray,
@@ -195,7 +121,7 @@ def perturbation(
     panels : score -> method -> (median, lower, upper), each (S,). title : of the figure.
     """
     with style():
-        figure = blank((1.2 + 3.4 * len(panels), 4.0))
+        figure = blank((1.2 + 3.4 * len(panels), 4.3))
         rows = figure.subplots(2, len(panels), sharex="col", squeeze=False, height_ratios=(5, 1))
         for axes, below, (score, bands) in zip(*rows, panels.items(), strict=True):
             for i, (method, (median, low, high)) in enumerate(bands.items()):
@@ -208,14 +134,10 @@ def perturbation(
             below.set_ylim(0, 1.15 * pairs.max(initial=1))
             below.set_ylabel("pairs")
             below.set_xlabel(_PERTURBATIONS[over])
-        _finish(figure, title)
+        title_of(figure, title)
+        caption = "Line: median of the pairs; band: their middle half; below: how many pairs came so far."
+        key(figure, caption, *figure.axes[0].get_legend_handles_labels())
     return figure
-
-
-def _finish(figure: Figure, title: str) -> None:
-    title_of(figure, title)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
 
 
 def manipulation_figure(
@@ -230,7 +152,7 @@ def manipulation_figure(
     """
     methods = list(shown)
     with style():
-        figure = blank((1.5 + 1.25 * len(methods), 7.4))
+        figure = blank((max(4.6, 1.5 + 1.25 * len(methods)), 7.8))
         parts: Any = figure.subfigures(2, 1, height_ratios=(1.25, 1))
         above, below = parts
         bare: dict[str, Any] = {"xticks": [], "yticks": []}
@@ -243,7 +165,7 @@ def manipulation_figure(
                 axes.imshow(pixels(image), interpolation="nearest")
         for axes, name in zip(grid[:, 0], ("original", "manipulated", "target"), strict=True):
             axes.set_ylabel(name)
-        grid[0, 0].set_title(f"image\n({methods[0]})", fontsize=7)
+        grid[0, 0].set_title(f"image\n({_title(methods[0])})", fontsize=7, parse_math=False)
         for j, method in enumerate(methods, 1):
             row = shown[method][0]
             for axes, raw in zip(
@@ -251,16 +173,23 @@ def manipulation_figure(
             ):
                 if raw is not None:
                     axes.imshow(heat(strength(raw)), interpolation="nearest")
-            grid[0, j].set_title(method.replace("_", " "), fontsize=7, wrap=True)
+            grid[0, j].set_title(_title(method), fontsize=7, parse_math=False)
             grid[1, j].set_xlabel(row.scores.splitlines()[0].replace(", ", "\n"), fontsize=6)
         panels = below.subplots(1, 2)
         for axes, score in zip(panels, ("ssim", "pcc"), strict=True):
             _boxes(axes, [scores[method][score] for method in methods], 0.0, pale=False)
-            _method_ticks(axes, methods)
-            axes.tick_params(axis="x", labelsize=6, rotation=25)
+            axes.set_xticks(range(len(methods)), [shortened(name, _NAME) for name in methods], **SLANTED)
+            axes.tick_params(axis="x", labelsize=7)
+            axes.set_xlim(-0.6, len(methods) - 0.4)
             _score_axis(axes, score)
         title_of(figure, title)
+        _box_key(below, with_control=False)
     return figure
+
+
+def _title(method: str) -> str:
+    """A method's name above a map: at most three short lines."""
+    return "\n".join(textwrap.wrap(shortened(method, 40).replace("_", " "), 16)[:3])
 
 
 def rank_chart(ranks: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
@@ -273,19 +202,26 @@ def rank_chart(ranks: Mapping[str, Mapping[str, float]], title: str = "") -> Fig
     mean = np.nanmean(grid, axis=1)
     order = np.argsort(mean, kind="stable")
     with style():
-        figure = blank((2.2 + 0.5 * (len(ranks) + 1), 1.6 + 0.24 * len(methods)))
+        names = [shortened(methods[i], _NAME) for i in order]
+        width = max(4.2, 1.2 + 0.06 * max(map(len, names)) + 0.5 * (len(ranks) + 1))
+        figure = blank((width, 2.2 + 0.24 * len(methods)))
         axes = figure.subplots()
         shown = np.column_stack([mean[order], grid[order]])
         axes.imshow(shown, cmap="YlGnBu_r", vmin=1, vmax=len(methods), aspect="auto")
         for (i, j), rank in np.ndenumerate(shown):
             if np.isfinite(rank):
-                colour = "white" if rank < 0.45 * len(methods) else "black"
+                colour = "white" if rank - 1 <= 0.45 * (len(methods) - 1) else "black"
                 text = f"{rank:.1f}" if j == 0 else f"{rank:g}"
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
         axes.axvline(0.5, color="white", linewidth=3)
-        axes.set_yticks(range(len(methods)), [methods[i] for i in order])
-        axes.set_xticks(range(len(ranks) + 1), ["mean rank", *ranks], **_SLANTED)
+        axes.set_yticks(range(len(methods)), names)
+        metrics = [shortened(metric, _NAME) for metric in ranks]
+        axes.set_xticks(range(len(ranks) + 1), ["mean rank", *metrics], **SLANTED)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         title_of(figure, title)
+        key(
+            figure,
+            "Number: rank by the mean score, 1 = best; darker is better. The best mean rank stands on top.",
+        )
     return figure

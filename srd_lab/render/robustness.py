@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, style, title_of
+from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, key, shortened, style, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_NAME = 40  # letters of a method's name
 _UNITS = {
     "l2": "budget: root mean square of the change (0..255)",
     "linf": "budget: largest change of a pixel (0..255)",
@@ -29,20 +30,23 @@ def member_heat(
     """
     grid = np.array([[own.get(name, np.nan) for name in attacks] for own in reached.values()])
     with style():
-        figure = blank((2.4 + 0.55 * len(attacks), 1.5 + 0.28 * len(reached)))
+        names = [shortened(name, _NAME) for name in reached]
+        width = max(4.2, 1.4 + 0.06 * max(map(len, names)) + 0.55 * len(attacks))
+        figure = blank((width, 1.8 + 0.28 * len(reached)))
         axes = figure.subplots()
         axes.imshow(grid, cmap="YlGnBu_r", vmin=-0.5, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
             if np.isfinite(value):
                 colour = "white" if value < 0.25 else "black"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        axes.set_yticks(range(len(reached)), list(reached))
+        axes.set_yticks(range(len(reached)), names)
         axes.set_xticks(range(len(attacks)), attacks)
         starred = "; * on the first images only" if any(name.endswith("*") for name in attacks) else ""
-        axes.set_xlabel(f"attack: mean PCC that it leaves{starred}")
+        axes.set_xlabel("attack")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         title_of(figure, title)
+        key(figure, f"Number: mean PCC that the attack leaves (1 = unmoved), darker is less{starred}.")
     return figure
 
 
@@ -73,6 +77,6 @@ def budget_curves(curves: Mapping[str, Mapping[float, np.ndarray]], norm: str, t
         axes.axhline(0, color=GREY, linewidth=0.6)
         axes.set_ylim(top=1.02)
         title_of(figure, title)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        caption = "Line: mean of the images' worst cases; band: its standard error."
+        key(figure, caption, *axes.get_legend_handles_labels())
     return figure

@@ -21,9 +21,9 @@ _CAPTIONS = {
     "tried on some images and does not count.",
     "worst": "The images that came off worst: the image, the attacked one, the map before and after.",
     "robustness": "Worst-case correlation over the size of the budget.",
-    "pictures": "Images and their maps. Red is for the class, blue against it.",
+    "pictures": "Images and their maps; what their colours and lines mean stands below them.",
     "ranks": "Rank of every method by every metric, 1 is best; best on average on top.",
-    "apop": "Accuracy of ordinary passes, and from the activation pattern alone.",
+    "apop": "Accuracy of ordinary passes, and from the activation pattern alone, with 95 % intervals.",
     "binarisation": "Accuracy with one activation call binarised at a time.",
     "comparison": "Points are means, lines 95 % intervals, the dashed line is the reference.",
     "certificate": "What an attack leaves of the map, and what is certified that none can take.",
@@ -122,14 +122,24 @@ def _section(run: StoredRun) -> str:
         parts.append(run.document().html())
     else:
         parts.append("<h2>No report</h2><p>This run has not finished.</p>")
-    parts += [_figure(run, name) for name in names if PurePosixPath(name).suffix in _KINDS]
+    parts += [_figure(run, name) for name in _shown(names)]
     for part in run.parts:
-        shown = [name for name in part.top_files if PurePosixPath(name).suffix in _KINDS]
+        shown = _shown(part.top_files)
         if shown:
             parts.append(f"<h3>{_(part.name)}</h3>" + "".join(_figure(part, name) for name in shown))
     parts.append(_how_to_read(run.command.partition(" ")[0]))
     parts.append(_made(run, names))
     return "\n".join(parts) + "</section>"
+
+
+def _shown(names: Sequence[str]) -> list[str]:
+    """The figures among a run's files that a page can show, each in one format: PNG, else SVG."""
+    found: dict[str, str] = {}
+    for kind in _KINDS:
+        for name in names:
+            if PurePosixPath(name).suffix == kind:
+                found.setdefault(PurePosixPath(name).stem, name)
+    return sorted(found.values())
 
 
 def _figure(run: StoredRun, name: str) -> str:

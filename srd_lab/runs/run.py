@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from srd_lab.errors import BadRun, BadValue, OtherWork, SrdLabError, first_line
+from srd_lab.render.files import check_formats, figure_bytes
 from srd_lab.runs.files import Files
 from srd_lab.runs.label import Drawn, Label
 
@@ -56,6 +57,7 @@ class Run(ABC):
         self._before = "RUNNING"  # its status when it was opened
         self.params = {}
         self._label: Label | None = None
+        self._figure_formats: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +113,7 @@ class Run(ABC):
             part = self._child(name, self._label.settings | own)
             tags = {tag: str(own[tag]) for tag in ("method", "model") if tag in own}
             part.describe(replace(self._label, tags=self._label.tags | tags))
+        part._figure_formats = self._figure_formats
         self._children.append(part)
         return part
 
@@ -173,11 +176,19 @@ class Run(ABC):
         np.savez_compressed(buffer, **named)
         self._files.write(_checked(path), buffer.getvalue())
 
+    def store_figures_as(self, formats: Sequence[str]) -> None:
+        """Store figures in these formats, too: ``png``, ``pdf``, ``svg``; parts that are made from now on do so as well.
+
+        Raises BadValue for another.
+        """
+        check_formats(formats)
+        self._figure_formats = tuple(formats)
+
     def save_figure(self, path: str, figure: Figure) -> None:
-        """Draw a matplotlib figure as file ``path``, in the format of its suffix (png, pdf, svg)."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=PurePosixPath(path).suffix.lstrip(".") or "png")
-        self._files.write(_checked(path), buffer.getvalue())
+        """Draw a matplotlib figure as file ``path`` (.png, .pdf or .svg), and beside it as :meth:`store_figures_as` says."""
+        place = PurePosixPath(_checked(path))
+        for kind in dict.fromkeys((place.suffix.lstrip("."), *self._figure_formats)):
+            self._files.write(str(place.with_suffix(f".{kind}")), figure_bytes(figure, kind))
 
     def load_text(self, path: str) -> str:
         """What :meth:`save_text` stored. Raises BadRun if there is no such file."""

@@ -43,6 +43,7 @@ class Settings:
     batch_size : items at once, >= 1; None = by the size of the images.
     device : ``auto``, or a name that PyTorch knows.
     workers : processes that decode images; None = by data and cores, 0 = none.
+    figure_formats : what figures are stored as: ``png``, ``pdf``, ``svg``; PNG is always among them.
     resumed : whether there may be batches of an earlier session.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     batch_size: int | None = None
     device: str = field(default="auto", metadata=FREE)
     workers: int | None = field(default=None, metadata=FREE)
+    figure_formats: tuple[str, ...] = field(default=("png",), metadata=FREE)
     resumed: bool = field(default=False, metadata=FREE)
 
     @property
