@@ -165,7 +165,7 @@ def test_it_says_what_was_done(evaluated: tuple[str, Path]) -> None:
     assert "than srd" in text
     assert "Holm's correction for 15 tests" in text
     said = (
-        "cannot settle any of 15 comparisons with 7 images: the smallest corrected p that is possible is 0.23"
+        "No test can settle any of 15 comparisons with 7 images: the smallest corrected p that is possible is 0.23"
     )
     assert text.count(said) == 1
     assert "with 10 images or more" in text

@@ -237,7 +237,7 @@ def test_with_one_image_fewer_than_needed_no_corrected_p_is_below_the_level(test
 
 def test_the_note_says_how_many_images_are_needed_and_is_silent_where_something_is_settled() -> None:
     assert unsettled_note([4] * 2) == (
-        "The test cannot settle any of 2 comparisons with 4 images: the smallest corrected p that is possible is 0.25; "
+        "No test can settle any of 2 comparisons with 4 images: the smallest corrected p that is possible is 0.25; "
         "below 0.05 it can be with 7 images or more."
     )
     assert unsettled_note([]) == unsettled_note([0, 0]) == unsettled_note([6]) == ""
