@@ -36,6 +36,7 @@ SHARE = 0.05  # ... on more than this share of the images
 GAINS = 0.01
 HALF = 0.5
 ALIKE = 0.9
+WRONG = 0.05  # of the slope: methods of the package are below .01, maps of which a part is detached above .09
 MISSES = 0.1  # of the PCC that a planted change is known to reach
 BROKEN = 0.3  # to which mean PCC an unlimited budget must bring a map
 
@@ -60,6 +61,8 @@ def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) 
         found["surrogate_differs"] = (
             f"the map on the surrogate ({probe.best}) is not the network's (PCC {probe.likeness:.3f})"
         )
+    if error := wrong_gradient(probe):
+        found["wrong_gradient"] = error
     if white:
         found |= _of_white_box(table, white)
     if (constant := float(table["constant"].mean())) > 0:
@@ -71,6 +74,16 @@ def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) 
     for name, why in (extra or {}).items():
         found[name] = f"{found[name]}; {why}" if name in found else why
     return found
+
+
+def wrong_gradient(probe: Probe) -> str:
+    """What to say where the gradient of the map is not its slope; empty where it is, or that cannot be told."""
+    if probe.slope_error is None or probe.slope_error < WRONG:
+        return ""
+    return (
+        f"the gradient of the map is not its slope (off by {probe.slope_error:.0%}): a part of the map is detached, and a "
+        "gradient attack is blind to it"
+    )
 
 
 def _of_white_box(table: Arrays, white: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,17 @@ from attacks.budget import Budget
 from attacks.objective import Combined
 from attacks.scores import SCORES, similarity
 from attacks.surrogate import SURROGATES, Surrogate
-from srd_lab.errors import NoGradient, Refused
+from srd_lab.engine import rules
+from srd_lab.errors import NoGradient, Refused, SrdLabError
 from srd_lab.logits import check_target
 from srd_lab.runtime import Batcher
 from srd_lab.types import Explainer
 
 NEAR = 0.03  # of the mean score: surrogates that are no better than this
+SMOOTH = "softplus_30"  # the surrogate on which a map's gradient is held against its slope
+DIRECTIONS = 4
+STEPS = (1e-6, 1e-7)  # in pixels of [0, 1]
+SETTLED = 0.05
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Probe:
     scores : surrogate -> mean of PCC, SSIM and top-10 % that it reached, in [-1, 1].
     likeness : PCC of the map on the best surrogate and on the network itself (1 without a surrogate).
     random : whether the map of the same image differs from call to call.
+    slope_error : how far the map's gradient is from its slope (:func:`slope_error`); None where that cannot be told.
     """
 
     best: Surrogate | None
@@ -36,6 +43,57 @@ class Probe:
     why: str = ""
     likeness: float = 1.0
     random: bool = False
+    slope_error: float | None = None
+
+
+def slope_error(
+    explainer: Explainer, model: nn.Module, x: Tensor, classes: Tensor, seed: int
+) -> float | None:
+    """How far the gradient of the map is from what small changes of the image do to it: 0 = it is the slope.
+
+    model : what is differentiated. x : images (N, C, H, W) in [0, 1]. classes : (N,) what is explained.
+    seed : of the sum and of the directions.
+
+    A random sum of the map, along random directions: the slope s by autograd against that by central differences, d, in
+    float64; the median of |s - d| / (|s| + |d|) over images and directions. Where two steps give two differences, the map
+    jumps (a pool changes its winner), and that direction says nothing. None where most say nothing, and where network or
+    method do not take float64.
+
+    A map of which a part is detached, such as a gradient taken for a constant times the image, has a gradient that is not
+    its slope, and whoever follows it is blind to the rest.
+    """
+    chance = torch.Generator().manual_seed(seed)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=chance, dtype=torch.float64).to(like.device)
+
+    try:
+        model, leaf = copy.deepcopy(model).double(), x.double().requires_grad_()
+        raw, _ = explainer.explain_with_logits(model, leaf, classes)
+        if raw.dtype != torch.float64 or not raw.requires_grad:
+            return None
+        weight = drawn(raw)
+        (gradient,) = torch.autograd.grad((raw * weight).sum(), leaf)
+
+        def at(change: Tensor) -> Tensor:
+            found, _ = explainer.explain_with_logits(model, leaf.detach() + change, classes)
+            return (found.detach() * weight).flatten(1).sum(1)
+
+        apart = []
+        for way in [drawn(leaf) for _ in range(DIRECTIONS)]:
+            slope = (gradient * way).flatten(1).sum(1)
+            coarse, fine = ((at(step * way) - at(-step * way)) / (2 * step) for step in STEPS)
+            settled = _apart(coarse, fine) < SETTLED
+            apart.append(_apart(slope, fine).masked_fill(~settled, torch.nan))
+    except (RuntimeError, TypeError, SrdLabError):
+        return None
+    said = torch.cat(apart)
+    return float(said.nanmedian()) if said.isfinite().double().mean() >= 0.5 else None
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| / (|a| + |b|) of each, 0 where both are 0."""
+    return rules.divide((a - b).abs(), a.abs() + b.abs())
 
 
 def _reached(attack: Attack, model: nn.Module, x: Tensor, classes: Tensor, batcher: Batcher) -> float | None:
@@ -94,4 +152,7 @@ def probe(
     best = Surrogate.named(next(name for name in scores if scores[name] <= min(scores.values()) + NEAR))
     raw, _ = explainer.explain_with_logits(best.at(model, 0, 1), x, classes)
     likeness = similarity(raw, first, (x.shape[2], x.shape[3]))
-    return Probe(best, scores, "", float(likeness["pcc"].mean()), random)
+    apart, few = None, slice(2)
+    if SMOOTH in scores and not random:  # on ReLUs the part that is lost has no slope either
+        apart = slope_error(explainer, Surrogate.named(SMOOTH).at(model, 0, 1), x[few], classes[few], seed)
+    return Probe(best, scores, "", float(likeness["pcc"].mean()), random, apart)

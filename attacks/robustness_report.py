@@ -247,6 +247,7 @@ UNRANKING = {
     "degenerate",
     "masked",
     "no_gradient",
+    "wrong_gradient",
     "unlimited",
     "unused_budget",
     "zero_gradient",

@@ -33,6 +33,7 @@ from apop.study import Survey
 from attacks.budget import Budget, to_8_bits
 from attacks.ensemble import Ensemble
 from attacks.experiment import attack_explainer
+from attacks.flags import wrong_gradient
 from attacks.probe import probe
 from attacks.scores import SCORES
 from srd_lab.errors import BadValue
@@ -206,6 +207,8 @@ def attack(
     ]
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     note = f"{method} has no gradient: {known.why}" if known.best is None else ""
+    if error := wrong_gradient(known):
+        note = f"{method}: {error}"
     said = Document(
         f"{method} under {', '.join(ensemble.members)}; {ensemble.budget}",
         [Table(list(rows[0]), cells), note],

@@ -164,9 +164,7 @@ def test_it_says_what_was_done(evaluated: tuple[str, Path]) -> None:
     assert "Fidelity sets pixels to the baseline black." in text
     assert "than srd" in text
     assert "Holm's correction for 15 tests" in text
-    said = (
-        "No test can settle any of 15 comparisons with 7 images: the smallest corrected p that is possible is 0.23"
-    )
+    said = "No test can settle any of 15 comparisons with 7 images: the smallest corrected p that is possible is 0.23"
     assert text.count(said) == 1
     assert "with 10 images or more" in text
     for name in ("ranks.png", "pictures.png"):

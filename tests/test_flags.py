@@ -28,9 +28,10 @@ from attacks import attack as attack_module
 from attacks import flags
 from attacks.budget import Budget
 from attacks.ensemble import Ensemble
+from attacks.experiment import attack_explainer
 from attacks.flags import checked, not_monotone, raised, unlimited
 from attacks.gates import Gates, check_gates
-from attacks.probe import Probe, probe
+from attacks.probe import Probe, probe, slope_error
 from attacks.robustness_experiment import Experiment, transfer
 from attacks.scores import SCORES
 from attacks.statistics import explanation_rate
@@ -96,6 +97,40 @@ def test_a_method_without_a_gradient_goes_to_the_black_box() -> None:
     assert "the map of Detached has no gradient" in said["no_gradient"]
     said = flagged(Flat(), small_model(sure=True), images(2))
     assert "its gradient is zero on every surrogate" in said["no_gradient"]
+
+
+class HalfDetached(Explainer):
+    """Gradient x input with the gradient taken for a constant, as attributions of other libraries are."""
+
+    def explain_with_logits(self, model: nn.Module, x: Tensor, target: Any = None) -> tuple[Tensor, Tensor]:
+        raw, logits = make_explainer("gradient").explain_with_logits(model, x, target)
+        return raw.detach() * x.sum(1), logits
+
+
+def test_a_gradient_that_is_not_the_maps_slope() -> None:
+    said = flagged(HalfDetached(), small_model(sure=True), images(2))
+    assert "the gradient of the map is not its slope (off by" in said["wrong_gradient"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gradient", "grad_input", "srd", "lrp_zplus", "lrp_gamma", "gradcam", "smoothed(grad_input,0.1,2)"],
+)
+def test_the_gradient_of_a_method_is_its_slope(name: str) -> None:
+    model, x = Surrogate(10.0).at(small_model(), 0, 1), images(2)
+    error = slope_error(attack_explainer(name, "contrastive"), model, x, torch.zeros(2, dtype=torch.long), 0)
+    assert error is not None
+    assert error < 0.01
+
+
+def test_a_map_that_jumps_everywhere_says_nothing_of_its_slope() -> None:
+    class Jumping(Explainer):
+        def explain_with_logits(
+            self, model: nn.Module, x: Tensor, target: Any = None
+        ) -> tuple[Tensor, Tensor]:
+            return (x.sum(1) * 1e9).frac(), model(x)
+
+    assert slope_error(Jumping(), small_model(), images(2), torch.zeros(2, dtype=torch.long), 0) is None
 
 
 def test_a_zero_gradient_and_an_unused_budget() -> None:

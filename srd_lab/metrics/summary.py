@@ -77,7 +77,7 @@ def unsettled_note(counts: Sequence[int], corrected: Sequence[float] = ()) -> st
     if not tests or tests * smallest_p(most) < LEVEL or any(p < LEVEL for p in corrected):
         return ""
     return (
-        f"No test can settle any of {tests} comparison{'' if tests == 1 else 's'} with {most} "
+        f"No test can settle {'the comparison' if tests == 1 else f'any of {tests} comparisons'} with {most} "
         f"image{'' if most == 1 else 's'}: the smallest corrected p that is possible is "
         f"{min(1.0, tests * smallest_p(most)):.2g}; below {LEVEL} it can be with {images_needed(tests)} images or more."
     )
