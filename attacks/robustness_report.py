@@ -266,15 +266,15 @@ def _heat(subjects: Sequence[Subject]) -> tuple[dict[str, dict[str, float]], lis
     """Mean PCC by method and attack, and the attacks in order; a star marks those that were only checked."""
     heat = {
         s.name: {
-            f"{letter}{star}": float(table[f"member/{m}/pcc"].mean())
+            f"{m}{star}": float(table[f"member/{m}/pcc"].mean())
             for table, star in ((s.table, ""), (s.checks, "*"))
-            for m, letter in LETTERS.items()
+            for m in LETTERS
             if f"member/{m}/pcc" in table
         }
         for s in subjects
     }
     known = {name for own in heat.values() for name in own}
-    return heat, [f"{n}{star}" for star in ("", "*") for n in LETTERS.values() if f"{n}{star}" in known]
+    return heat, [f"{m}{star}" for star in ("", "*") for m in LETTERS if f"{m}{star}" in known]
 
 
 def _scores(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

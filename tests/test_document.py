@@ -16,7 +16,7 @@ CELLS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), m
 TABLE = Table(
     ["method", "pcc", "pcc"], [["srd | 1", "0.9 [0.8, 1.0]¹ ", "<b>"], ["lrp_zplus", "50 %", "a & b"]]
 )
-REPORT = Document("Two methods_x", [TABLE, "", "first line\nsecond <line>", TABLE])
+REPORT = Document("Two methods_x", [TABLE, "", "a line that goes\non.\nsecond <line>", TABLE])
 
 
 class _Cells(HTMLParser):
@@ -44,14 +44,14 @@ class _Cells(HTMLParser):
 
 
 def test_text_is_title_tables_and_paragraphs_with_a_blank_line_between() -> None:
-    assert REPORT.text() == f"Two methods_x\n\n{TABLE}\n\nfirst line\nsecond <line>\n\n{TABLE}"
+    assert REPORT.text() == f"Two methods_x\n\n{TABLE}\n\na line that goes\non.\nsecond <line>\n\n{TABLE}"
 
 
 def test_html_shows_every_cell_and_runs_nothing() -> None:
     page = REPORT.html()
     expected = [list(TABLE.header), *([cell.strip() for cell in row] for row in TABLE.rows)]
     assert _Cells(page).rows == expected * 2
-    assert "first line<br>second &lt;line&gt;" in page
+    assert "a line that goes on.<br>second &lt;line&gt;" in page
     assert "<b>" not in page
 
 

@@ -17,6 +17,7 @@ NUMBERS = np.random.default_rng(0)
 LONG = "smoothed(integrated_gradients?baseline=black&steps=64,0.1,64)"
 NAMES = ["srd", "integrated_gradients", LONG, f"{LONG} (model resnet18, data imagenet)"]
 METHODS = [f"{name}{k}" for k in range(7) for name in NAMES][:27]
+ATTACKS = ["combined", "top_k", "polish", "transfer", "dissimilarity*", "mass_centre*", "black_box*"]
 TITLE = "vgg16 on imagenet-s:/a/long/way/to/the/data, 200 of 12419 images, their own class explained " * 2
 FILE = "holiday_2024-06-12_with-a-very-long-name_that-somebody-gave-it (copy 2) final.JPEG"
 IMAGE = NUMBERS.random((3, 12, 12))
@@ -182,7 +183,7 @@ def of_scores() -> Iterator[Case]:
         yield f"score_intervals-one-{n}", lambda m=names: render.score_intervals(intervals(m, 1), m[0])
         yield (
             f"member_heat-{n}",
-            lambda m=names: render.member_heat({n: {"S": 0.5, "U*": -0.5} for n in m}, ["S", "U*"], TITLE),
+            lambda m=names: render.member_heat({n: dict.fromkeys(ATTACKS, 0.5) for n in m}, ATTACKS, TITLE),
         )
         yield (
             f"manipulation-{n}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from srd_lab.render.style import COLOURS, GREY, MARKERS, blank, key, shortened, style, title_of
+from srd_lab.render.style import COLOURS, GREY, MARKERS, SLANTED, blank, key, shortened, style, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def member_heat(
     with style():
         names = [shortened(name, _NAME) for name in reached]
         width = max(4.2, 1.4 + 0.06 * max(map(len, names)) + 0.55 * len(attacks))
-        figure = blank((width, 1.8 + 0.28 * len(reached)))
+        figure = blank((width, 1.8 + 0.05 * max(map(len, attacks)) + 0.28 * len(reached)))
         axes = figure.subplots()
         axes.imshow(grid, cmap="YlGnBu_r", vmin=-0.5, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(grid):
@@ -40,7 +40,7 @@ def member_heat(
                 colour = "white" if value < 0.25 else "black"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_yticks(range(len(reached)), names)
-        axes.set_xticks(range(len(attacks)), attacks)
+        axes.set_xticks(range(len(attacks)), attacks, **SLANTED)
         starred = "; * on the first images only" if any(name.endswith("*") for name in attacks) else ""
         axes.set_xlabel("attack")
         axes.spines[:].set_visible(False)

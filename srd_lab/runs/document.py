@@ -81,7 +81,7 @@ class Document:
         return "\n\n".join(map(str, [self.title, *self.blocks]))
 
     def markdown(self) -> str:
-        """With tables of GitHub's kind; line ends of paragraphs are kept."""
+        """With tables of GitHub's kind."""
 
         def table(one: Table) -> str:
             rule = ["---", *["---:"] * (len(one.header) - 1)]
@@ -90,7 +90,7 @@ class Document:
             )
 
         return self._written(
-            f"### {_markdown(self.title)}", table, lambda said: _markdown(said).replace("\n", "  \n")
+            f"### {_markdown(self.title)}", table, lambda said: "  \n".join(map(_markdown, _lines(said)))
         )
 
     def html(self) -> str:
@@ -107,7 +107,7 @@ class Document:
             )
 
         def paragraph(said: str) -> str:
-            return f"<p>{'<br>'.join(map(html.escape, said.splitlines()))}</p>"
+            return f"<p>{'<br>'.join(map(html.escape, _lines(said)))}</p>"
 
         return self._written(f"<h2>{html.escape(self.title)}</h2>", table, paragraph)
 
@@ -139,6 +139,17 @@ class Document:
     def _written(self, title: str, table: Callable[[Table], str], paragraph: Callable[[str], str]) -> str:
         parts = [paragraph(block) if isinstance(block, str) else table(block) for block in self.blocks]
         return "\n\n".join([title, *parts])
+
+
+def _lines(said: str) -> list[str]:
+    """The lines of a paragraph, less the line ends that only keep it narrow: those within a sentence or list."""
+    lines: list[str] = []
+    for line in said.strip("\n").splitlines():
+        if lines and line and not line.startswith(" ") and not lines[-1].rstrip().endswith((".", ":", ";")):
+            lines[-1] = f"{lines[-1].rstrip()} {line}"
+        else:
+            lines.append(line)
+    return lines
 
 
 def _table_of(found: dict[str, Any]) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
@@ -77,7 +78,7 @@ a { color: var(--link) }
 .faint, figcaption { color: var(--faint); font-size: .9rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
+th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
   vertical-align: top }
 th:first-child, td:first-child { text-align: left }
 table.about td { text-align: left; white-space: normal; overflow-wrap: anywhere }
@@ -86,9 +87,14 @@ figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px
 pre { background: var(--fill); padding: .75rem; border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .86rem }
 details { margin: .75rem 0 } summary { cursor: pointer }
-@media print { body { max-width: none; font-size: 11px } h2 { break-after: avoid } figure, tr { break-inside: avoid }
+@media print { html { font-size: 10px } body { max-width: none; font-size: 11px }
+  h2, h3 { break-after: avoid } figure img { max-height: 15cm; width: auto }
+  details::details-content { content-visibility: visible; block-size: auto }
+  figure, tr { break-inside: avoid }
   details > *:not(summary) { display: block } }
 """
+
+_CODE = re.compile("`(.*?)`")
 
 
 def html_report(runs: Sequence[StoredRun], title: str = "") -> str:
@@ -155,7 +161,8 @@ def _figure(run: StoredRun, name: str) -> str:
 
 def _how_to_read(command: str) -> str:
     said = _READING.get(command, ())
-    lines = "".join(f"<li>{_(line)}</li>" for line in said)
+    items = [_CODE.sub(r"<code>\1</code>", _(line)) for line in said]
+    lines = "".join(f"<li>{item}</li>" for item in items)
     return f"<h2>How to read it, and what it does not say</h2><ul>{lines}</ul>" if said else ""
 
 
