@@ -14,11 +14,13 @@ import click
 import numpy as np
 
 from srd_lab.errors import BadRun
+from srd_lab.render.score_page import score_page
 from srd_lab.runs.document import Document
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import Run, Traces
 
 REPORT, SUMMARY, MARKDOWN, SCORES = "report.json", "summary.txt", "summary.md", "scores.csv"
+POINTS = "scores.html"  # the same to point at
 _POINTS = 50  # of a curve over the images
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # subject -> score -> (N,), NaN = not scored
@@ -49,6 +51,7 @@ def publish(run: Run, outcome: Outcome) -> None:
     run.save_text(REPORT, document.to_json())
     if outcome.scores:
         run.save_text(SCORES, scores_text(outcome.images, outcome.scores))
+        run.save_text(POINTS, score_page(outcome.images, outcome.scores, document.title))
     run.save_text(MARKDOWN, document.markdown() + "\n")
     run.note(document.markdown())
     run.save_text(SUMMARY, document.text() + "\n")
