@@ -29,7 +29,7 @@ copyright = "2026, the srd-lab authors"
 version = release = version_of("srd-lab")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
-exclude_patterns = ["entries"]
+exclude_patterns = ["entries", "package_index.md"]
 smartquotes = False  # quotes and dashes stay what one types
 html_theme = "furo"
 html_title = f"srd-lab {version}"

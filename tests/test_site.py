@@ -20,10 +20,11 @@ from srd_lab.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+INDEX = DOCS / "package_index.md"  # what a package index shows
 PAGES = sorted(
     file
     for file in (*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb"))
-    if "entries" not in file.relative_to(DOCS).parts
+    if "entries" not in file.relative_to(DOCS).parts and file != INDEX
 )
 OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 LINK = re.compile(r"\[[^]]*\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -139,3 +140,10 @@ def test_completion_in_a_shell_reads_no_method() -> None:
     assert option.type.convert("no_such_method", option, context) == ("no_such_method",)
     with pytest.raises(click.BadParameter):
         option.type.convert("no_such_method", option, click.Context(main.commands["attack"]))
+
+
+def test_what_a_package_index_shows_has_no_relative_link() -> None:
+    text = INDEX.read_text(encoding="utf-8")
+    assert 'readme = "docs/package_index.md"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r"\]\(([^)]*)\)", text)
+    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]*)\)", text))
