@@ -241,7 +241,7 @@ def test_the_note_says_how_many_images_are_needed_and_is_silent_where_something_
         "below 0.05 it can be with 7 images or more."
     )
     assert unsettled_note([]) == unsettled_note([0, 0]) == unsettled_note([6]) == ""
-    assert "any of 1 comparison with 1 image: " in unsettled_note([1, 0])
+    assert "settle the comparison with 1 image: " in unsettled_note([1, 0])
     assert "any of 2 comparisons with 6 images" in unsettled_note([6, 6, 5], [np.nan, 0.06, np.nan]), (
         "no p of 5"
     )

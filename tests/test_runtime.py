@@ -299,6 +299,8 @@ def test_whatever_ends_a_run_says_how_to_go_on(
 
         def describe(self, _: object) -> None: ...
 
+        def store_figures_as(self, _: object) -> None: ...
+
     @click.command()
     @common_options
     @click.pass_context

@@ -55,6 +55,7 @@ _WITH_BIAS = spelled(
     "addmm addbmm baddbmm addmv addr addcmul lerp index_add native_layer_norm native_group_norm native_batch_norm",
     "_native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm _convolution",
 )
+_WHAT, _CURE = "the output of a layer with a bias", "use another method on this network"  # of refusals
 _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
 
 
@@ -287,6 +288,8 @@ def _products(
         start = run.given if normalised is None else normalised
         terms = [_Bias(start, 1, start), *(b for b in trace.found if normalised is None or not b.ahead)]
         values = [term.value for term in terms]
+        if laid_over_image:
+            _check_rows(score, terms)
         slopes = slopes_of(score, [term.y for term in terms], differentiable=run.differentiable)
         products = []
         last = {
@@ -303,12 +306,23 @@ def _products(
         return products, run.finish(logits)
 
 
+def _check_rows(score: Tensor, terms: list[_Bias]) -> None:
+    """Refuse (SrdLabError) biases of tokens with as many rows as there are images, of which each is not one image's."""
+    rows = [t.y for t in terms if t.y.dim() == 3 and not t.lone and len(t.y) == len(score)]
+    if len(score) < 2 or not rows:
+        return
+    of_first = torch.autograd.grad(score[0], rows, retain_graph=True, allow_unused=True)
+    for y, slope in zip(rows, of_first, strict=True):
+        if slope is not None and slope[1:].any():
+            raise not_by_rows(_WHAT, y.shape, len(score), _CURE)
+
+
 def _placed(product: Tensor, alignment: Alignment, term: _Bias, images: int, *, ask: bool) -> Tensor:
     """The ``product`` of a bias, channels along dimension 1, with tokens laid where they lie over the image.
 
     Refuses a map that does not lie over so many images; ask : whether its cells are asked what they read.
     """
-    what, cure = "the output of a layer with a bias", "use another method on this network"
+    what, cure = _WHAT, _CURE
     if term.y.dim() == (3 if term.lone else 4):
         check_rows(what, (term.y if term.lone else term.y.movedim(term.axis, 1)).shape, images, cure)
         alignment.check(term.event, None if term.lone else term.axis, what, ask=ask)

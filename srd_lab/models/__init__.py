@@ -155,7 +155,7 @@ def networks(data: str = "scenes") -> tuple[str, ...]:
     Example
     -------
     >>> networks("scenes")
-    ('vgg16', 'resnet18', 'resnet50')
+    ('vgg16', 'vgg16_8x8', 'resnet18', 'resnet50')
     """
     return FAMILIES[_kind(data)].names()
 

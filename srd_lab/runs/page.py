@@ -26,11 +26,11 @@ def launch_ui(tracking_uri: str | None = None, port: int = 5000, host: str = "12
     Raises BadValue for an empty host, BadRun if there is no store yet, and StoreTrouble if it is a server already or no
     MLflow store, if the port is taken, or if the page stops by itself.
     """
-    uri = existing_store(tracking_uri)
     if not host.strip():
         raise BadValue(
             "--host is empty, which would mean all networks; give 127.0.0.1, or 0.0.0.0 for all of them"
         )
+    uri = existing_store(tracking_uri)
     if uri.startswith("http"):
         raise StoreTrouble(f"{shown(uri)} is a server already: open it in a browser")
     file = database_of(uri)
