@@ -206,9 +206,8 @@ def attack(
         for i in range(len(x))
     ]
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    note = f"{method} has no gradient: {known.why}" if known.best is None else ""
-    if error := wrong_gradient(known):
-        note = f"{method}: {error}"
+    why = wrong_gradient(known) if known.best else f"no gradient: {known.why}"
+    note = f"{method}: {why}" if why else ""
     said = Document(
         f"{method} under {', '.join(ensemble.members)}; {ensemble.budget}",
         [Table(list(rows[0]), cells), note],

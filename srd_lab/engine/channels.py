@@ -92,7 +92,7 @@ def _takes_off(
     """Whether ``out`` is ``x`` with the channels summed up, or one of its channels."""
     if function in _REDUCTIONS:
         return _dim(args, kwargs) in (axis, axis - x.dim())
-    strides = _probed(function, args, kwargs, x, axis) if _memory(out) is _memory(x) else None
+    strides = _probed(function, args, kwargs, x, axis) if memory_of(out) is memory_of(x) else None
     return strides is not None and not any(strides)
 
 
@@ -139,7 +139,7 @@ def _followed(
         found = out.dim() - 2
     elif function in _RESHAPES:
         found = _behind_reshape(tuple(x.shape), axis, tuple(out.shape))
-    elif _memory(out) is _memory(x):
+    elif memory_of(out) is memory_of(x):
         found = _behind_view(function, args, kwargs, x, axis)
     if found is not None:
         return found
@@ -148,7 +148,8 @@ def _followed(
     return out.dim() - 1 if axis == x.dim() - 1 else _default(out.dim())
 
 
-def _memory(t: Tensor) -> Tensor:
+def memory_of(t: Tensor) -> Tensor:
+    """The tensor whose memory ``t`` shows: itself, unless it is a view."""
     return t if t._base is None else t._base
 
 

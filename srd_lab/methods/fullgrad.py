@@ -36,6 +36,7 @@ from srd_lab.engine import rules
 from srd_lab.engine.affine import SHIFTS, constant_part, overwrites, spelled
 from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
+from srd_lab.engine.channels import memory_of
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.layers import check_rows, not_by_rows
@@ -232,7 +233,7 @@ class _Biases(AsItIs, ImageTrace):
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An attention in one call of torch, of which each linear layer has a bias of its own."""
         query = kwargs["query"] if "query" in kwargs else args[0]
-        self._queries = self._made.get(_memory(query), 0)
+        self._queries = self._made.get(memory_of(query), 0)
         out = multi_head_attention_forward(self, *args, **kwargs)
         self._queries = None
         if out is None:
@@ -246,7 +247,7 @@ class _Biases(AsItIs, ImageTrace):
         """Within an attention in one call: which torch function put out tokens that lie where those of ``x`` do."""
         if self._queries is None:
             return None
-        tokens = _memory(x)
+        tokens = memory_of(x)
         return self._made.get(tokens, self._queries) if tokens.shape == x.shape else self._queries
 
     def _is_bias(self, function: Function, bias: Any, out: Any, axis: int) -> bool:
@@ -259,10 +260,6 @@ class _Biases(AsItIs, ImageTrace):
                 "convolution, a linear layer or a sum, or use another method"
             )
         return False
-
-
-def _memory(t: Tensor) -> Tensor:
-    return t if t._base is None else t._base
 
 
 def _is_vector(t: Tensor, axis: int) -> bool:
