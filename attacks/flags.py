@@ -63,6 +63,10 @@ def raised(table: Arrays, probe: Probe, extra: Mapping[str, str] | None = None) 
         )
     if error := wrong_gradient(probe):
         found["wrong_gradient"] = error
+    if probe.unchecked:
+        found["unchecked_gradient"] = (
+            f"whether the map's gradient is its slope cannot be told: {probe.unchecked}"
+        )
     if white:
         found |= _of_white_box(table, white)
     if (constant := float(table["constant"].mean())) > 0:

@@ -38,6 +38,7 @@ from attacks.statistics import explanation_rate
 from attacks.surrogate import Surrogate
 from attacks.thresholds import TAU
 from srd_lab.data import load_data
+from srd_lab.errors import Unavailable
 from srd_lab.models import load_model
 from srd_lab.registry import make_explainer
 from srd_lab.runs.batches import Arrays, Item
@@ -119,7 +120,6 @@ def test_a_gradient_that_is_not_the_maps_slope() -> None:
 def test_the_gradient_of_a_method_is_its_slope(name: str) -> None:
     model, x = Surrogate(10.0).at(small_model(), 0, 1), images(2)
     error = slope_error(attack_explainer(name, "contrastive"), model, x, torch.zeros(2, dtype=torch.long), 0)
-    assert error is not None
     assert error < 0.01
 
 
@@ -130,7 +130,22 @@ def test_a_map_that_jumps_everywhere_says_nothing_of_its_slope() -> None:
         ) -> tuple[Tensor, Tensor]:
             return (x.sum(1) * 1e9).frac(), model(x)
 
-    assert slope_error(Jumping(), small_model(), images(2), torch.zeros(2, dtype=torch.long), 0) is None
+    with pytest.raises(Unavailable, match="jumps however small"):
+        slope_error(Jumping(), small_model(), images(2), torch.zeros(2, dtype=torch.long), 0)
+
+
+def test_a_gradient_that_cannot_be_held_against_the_slope_says_so() -> None:
+    class Single(Explainer):
+        """Takes float32 alone."""
+
+        def explain_with_logits(
+            self, model: nn.Module, x: Tensor, target: Any = None
+        ) -> tuple[Tensor, Tensor]:
+            raw, logits = make_explainer("gradient").explain_with_logits(model, x, target)
+            return torch.nn.functional.conv2d(raw[:, None], torch.ones(1, 1, 1, 1))[:, 0], logits
+
+    said = flagged(Single(), small_model(sure=True), images(2), steps=2)["unchecked_gradient"]
+    assert "cannot be told: in float64: expected scalar type" in said
 
 
 def test_a_zero_gradient_and_an_unused_budget() -> None:
