@@ -20,7 +20,7 @@ from attacks.verification import _refuse_code
 from srd_lab import parts
 from srd_lab.data import load_data
 from srd_lab.data.pictures import fit
-from srd_lab.errors import BadEntry, BadValue, BadWeights, SrdLabError, Unavailable
+from srd_lab.errors import BadData, BadEntry, BadValue, BadWeights, SrdLabError, Unavailable
 from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.study import Evaluation
 from srd_lab.models import WEIGHTS, load_model, preprocessing, scenes_network, weights_digest
@@ -180,6 +180,17 @@ def test_what_gives_no_network_is_one_line(mine: str, name: str, said: str) -> N
     with pytest.raises(BadValue, match=said) as error:
         load_model(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", ["imagenet:nowhere", "cifar10:nowhere", "voc:", "photos", "photos:."])
+def test_data_that_are_not_there_show_before_the_network_is_made(data: str) -> None:
+    """Its weights may have to be downloaded; this name would be an error of its own."""
+    from srd_lab.runs.inputs import data_and_network
+
+    with pytest.raises((BadValue, BadData), match="nowhere|there is no data set"):
+        data_and_network(
+            EvaluationSettings(data=data, model="nothing:net"), "nothing:net", ["nothing:net"], "cpu"
+        )
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,16 @@ def load_data(
     raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 
+def check_place(spec: str) -> None:
+    """Raises what :func:`load_data` raises where ``spec`` is no source, or names a file or folder that is not there; reads
+    none that is."""
+    source, _, place = spec.partition(":")
+    if spec == "scenes" or source in ("hf-dataset", "wds", "live") or is_place(spec.partition("?")[0]):
+        return
+    if source not in (*_FOLDERS, "cifar10", "cifar100") or not place or not Path(place).exists():
+        load_data(spec)
+
+
 def _cifar(kind: str, path: str, split: str, size: int | None, limit: int | None, non_rgb: str) -> Dataset:
     from srd_lab.data.cifar import SIZE, Cifar
 

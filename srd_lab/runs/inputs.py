@@ -63,10 +63,13 @@ def data_for(settings: Settings, name: str, split: str = "test") -> Any:
 def data_and_network(settings: Settings, name: str, models: Sequence[str], device: Any) -> tuple[Any, Any]:
     """What :func:`data_for` and :func:`network_for` give, with the settings' names of classes. A network from elsewhere,
     which has to be there before its data can be resized, is made once."""
+    from srd_lab.data import check_place
     from srd_lab.data.labels import read_labels
     from srd_lab.models import make_own
 
     given = weights_of(settings.weights, models)[name]
+    if is_own(name):
+        check_place(settings.data)  # before weights are downloaded
     made = make_own(name, with_weights=given is None) if is_own(name) else None
     dataset = data_for(settings, name)
     model = network_for(settings, name, models, device, dataset, made)
