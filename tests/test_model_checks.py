@@ -15,6 +15,7 @@ from srd_lab.catalogue import for_any_network
 from srd_lab.engine import interceptor, layer_trace, model_checks
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import Refused, SrdLabWarning
+from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
 
 Step = Callable[[Tensor], Tensor]
@@ -110,6 +111,21 @@ def test_a_model_that_was_changed_is_tried_again(x: Tensor) -> None:
     explain("gradient", model, x)
 
 
+@pytest.mark.parametrize("name", ["gradient", "srd", "gradcam"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_with_an_exchanged_part_is_tried_again(name: str, wrapped: bool, x: Tensor) -> None:
+    part = Stepped(lambda y: y)
+    model = Classifier(part, (0.5,) * 3, (0.25,) * 3) if wrapped else part
+    explain(name, model, x)
+    part.step = lambda y: y + y.mean(0, keepdim=True)
+    with pytest.raises(Refused, match=r"mixes the images|differs from what started"):
+        explain(name, model, x)
+    with pytest.raises(Refused):
+        explain(name, model, x)
+    part.step = lambda y: y
+    explain(name, model, x)
+
+
 def test_numbers_beside_the_way_do_not_count_as_rounding(x: Tensor) -> None:
     def step(y: Tensor) -> Tensor:
         _ = torch.zeros(1) + 0  # float32
@@ -171,7 +187,7 @@ def test_a_false_slope_is_said_again(x: Tensor) -> None:
     """Of every map, also where the first call was refused."""
     step, front = FALSE["changed through .data"]
     model = Stepped(step, front=front)
-    assert "did not arrive" in warned("srd", model, x)[0]
+    assert "differs from what started" in warned("srd", model, x)[0]
     for _ in range(2):
         assert warned("gradient", model, x)
 

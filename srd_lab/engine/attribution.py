@@ -15,9 +15,9 @@ Example
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +27,8 @@ from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.hidden_activations import check_no_hidden_activation
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.model_checks import check_images_apart, false_slope
+from srd_lab.engine.live_pass import Leaks
+from srd_lab.engine.model_checks import check_images_apart, false_slope, has_changed
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import Leak, Refused, SrdLabWarning, first_line
 from srd_lab.normalise import split_normalisation
@@ -43,7 +44,7 @@ class Attribution:
 
     normalise, network : the two parts of the model; the identity and the model itself where it is not split.
     given : (N, C, H, W), what the network is to be fed with; in the graph, and not the caller's tensor.
-    differentiable : whether the map must be differentiable in x.
+    differentiable : whether the map must be differentiable in x. traced : not empty where a rule is followed.
     """
 
     normalise: nn.Module
@@ -51,13 +52,22 @@ class Attribution:
     given: Tensor
     differentiable: bool
     _on_exit: ExitStack
+    traced: list[bool] = field(default_factory=list)
 
     def recording(self, trace: Trace) -> Trace:
         """``trace``, whose recorded tensors are released when the attribution ends, also by an error."""
         self._on_exit.callback(trace.release)
         if trace.sees_all:
             check_no_hidden_activation(self.network, self.given)
+            self.traced.append(True)
         return trace
+
+    def check_again(self, model: nn.Module, x: Tensor, slopes: bool) -> str:
+        """What is asked before, of a model that is no longer what it was then; arguments are those of :func:`attribution`."""
+        check_images_apart(model, x)
+        if self.traced:
+            check_no_hidden_activation(self.network, self.given)
+        return false_slope(model, x) if slopes else ""
 
     def alignment(self, trace: ImageTrace) -> Alignment:
         """Which maps of the network lie over the image; ``trace`` has followed it."""
@@ -89,7 +99,10 @@ def attribution(
             check_images_apart(model, x)
             false = false_slope(model, x) if slopes else ""
             given = normalise(leaf.clone())  # a normalisation may work in place
-            yield Attribution(normalise, network, given, differentiable, on_exit)
+            run = Attribution(normalise, network, given, differentiable, on_exit)
+            yield run
+            if has_changed(model, network):
+                false = run.check_again(model, x, slopes)
             if false:
                 warnings.warn(false, SrdLabWarning, stacklevel=2)
         except RuntimeError as error:
@@ -168,27 +181,25 @@ def row_of(value: Any, i: int, n: int) -> Any:
     return value[i : i + 1] if each and len(value) == n else value
 
 
-def check_conserved(
-    started: Tensor, arrived: Tensor, leaks: Mapping[str, Tensor], on_leak: str, rounding: float
-) -> None:
+def check_conserved(started: Tensor, arrived: Tensor, leaks: Leaks, on_leak: str, rounding: float) -> None:
     """Refuse a map with less or more relevance than it should have: an operation was taken for what it is not.
 
-    started, arrived : relevance of a batch, of any shapes.
-    leaks : by cause, what is known not to have been passed on, of all images together.
+    started, arrived : relevance of N images, (N, ...). leaks : what is known not to have been passed on.
     on_leak : "error" or "warn". rounding : the share of the relevance that rounding may cost.
 
-    Raises Leak, or warns, where their difference is more than rounding. What is not finite passes, and
-    ``Explainer.explain`` refuses it.
+    Raises Leak, or warns, where their difference is more than rounding: of all images together; or of one, by more than all
+    that is known to have leaked. What is not finite passes, and ``Explainer.explain`` refuses it.
     """
-    started, arrived = started.detach(), arrived.detach()
-    total, size = started.sum(), started.abs().sum() + arrived.abs().sum()
-    unexplained = total - arrived.sum() - sum(leaks.values())
-    if not unexplained.abs() > rounding * size:
+    started, arrived = (t.detach().reshape(len(t), -1) for t in (started, arrived))
+    missing, size = (started.sum(1) - arrived.sum(1)), started.abs().sum(1) + arrived.abs().sum(1)
+    together = missing.sum() - leaks.total
+    alone = (missing.abs() - leaks.size).clamp_min(0)  # whose relevance leaked is not known
+    shares = torch.cat([(together.abs() / size.sum())[None], alone / size])
+    if not bool((shares > rounding).any()):
         return
-    share = float(unexplained / started.abs().sum())
     said = (
-        f"{share:.1%} of the relevance that started did not arrive, for no known reason: the model does something that the "
-        "rule does not fit; use another method on it, and please report the model"
+        f"the relevance that arrives differs from what started by {float(2 * shares.nan_to_num().max()):.1%}, for no known "
+        "reason: the model does something that the rule does not fit; use another method on it, and please report the model"
     )
     if on_leak == "error":
         raise Leak(said)

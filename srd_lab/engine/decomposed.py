@@ -96,7 +96,7 @@ class Gated(ImageTrace):
     @contextmanager
     def live(self) -> Iterator[dict[int, Tensor]]:
         """Within: the rule is live, for one backward pass, which fills the dictionary of relevance by activation call."""
-        self.live_pass.on, self.live_pass.relevance, self.live_pass.leaks = True, {}, {}
+        self.live_pass.begin()
         try:
             yield self.live_pass.relevance
         finally:

@@ -1,8 +1,8 @@
 """Activations in disguise: what is a function of one entry of a map, and bent, through calls that nobody follows.
 
 ``u.flatten(1) * torch.stack([u, 0 * u]).softmax(0)[0].flatten(1)`` is SiLU, and no list of spellings ends. So autograd is
-asked what a product, or a choice, is made of: whether each entry of it leads back to one entry of a map, with a slope that
-depends on that entry; of a choice, whether the slope is another one for another image.
+asked what a product, a choice, or what else is not affine and makes one number of several, is made of: whether each entry of
+it leads back to one entry of a map, with a slope that depends on that entry, or is another one in another place and image.
 
 Tried once when a model is first followed, and remembered as long as it lives.
 """
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srd_lab.engine.affine import JOINS, LIKE, SELECTIONS, SHAPED, SHIFTS, spelled
+from srd_lab.engine.affine import JOINS, LIKE, SELECTIONS, SHAPED, SHIFTS, is_affine, spelled
+from srd_lab.engine.geometry import MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.model_checks import memory_of, state_of
 from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
@@ -27,6 +28,7 @@ _HALVES = spelled("glu")
 _ALONG = _HALVES | spelled("prod cumprod")
 _MOST = 12  # tensors that a call is followed back to
 _RECENT = 60  # tensors among which these are
+_FURTHER = 4  # calls that a suspect is followed through
 _DEEP = 500  # nodes of autograd's graph among which these are
 
 
@@ -58,8 +60,8 @@ class HiddenActivation(Refused):
 
 
 class _Suspects(ImageTrace):
-    """Runs a model, its activations in one call or written out as they are, and tries its products of maps and its choices,
-    and what is made of these in one call more."""
+    """Runs a model, its activations in one call or written out as they are, and tries its products of maps, its choices and
+    what else is not affine, and what is made of these in some calls more."""
 
     needs_activations = False
 
@@ -68,7 +70,7 @@ class _Suspects(ImageTrace):
         self._made = deque[Tensor](maxlen=_RECENT)
         self._activated = WeakTensorKeyDictionary()  # what calls that are followed put out
         self._cut = WeakTensorKeyDictionary()  # what is made of the image and asks for no gradient
-        self._suspects = WeakTensorKeyDictionary()  # what products and choices put out, and what of
+        self._suspects = WeakTensorKeyDictionary()  # what such calls put out, what of, and in how many calls
 
     def run(self, x: Tensor) -> Any:
         self._made.append(x)
@@ -98,14 +100,18 @@ class _Suspects(ImageTrace):
     def other(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = tensors_in(args[:1] if function in SHAPED else args, kwargs)
         moving = [t for t in tensors if _moves(t)]
-        found = self._suspicion(function, args, kwargs, tensors, moving)
+        found = self._suspects_of(function, args, kwargs, tensors, moving)
         earlier = [self._suspects[t] for t in moving if t in self._suspects and function not in SHIFTS]
         out = super().other(function, args, kwargs)
-        for suspicion in (found, *earlier):
-            for t in filter(_moves, tensors_in((out,))) if suspicion else ():
-                if suspicion is found:
-                    self._suspects[t] = found
-                if self._is_activation(t, *suspicion):
+        made = [t for t in tensors_in((out,)) if _moves(t)]
+        if len(found) == 1 and function not in SELECTIONS and not any(t in self._cut for t in tensors):
+            made_of = found[0].numel()  # a bent function in one call is refused by name, where it matters
+            found = [] if all(t.numel() >= made_of for t in made) else found
+        for parts, calls in ((found, 0), *earlier):
+            for t in made if parts else ():
+                if calls < _FURTHER:
+                    self._suspects[t] = parts, calls + 1
+                if self._is_activation(t, parts):
                     raise HiddenActivation(
                         f"{function_name(function)} in {self.where()} is an activation by another name: each entry is "
                         "a bent function of one entry of a map, and there is no rule for it; write it as one call of torch "
@@ -113,35 +119,51 @@ class _Suspects(ImageTrace):
                     )
         return out
 
-    def _suspicion(
+    def max_pool(self, pool: MaxPool) -> Any:
+        out = super().max_pool(pool)
+        pooled = out if isinstance(out, Tensor) else out[0]
+        if _moves(pooled) and self._is_activation(pooled, [pool.x]):
+            raise HiddenActivation(
+                f"the max pool in {self.where()} is an activation by another name: it chooses between a map and what is "
+                "made of the same entry; write it as one call of torch (F.relu), or choose a method that needs gradients only"
+            )
+        return out
+
+    def _suspects_of(
         self,
         function: Function,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
         moving: list[Tensor],
-    ) -> tuple[list[Tensor], bool] | None:
-        """What a call multiplies, or chooses from, and whether it chooses; None for a call that does neither."""
-        if not moving:
-            return None
-        if function in SELECTIONS or any(t in self._cut for t in tensors):
-            return moving, True
+    ) -> list[Tensor]:
+        """What a call multiplies, chooses from, or makes something of that is not affine; empty for all other calls."""
+        if not moving or function in SHIFTS | JOINS:
+            return []
         if function in _ALONG:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-            return list(moving[0].chunk(2, dim) if function in _HALVES else moving[0].unbind(dim)), False
-        return (moving, False) if len(moving) > 1 and function not in SHIFTS | JOINS else None
+            return list(moving[0].chunk(2, dim) if function in _HALVES else moving[0].unbind(dim))
+        if function in SELECTIONS or any(t in self._cut for t in tensors):
+            return moving
+        return [] if is_affine(function, args, kwargs, moving) else moving
 
-    def _is_activation(self, out: Tensor, parts: list[Tensor], chooses: bool) -> bool:
+    def _has_slope(self, t: Tensor) -> bool:
+        """Whether ``t`` depends on what it was made of."""
+        below = _below(t.grad_fn)
+        first = next((s for s in self._made if s.grad_fn in below), t)
+        return bool(_back(t, first, _signal(t)).any())
+
+    def _is_activation(self, out: Tensor, parts: list[Tensor]) -> bool:
         """Whether each entry of ``out`` is a bent function of one entry of a map that all ``parts`` are made of."""
-        drawn = torch.Generator(out.device).manual_seed(0)
-        signal = 4 * torch.rand(out.shape, generator=drawn, device=out.device).to(out) + 0.1
+        signal = _signal(out)
         below = set.intersection(*(_below(t.grad_fn) for t in parts))
         sources = [t for t in reversed(self._made) if t.grad_fn in below and t.numel() == out.numel()]
+        sloped = [t for t in parts if self._has_slope(t)]  # a rounded gate has none
         near = max(100 * torch.finfo(out.dtype).eps, 1e-9)
         for source in _up_to(self._activated, sources[:_MOST]):
             slope, first, second = (_back(out, source, signal**power) for power in (0, 1, 2))
             size = float(slope.abs().amax() * second.abs().amax())
-            if not 0 < size < torch.inf or not all(_back(t, source, torch.ones_like(t)).any() for t in parts):
+            if not 0 < size < torch.inf or not all(_back(t, source, _signal(t)).any() for t in sloped):
                 continue
             # of one entry alone, the mean of the signals that arrive is one signal, and that of their squares its square
             if not torch.allclose(slope * second, first * first, rtol=near, atol=near * size):
@@ -149,9 +171,15 @@ class _Suspects(ImageTrace):
             power = _power(out, source, signal, slope, first)
             if power is None and _is_curved(out, source):
                 return True
-            if chooses and power == 1 and _differs(slope):
+            if power == 1 and _differs(slope):
                 return True
         return False
+
+
+def _signal(t: Tensor) -> Tensor:
+    """Positive numbers, like ``t``, that are always the same."""
+    drawn = torch.Generator(t.device).manual_seed(0)
+    return 4 * torch.rand(t.shape, generator=drawn, device=t.device).to(t) + 0.1
 
 
 def _up_to(last: Container[Tensor], tensors: list[Tensor]) -> Iterator[Tensor]:
@@ -182,11 +210,16 @@ def _back(of: Tensor, to: Tensor, signal: Tensor) -> Tensor:
 
 
 def _differs(slope: Tensor) -> bool:
-    """Whether a function's slopes (2, ...) are not the same for the two images."""
+    """Whether a function's slopes (2, C, ...) are not the same for the two images, and neither those of a gate that all places
+    of a channel, or all channels of a place, have in common."""
     if len(slope) < 2:
         return False
+    near = 1e-3 * float(slope.abs().amax())
+    of_place = [
+        slope.amax(axis) - slope.amin(axis) for axis in range(1, slope.dim()) if slope.shape[axis] > 1
+    ]
     one, other = slope.chunk(2)
-    return not torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(slope.abs().amax()))
+    return bool((one - other).abs().amax() > near) and all(bool((t > near).any()) for t in of_place)
 
 
 def _is_curved(out: Tensor, source: Tensor) -> bool:

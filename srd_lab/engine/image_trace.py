@@ -100,7 +100,11 @@ class ImageTrace(Interceptor):
         autocast_off()
         if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
             self.count(func, args, given)
-            return self.as_factor(func(*args, **given), self.gate_in(args, given))
+            made = self._pointwise.made_by(func, args, given)
+            out = self.as_factor(func(*args, **given), self.gate_in(args, given))
+            if made and isinstance(out, Tensor):
+                self.records.note(out, pointwise=made)
+            return out
         if (written_out := self._pointwise.self_gated(func, args, given)) is not None:
             self.count(func, args, given)
             out = self._self_gated(written_out)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,14 @@ _BATCH_NORMS = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_
 _TURNED = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
+_called: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # which functions, when it was last run
+
+
+def functions_of(model: nn.Module) -> int:
+    """A number that is the same for two runs of a model that called the same functions of torch, when it was last run."""
+    return _called.get(model, 0)
+
+
 class Interceptor(TorchFunctionMode):
     """Runs a model and passes each call of interest to a method; the base class changes nothing.
 
@@ -89,6 +98,7 @@ class Interceptor(TorchFunctionMode):
         self.calls: list[Call] = []
         self.events = 0  # torch functions that the model has called; not counted: what its backward hooks do
         self.sequence = 0  # tells which functions these were, with which numbers
+        self.functions = 0  # and which, with whatever numbers
         self._names = {id(module): name for name, module in model.named_modules()}
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
@@ -136,6 +146,7 @@ class Interceptor(TorchFunctionMode):
         check_model(self.model)
         with _plain_torch, self._following_modules(), self:
             output = self.model(x)
+        _called[self.model] = self.functions
         if self.needs_activations and not self.calls:
             raise Refused(
                 "no activation call was seen in the model; expected ReLU, LeakyReLU, ELU, SiLU, GELU, Tanh or softplus "
@@ -165,9 +176,11 @@ class Interceptor(TorchFunctionMode):
         def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
             if threading.get_ident() == thread and id(module) in self._names:
                 self._path.pop()
-                counted = self.events, self.sequence
+                counted = self.events, self.sequence, self.functions
                 out = self.left(module, output)
-                self.events, self.sequence = counted  # what is done here is not the model's doing
+                self.events, self.sequence, self.functions = (
+                    counted  # what is done here is not the model's doing
+                )
                 return out
             return None
 
@@ -218,7 +231,9 @@ class Interceptor(TorchFunctionMode):
     def count(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model has called one more torch function."""
         self.events += 1
-        numbers = () if recognise(func, args, kwargs) else _numbers((args, *kwargs.items()))
+        activates = recognise(func, args, kwargs) is not None
+        self.functions = hash((self.functions, None if activates else func))  # a surrogate has others
+        numbers = () if activates else _numbers((args, *kwargs.items()))
         self.sequence = hash((self.sequence, func, numbers))  # less the bend of an activation
 
     def _activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:

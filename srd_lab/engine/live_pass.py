@@ -9,6 +9,8 @@ alone or makes attention weights may be anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,23 +21,49 @@ from srd_lab.engine.geometry import Convolution
 from srd_lab.errors import Refused
 
 
+@dataclass(frozen=True)
+class Leaks:
+    """Relevance of all images together that was not passed on.
+
+    by_cause : its sums (). size : the sum () of its absolute values.
+    """
+
+    by_cause: Mapping[str, Tensor] = field(default_factory=dict)
+    size: Tensor | float = 0.0
+
+    @property
+    def total(self) -> Tensor | float:
+        """The sum over all causes."""
+        return sum(self.by_cause.values(), 0.0)
+
+    def plus(self, cause: str, relevance: Tensor) -> Leaks:
+        """With ``relevance``, of any shape, as well."""
+        relevance = relevance.detach()
+        amount = self.by_cause.get(cause, 0) + relevance.sum()
+        return Leaks({**self.by_cause, cause: amount}, self.size + relevance.abs().sum())
+
+
 class LivePass:
     """Whether the rule is live, and the relevance it left at each call. Has no graph between passes.
 
     rule : what stands in for the derivative of an activation while the pass is on.
     on : whether the pass that runs now is a live one. relevance : by activation call, what arrived there, (N, ...).
-    leaks : by cause, the relevance of all images together that live passes could not pass on.
+    leaks : what the last live pass could not pass on.
     """
 
     def __init__(self, rule: rules.Rule) -> None:
         self.rule = rule
         self.on = False
         self.relevance: dict[int, Tensor] = {}
-        self.leaks: dict[str, Tensor] = {}
+        self.leaks = Leaks()
+
+    def begin(self) -> None:
+        """A live pass is about to run; of earlier ones nothing is kept."""
+        self.on, self.relevance, self.leaks = True, {}, Leaks()
 
     def leak(self, cause: str, relevance: Tensor) -> None:
         """Count all of ``relevance``, of any shape, as leaked."""
-        self.leaks[cause] = self.leaks.get(cause, 0) + relevance.detach().sum()
+        self.leaks = self.leaks.plus(cause, relevance)
 
 
 class Gate(torch.autograd.Function):

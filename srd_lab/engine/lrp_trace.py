@@ -248,7 +248,7 @@ class ModifiedTrace(Decomposed):
         product = name in _MATRIX_PRODUCTS and constant
         if not product and not has_parts:
             return run(function, args, kwargs)
-        of_constants = self._modify if product else self.modified
+        of_constants = self._modified_constant if product else self.modified
         parts = {id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}
         return self._run_on_parts(function, args, kwargs, parts)
 
@@ -344,6 +344,11 @@ class ModifiedTrace(Decomposed):
     # positive parts ------------------------------------------------------------------------------------
     def _has_part(self, t: Tensor) -> bool:
         return self.records[t].convolution is not None or self.records[t].part is not None
+
+    def _modified_constant(self, t: Tensor) -> Tensor:
+        """A constant, which may be trainable, with modified weights; still a constant."""
+        constant: Tensor = self.as_factor(self._modify(t), False)
+        return constant
 
     def _modified_bias(self, bias: Tensor | None) -> Tensor | None:
         return self._modify(bias) if self._with_bias and bias is not None else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from srd_lab.engine.affine import LIKE, overwrites
-from srd_lab.engine.interceptor import Watch
+from srd_lab.engine.interceptor import Watch, functions_of
 from srd_lab.engine.spellings import Function, tensors_in
 from srd_lab.errors import Refused
 from srd_lab.overflow import refuse_overflow
@@ -40,6 +40,21 @@ def passes_as(surrogate: nn.Module, original: nn.Module) -> None:
 def memory_of(model: nn.Module) -> dict[Any, Any]:
     """What other modules remember of a model as long as it lives; a surrogate shares that of its original."""
     return _memories.setdefault(model, {})
+
+
+def has_changed(model: nn.Module, network: nn.Module) -> bool:
+    """Whether ``network``, which was just run, has called other functions of torch than when it was asked, as one with an
+    exchanged part does; what was found of it, and of the ``model`` that it is a part of, is then forgotten."""
+    key = has_changed, state_of(network)
+    known: set[int] = memory_of(network).setdefault(key, set())
+    changed = bool(known) and functions_of(network) not in known
+    if changed:
+        for part in (model, network):
+            _of(part).clear()
+            memory_of(part).clear()
+        memory_of(network)[key] = known
+    known.add(functions_of(network))
+    return changed
 
 
 def check_images_apart(model: nn.Module, x: Tensor) -> None:

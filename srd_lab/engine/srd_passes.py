@@ -11,6 +11,7 @@ from torch import Tensor
 from srd_lab.engine import rules
 from srd_lab.engine.attribution import Attribution
 from srd_lab.engine.layers import check_rows, not_by_rows
+from srd_lab.engine.live_pass import Leaks
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import BadValue, Refused
 
@@ -160,10 +161,9 @@ class BackwardPasses:
                 maps[call.name] = self.run.finish(relevance.get(call.index, nothing))
         return maps
 
-    def leaks(self, start: Start) -> dict[str, Tensor]:
-        """What the last backward pass, from ``start``, could not pass on, of all images together, by cause."""
-        found = self.trace.live_pass.leaks
-        return found | {"dead fields": found.get("dead fields", 0) + start.leaked}
+    def leaks(self, start: Start) -> Leaks:
+        """What the last backward pass, from ``start``, could not pass on."""
+        return self.trace.live_pass.leaks.plus("dead fields", start.leaked)
 
     def _input_relevance(self, g: Tensor | None) -> Tensor:
         return torch.zeros_like(self.input[:, 0]) if g is None else (self.input * g).sum(1)

@@ -238,10 +238,10 @@ class ExcitationBackprop(_Modified):
                 map_ = _at_tensor(trace, place, top, signals, run.differentiable)
             attribution = _to_input(top, signals, ends, run.differentiable)
             found = dict(relevance)
-        started = sum(t.detach() * signal.detach() for t, signal in zip(top, signals, strict=True))
-        check_conserved(
-            torch.as_tensor(started), attribution, trace.live_pass.leaks, self.on_leak, trace.rounding
-        )
+        started = torch.stack(
+            [t.detach() * signal.detach() for t, signal in zip(top, signals, strict=True)]
+        ).sum(0)
+        check_conserved(started, attribution, trace.live_pass.leaks, self.on_leak, trace.rounding)
         if place is None:
             map_ = attribution.sum(1)
         elif isinstance(place, int):

@@ -197,7 +197,7 @@ class SRD(Explainer):
         with self._passes(model, x.detach()) as passes:
             begin = self._start(passes, target, start)
             total, arrived = begin.relevance.sum(), passes.at_input(begin).sum()
-            found = passes.leaks(begin)
+            found = passes.leaks(begin).by_cause
             leaks = {cause: found.get(cause, torch.zeros_like(total)) for cause in LEAKS[:-1]}
             leaks[LEAKS[-1]] = total - arrived - torch.stack([*leaks.values()]).sum()
             return {cause: rules.divide(amount, total).detach() for cause, amount in leaks.items()}
