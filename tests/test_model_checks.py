@@ -75,6 +75,29 @@ def test_a_model_that_mixes_the_images_of_a_batch_is_refused(
         explain(name, Stepped(MIXING[way]), x[:images])
 
 
+@pytest.mark.parametrize(
+    "there",
+    [
+        lambda x: x.flip(0),
+        lambda x: x.roll(1, 0),
+        lambda x: x[torch.arange(len(x)) - 1],
+        lambda x: torch.cat([x[1:], x[:1]]),
+    ],
+)
+def test_a_model_that_works_on_the_images_in_another_order_is_refused(there: Step, x: Tensor) -> None:
+    """The map of a layer would be another image's."""
+
+    class Turned(Stepped):
+        def forward(self, x: Tensor) -> Tensor:
+            order = there(torch.arange(len(x)))
+            return super().forward(there(x))[order.argsort()]
+
+    torch.testing.assert_close(Turned(lambda y: y)(x), Stepped(lambda y: y)(x))
+    for name in ("gradcam", "srd"):
+        with pytest.raises(Refused, match="in another order"):
+            explain(name, Turned(lambda y: y), x[:2])
+
+
 def test_a_surrogate_of_a_model_that_mixes_is_refused_too(x: Tensor) -> None:
     with pytest.raises(Refused, match="mixes the images"):
         explain("gradient", SmoothModel(Stepped(MIXING["moved on"]), 10.0), x)

@@ -81,7 +81,7 @@ _AFFINE = (
         "permute transpose swapaxes swapdims movedim moveaxis t adjoint rot90 flip fliplr flipud roll expand expand_as",
         "broadcast_to broadcast_tensors repeat repeat_interleave tile chunk split split_with_sizes unsafe_chunk",
         "unsafe_split unsafe_split_with_sizes tensor_split hsplit vsplit dsplit unbind narrow narrow_copy select",
-        "__getitem__ __iter__ __reversed__ as_strided diagonal diag diag_embed diagflat tril triu cat concat concatenate",
+        "__getitem__ __iter__ __reversed__ diagonal diag diag_embed diagflat tril triu cat concat concatenate",
         "stack hstack vstack dstack column_stack row_stack block_diag meshgrid cartesian_prod unfold fold pad",
         "constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle",
     )

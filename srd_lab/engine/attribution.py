@@ -63,7 +63,7 @@ class Attribution:
         return trace
 
     def check_again(self, model: nn.Module, x: Tensor, slopes: bool) -> str:
-        """What is asked before, of a model that is no longer what it was then; arguments are those of :func:`attribution`."""
+        """What is asked of a model before, as it is now another one; arguments are those of :func:`attribution`."""
         check_images_apart(model, x)
         if self.traced:
             check_no_hidden_activation(self.network, self.given)

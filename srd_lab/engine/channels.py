@@ -84,6 +84,21 @@ class Channels:
                     found = out.dim() - 1
             if found is not None:
                 self.put(out, found)
+            if function in _RESHAPES:
+                self._reshaped(x, axis, out, found)
+
+    def laid(self, t: Tensor) -> tuple[torch.Size, int] | None:
+        """Shape and channel axis of the map that ``t`` was before its channels were merged with other axes, or split; None
+        for what has an axis of channels."""
+        return self._records[t].laid
+
+    def _reshaped(self, x: Tensor, axis: int, out: Tensor, found: int | None) -> None:
+        """``out`` is ``x``, with channels along ``axis``, in another shape; ``found`` is where they are taken to lie."""
+        shape, own = self._records[x].laid or (x.shape, axis)
+        if out.shape == shape:
+            self._records.note(out, channels=own, laid=None)
+        elif self._records[x].laid or _behind_reshape(tuple(x.shape), axis, tuple(out.shape)) is None:
+            self._records.note(out, laid=(shape, own))
 
 
 def _takes_off(
@@ -140,7 +155,7 @@ def _followed(
     elif function in _RESHAPES:
         found = _behind_reshape(tuple(x.shape), axis, tuple(out.shape))
     elif memory_of(out) is memory_of(x):
-        found = _behind_view(function, args, kwargs, x, axis)
+        found = _behind_view(function, args, kwargs, x, axis, out)
     if found is not None:
         return found
     if max(x.dim(), out.dim()) > 4:  # no guess: what it becomes later on must not be taken for known
@@ -176,11 +191,12 @@ def _behind_letters(
 
 
 def _behind_view(
-    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, axis: int, out: Tensor
 ) -> int | None:
     """The same view of a tensor that has a stride along its channels only shows where they went."""
     moved = [i for i, stride in enumerate(_probed(function, args, kwargs, x, axis) or ()) if stride]
-    return moved[-1] if moved else None
+    long = [i for i in moved if out.shape[i] > 1]  # a new axis has a stride, too
+    return (long or moved)[-1] if moved else None
 
 
 def _probed(

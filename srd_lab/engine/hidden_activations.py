@@ -125,7 +125,8 @@ class _Suspects(ImageTrace):
         if _moves(pooled) and self._is_activation(pooled, [pool.x]):
             raise HiddenActivation(
                 f"the max pool in {self.where()} is an activation by another name: it chooses between a map and what is "
-                "made of the same entry; write it as one call of torch (F.relu), or choose a method that needs gradients only"
+                "made of the same entry, and there is no rule for it; write it as one call of torch (F.relu), or choose a "
+                "method that needs gradients only"
             )
         return out
 
@@ -210,8 +211,8 @@ def _back(of: Tensor, to: Tensor, signal: Tensor) -> Tensor:
 
 
 def _differs(slope: Tensor) -> bool:
-    """Whether a function's slopes (2, C, ...) are not the same for the two images, and neither those of a gate that all places
-    of a channel, or all channels of a place, have in common."""
+    """Whether a function's slopes (2, C, ...) are not the same for the two images, nor those of a gate that all places of a
+    channel, or all channels of a place, have in common."""
     if len(slope) < 2:
         return False
     near = 1e-3 * float(slope.abs().amax())

@@ -118,7 +118,7 @@ class ImageTrace(Interceptor):
             eps = torch.finfo(out.dtype).eps
             if eps > self._eps:
                 self.rounding = min(self.rounding + _COARSE * eps, 0.02)
-        if isinstance(out, Tensor) and (out.dim() == 3 or (self.keeps_maps and out.dim() == 4)):
+        if isinstance(out, Tensor) and out.dim() in (3, 4):
             self._keep(out)
         return out
 
@@ -126,7 +126,7 @@ class ImageTrace(Interceptor):
         """Note which torch function made a map, or tokens; and the map itself."""
         if self.is_map(out):
             self.records.note(out, event=self.events)
-            if out.dim() == 4:
+            if self.keeps_maps and out.dim() == 4:
                 self.maps.append((out, out._version))
 
     def _self_gated(self, found: SelfGated) -> Tensor:

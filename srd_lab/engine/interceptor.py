@@ -232,7 +232,10 @@ class Interceptor(TorchFunctionMode):
         """The model has called one more torch function."""
         self.events += 1
         activates = recognise(func, args, kwargs) is not None
-        self.functions = hash((self.functions, None if activates else func))  # a surrogate has others
+        if not getattr(func, "__name__", "").startswith(
+            ("is_", "__len__")
+        ):  # a surrogate asks, and bends otherwise
+            self.functions = hash((self.functions, None if activates else func))
         numbers = () if activates else _numbers((args, *kwargs.items()))
         self.sequence = hash((self.sequence, func, numbers))  # less the bend of an activation
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from srd_lab.engine.affine import LIKE, overwrites
 from srd_lab.engine.interceptor import Watch, functions_of
-from srd_lab.engine.spellings import Function, tensors_in
+from srd_lab.engine.spellings import Call, Function, tensors_in
 from srd_lab.errors import Refused
 from srd_lab.overflow import refuse_overflow
 
@@ -77,6 +77,11 @@ def check_images_apart(model: nn.Module, x: Tensor) -> None:
         raise Refused(
             f"the model mixes the images of a batch: beside another one, an image has logits that differ by {apart:.2g} of "
             "the largest, so that it has no map of its own; take what runs along the first axis out of forward()"
+        )
+    if _is_reordered(watch):
+        raise Refused(
+            "the model works on the images of a batch in another order than it is given them, so that its maps inside are "
+            "those of other images; take what moves the first axis out of forward()"
         )
     tries = f"asked {sum(said.startswith('asked') for said in _of(model)) + 1} times"
     told_apart = _far(each[:1], each[1:]) > watch.rounding  # else a mixture would not show
@@ -175,17 +180,26 @@ def _false_slope_at(model: nn.Module, x: Tensor, place: int) -> str | None:
 class _Rounding(Watch):
     """Runs a model as it is, and knows how far two of its outputs may be apart that are the same but for rounding.
 
-    eps : relative rounding of the coarsest numbers of what was made of the image.
+    eps : relative rounding of the coarsest numbers of what was made of the image. sums : of every run, of the absolute
+        values that each activation call puts out, by row.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.eps = 0.0
+        self.sums: list[list[Tensor]] = []
         self._of_image = WeakTensorKeyDictionary()
 
     def run(self, x: Tensor) -> Any:
         self._of_image[x] = True
+        self.sums.append([])
         return super().run(x)
+
+    def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        out = super().activate(call, x, inplace)
+        if out.dim() > 1 and out.is_floating_point():
+            self.sums[-1].append(out.detach().abs().flatten(1).sum(1, dtype=torch.float64))
+        return out
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -242,6 +256,17 @@ def state_of(model: nn.Module) -> str:
 def _of(model: nn.Module) -> set[str]:
     """What was found of the model as it is."""
     return _passed.setdefault(model, {}).setdefault(state_of(model), set())
+
+
+def _is_reordered(watch: _Rounding) -> bool:
+    """Whether an activation call of the third run, of two images, has not what those of the first two, of one each, have."""
+    one, other, both, *_ = watch.sums
+    for first, second, pair in zip(one, other, both, strict=False):
+        if len(first) == len(second) == 1 and len(pair) == 2:  # else rows are no images
+            expected = torch.cat([first, second])
+            if _far(pair, expected) > watch.rounding and _far(pair, expected.flip(0)) <= watch.rounding:
+                return True
+    return False
 
 
 def _logits(watch: Watch, x: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -59,6 +60,7 @@ class Record:
 
     About the tensor:
     channels : the axis of its channels. lone : it has one channel, whose axis a sum took away.
+    laid : shape and channel axis of the map that it was before a reshape merged or split the axis of channels.
     ahead : it is the image, or what normalising makes of it.
     seen : an intercepted call made it, or wrote into it.
 
@@ -78,6 +80,7 @@ class Record:
 
     channels: int | None = _stays(None)
     lone: bool = _stays(False)
+    laid: tuple[torch.Size, int] | None = _stays(None)
     ahead: bool = _stays(False)
     seen: bool = _stays(False)
     role: Literal["gate", "constant"] | None = None

@@ -115,18 +115,22 @@ class BackwardPasses:
         return self.run.finish(relevance[index])
 
     def over_image(self, relevance: Tensor, index: int | None, what: str) -> Tensor:
-        """Relevance of tokens (N, T) as a map (N, h, w), each where it lies over the image, less class and register tokens.
+        """Relevance (N, h, w) of a map that lies over the image; that of tokens (N, T) as such a map, each where it lies
+        over the image, less class and register tokens.
 
         index : of the activation call that it is at; None for the encoder's output. what : its name, for messages.
 
-        Raises SrdLabError for tokens of which it is not known where they lie, and for an encoder's output of which no patch
-        is read.
+        Raises SrdLabError for what is not known to lie over the image, and for an encoder's output of which no patch is
+        read.
         """
         alignment, end = self.run.alignment(self.trace), self.trace.end()
         if index is None and end.call is not None:
             index = end.call.index
         event = (end.event or 0) if index is None else alignment.event_of_call(index)
         axis = end.channels if index is None else self.trace.axes[index]
+        if relevance.dim() != 2:
+            alignment.check(event, axis, what)
+            return relevance
         grid = alignment.check_tokens(event, axis, what)
         if index is None and self.output.requires_grad:
             of = (self.output.square().sum(), end.output)

@@ -47,6 +47,7 @@ class SRDTrace(Decomposed):
         self._top: Any = None  # and that of the logits
         self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
         self._axis, self._lone = 1, False  # of the activation call that is running
+        self._laid: tuple[torch.Size, int] | None = None
         self._with_bias = with_bias
         self._begin = NetworkInput(self.records)
         self._shape = torch.Size()
@@ -96,16 +97,26 @@ class SRDTrace(Decomposed):
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
         self._lone = self.records[x].lone
-        self._axis = self.channels.of(x)
+        self._axis, self._laid = self.channels.of(x), self.channels.laid(x)
         self.layer_reads(x, self._axis)
         out = super().activate(call, x, inplace)
         self.records.note(out, call=call)
         if self._lone:
             self.records.note(out, lone=True)
             return out
+        self.records.note(out, laid=self._laid)
         return self.channels.put(out, self._axis)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
+        if self._laid is None or self._lone:
+            return self._gate(call, u, v)
+        shape, axis = self._laid
+        before, self._axis = self._axis, axis
+        out = self._gate(call, u.reshape(shape), v.reshape(shape)).reshape(v.shape)
+        self._axis = before
+        return out
+
+    def _gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         if self._lone:  # a map of one channel, whose axis a sum took away
             u, v = u.unsqueeze(1), v.unsqueeze(1)
         else:

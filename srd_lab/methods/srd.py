@@ -266,7 +266,7 @@ class SRD(Explainer):
         else:
             index = passes.trace.call_index(self.level)
             found = passes.at_call(start, index)
-        return passes.over_image(found, index, f"level {self.level!r}") if found.dim() == 2 else found
+        return found if self.level == "high" else passes.over_image(found, index, f"level {self.level!r}")
 
 
 def _start_relevance(passes: BackwardPasses, target: Tensor | int | None, start: str | Tensor) -> Tensor:
