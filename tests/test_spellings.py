@@ -289,8 +289,7 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         normed(lambda s, y: s.bn(y.contiguous(memory_format=torch.channels_last))),
         set(),
     ),
-    # the shift of a batch norm is shared along what its convolution reads, a constant along what it is added to
-    "frozen batch norm": (normed(lambda s, y: s.bn(y)), normed(frozen), {"srd", "srd_high"}),
+    "frozen batch norm": (normed(lambda s, y: s.bn(y)), normed(frozen), set()),
     "a bias by hand": (
         between(lambda s, t: t),
         lambda s, x: head(
@@ -299,7 +298,7 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
                 F.conv2d(F.relu(s.c(x)), s.d.weight, None, padding=1) + s.d.bias.view(-1, 1, 1),
             ),
         ),
-        {"srd", "srd_high"},
+        set(),
     ),
     "a matrix product": (
         plain,
@@ -310,6 +309,20 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         pooled_and_normed(fused=False),
         pooled_and_normed(fused=True),
         {"srd", "srd_high"},
+    ),
+    "a linear layer's operator": (
+        plain,
+        lambda s, x: torch.addmm(s.fc.bias, F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)), s.fc.weight.T),
+        set(),
+    ),
+    "a batch norm's operator": (
+        normed(lambda s, y: s.bn(y)),
+        normed(
+            lambda s, y: torch.batch_norm(
+                *(y, s.bn.weight, s.bn.bias, s.bn.running_mean, s.bn.running_var, False, 0.1, s.bn.eps, False)
+            )
+        ),
+        set(),
     ),
     "winners' indices": (
         between(lambda s, t: F.max_pool2d(t, 2)),
@@ -711,11 +724,6 @@ REFUSED: dict[str, tuple[Way, set[str], str]] = {
         lambda s, x: -F.linear(F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)), -s.fc.weight, -s.fc.bias),
         MODIFIED,
         "turns the sign of a map|ends in a linear layer",
-    ),
-    "addmm": (
-        lambda s, x: torch.addmm(s.fc.bias, F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)), s.fc.weight.T),
-        MODIFIED,
-        "torch.addmm in|ends in a linear layer",
     ),
     "branches": (apart, {*CAMS, "srd", "srd_low"}, "several maps are pooled, each by itself"),
     "logits among others": (lambda s, x: (None, plain(s, x)), set(for_any_network()), "must be logits"),

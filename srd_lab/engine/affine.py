@@ -46,6 +46,7 @@ PRODUCTS = _IN_FIRST | spelled(
     "addmm addbmm baddbmm addmv addr addcmul lerp dot inner outer ger kron vdot vecdot cross multi_dot chain_matmul",
 )
 _PLAIN_PRODUCTS = PRODUCTS - _SUMS_OF_PRODUCTS  # of zero maps they are zero
+SCALES = DIVISIONS | spelled("mul multiply __mul__ __rmul__ __imul__")
 SHIFTS = spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
 JOINS = spelled("cat concat concatenate stack hstack vstack dstack")
 COPIES = {torch.clone, T.clone, T.contiguous, T.to}

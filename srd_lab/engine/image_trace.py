@@ -16,7 +16,16 @@ from srd_lab.engine.model_checks import SameOutput
 from srd_lab.engine.pointwise import PointwiseCalls, SelfGated
 from srd_lab.engine.record import Records
 from srd_lab.engine.softplus import in_place
-from srd_lab.engine.spellings import LAYERS, MAX_POOLS, Call, Function, plain_spelling, recognise, tensors_in
+from srd_lab.engine.spellings import (
+    LAYERS,
+    MAX_POOLS,
+    Call,
+    Function,
+    as_layer,
+    plain_spelling,
+    recognise,
+    tensors_in,
+)
 from srd_lab.errors import Refused
 from srd_lab.logits import tensor_of
 
@@ -73,12 +82,12 @@ class ImageTrace(Interceptor):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        func = plain_spelling(func)
+        func, args, kwargs = as_layer(plain_spelling(func), args, kwargs or {})
         if not self.sees_all:
-            return self._called(func, types, args, kwargs or {})
+            return self._called(func, types, args, kwargs)
         tensors = tensors_in(args, kwargs)
         self._check_seen(tensors)
-        out = self._called(func, types, args, kwargs or {})
+        out = self._called(func, types, args, kwargs)
         for t in (*tensors_in((out,)), *tensors):  # what was written into as well, and what that is a view of
             for made in (t, t._base):
                 if made is not None and made.requires_grad:

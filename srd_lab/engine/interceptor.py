@@ -49,6 +49,7 @@ from srd_lab.engine.spellings import (
     MAX_POOLS,
     Call,
     Function,
+    as_layer,
     draws,
     first_tensor,
     function_name,
@@ -197,7 +198,7 @@ class Interceptor(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        func, kwargs = plain_spelling(func), kwargs or {}
+        func, args, kwargs = as_layer(plain_spelling(func), args, kwargs or {})
         if torch.is_inference_mode_enabled():
             raise Refused(
                 f"{self.where()} runs in torch.inference_mode, where nothing can be traced; use torch.no_grad there, or "

@@ -130,6 +130,27 @@ def plain_spelling(function: Function) -> Function:
     return next((plain for plain in found if plain is not None), function)
 
 
+def as_layer(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
+    """A call of an operator below a layer of ``torch.nn.functional`` as a call of the layer; any other call as it is.
+
+    Example
+    -------
+    >>> bias, x, weight = torch.ones(3), torch.zeros(2, 4), torch.ones(4, 3)
+    >>> as_layer(torch.addmm, (bias, x, weight), {})[0] is F.linear
+    True
+    """
+    if function in (torch.addmm, T.addmm) and len(args) == 3 and not kwargs:
+        bias, x, weight = args
+        if bias.dim() == 1 and x.dim() == 2 and bias.shape[0] == weight.shape[1]:
+            return F.linear, (x, weight.T, bias), {}
+    if function is torch.batch_norm and len(args) >= 8 and not kwargs:
+        x, weight, bias, mean, variance, *how = args
+        return F.batch_norm, (x, mean, variance, weight, bias, *how[:3]), {}
+    return function, args, kwargs
+
+
 def function_name(function: Function) -> str:
     """Readable name of an intercepted function.
 

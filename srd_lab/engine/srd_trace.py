@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.affine import COPIES, SHIFTS, constant_part, overwrites
+from srd_lab.engine.affine import COPIES, SCALES, SHIFTS, constant_part, overwrites
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
@@ -18,7 +18,7 @@ from srd_lab.engine.layers import Place, call_index, high
 from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.norms_and_attention import affine_form
 from srd_lab.engine.softplus import in_place
-from srd_lab.engine.spellings import Call, Function
+from srd_lab.engine.spellings import Call, Function, tensors_in
 
 
 class SRDTrace(Decomposed):
@@ -166,6 +166,9 @@ class SRDTrace(Decomposed):
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         maps = self.maps_in(args, kwargs)
+        conv = self.records[maps[0]].convolution if len(maps) == 1 else None
+        if conv is not None and function in SCALES | SHIFTS and _one_per_channel(maps[0], args, kwargs):
+            return self._as_batch_norm(function, args, kwargs, maps[0], conv)
         if self._with_bias and function in SHIFTS and len(maps) == 1:
             return self._shift(function, args, kwargs, maps[0])
         return self.count_constants(function, args, kwargs, maps, super().on_maps(function, args, kwargs))
@@ -185,6 +188,17 @@ class SRDTrace(Decomposed):
         if not self._with_bias:
             return out
         return self.share_bias(out, x.expand(out.shape), shift.expand(out.shape).movedim(axis, 1), axis=axis)
+
+    def _as_batch_norm(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, conv: Convolution
+    ) -> Tensor:
+        """What scales or shifts the channels of a convolution's output ``x`` by constants, as a batch norm does."""
+        shift = constant_part(function, args, kwargs, [x])[0, :, 0, 0] if function in SHIFTS else None
+        out: Tensor = super().on_maps(function, args, kwargs)
+        if shift is not None and self._with_bias:
+            out = self.share_bias(out, conv.x, shift, conv)
+        self.records.note(out, convolution=conv)
+        return out
 
     def _shift(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
         """A constant belongs to the vector that it is added to, as the shift of a batch norm does."""
@@ -216,3 +230,14 @@ class SRDTrace(Decomposed):
         """A layer reads ``x``."""
         self._begin.reads(x)
         self.encoder.layer(x, axis)
+
+
+def _one_per_channel(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all operands of a call but ``x`` (N, C, H, W) are numbers, or have one for each channel."""
+    if x.dim() != 4 or kwargs.get("alpha", 1) != 1:
+        return False
+    others = [t for t in tensors_in(args, kwargs) if t is not x]
+    return all(
+        len(shape) == 4 and shape[1] in (1, x.shape[1]) and (shape[0], *shape[2:]) == (1, 1, 1)
+        for shape in ((1,) * (4 - t.dim()) + tuple(t.shape) for t in others)
+    )
