@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
 
 RUN = [name for name in for_any_network() if name != "random"]  # what runs the model
+FOLLOWED = [name for name in RUN if name != "sobel"]  # and explains it
 
 
 class Net(nn.Module):
@@ -65,6 +68,8 @@ def kept(y: Tensor) -> Tensor:
     return y * torch.empty(len(y), 1, 1, 1, dtype=y.dtype).bernoulli_(0.5)
 
 
+OWN = torch.Generator()
+
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "stochastic depth": lambda y: y + kept(y),
     "drop block": lambda y: y * (torch.rand(len(y), 1, 8, 8, dtype=y.dtype) > 0.1),
@@ -74,11 +79,17 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "randperm": lambda y: y[:, torch.randperm(6)],
     "normal_": lambda y: y + torch.zeros_like(y).normal_(),
     "a random pool": lambda y: F.fractional_max_pool2d(y, 2, 4),
+    "a gamma distribution": lambda y: y * torch._standard_gamma(torch.ones(1, dtype=y.dtype)),
+    "dropout by its operator": lambda y: torch.native_dropout(y, 0.5, True)[0],
+    "alpha dropout in place": lambda y: torch.feature_alpha_dropout(y, 0.5, True),
+    "random": lambda y: y * (1 if random.random() > 0.01 else 3),
+    "numpy": lambda y: y * (1 if np.random.rand() > 0.01 else 3),  # noqa: NPY002
+    "a generator that goes on": lambda y: y * (1 if torch.rand(1, generator=OWN) > 0.01 else 3),
 }
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", FOLLOWED)
 def test_chance_is_refused(name: str, draw: str, x: Tensor) -> None:
     model = Net(lambda s, x: s.head(DRAWS[draw](s.features(x))))
     with pytest.raises(
@@ -87,8 +98,21 @@ def test_chance_is_refused(name: str, draw: str, x: Tensor) -> None:
         explain(name, model, x)
 
 
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_is_kept_from_run_to_run_is_refused(name: str, x: Tensor) -> None:
+    runs, chance = [0], np.random.default_rng(0)
+
+    def counted(s: Net, x: Tensor) -> Tensor:
+        runs[0] += 1
+        return s.head(s.features(x) * (1 + 0.01 * runs[0]))
+
+    for way in (counted, lambda s, x: s.head(s.features(x) * chance.uniform(1, 2))):
+        with pytest.raises(Refused, match="puts out other logits when it is run again"):
+            explain(name, Net(way), x)
+
+
 @pytest.mark.parametrize("name", RUN)
-def test_a_generator_of_the_models_own_is_its_own_affair(name: str, x: Tensor) -> None:
+def test_a_generator_that_is_seeded_in_every_run_is_no_chance(name: str, x: Tensor) -> None:
     """A fixed random projection, say."""
 
     def projected(s: Net, x: Tensor) -> Tensor:

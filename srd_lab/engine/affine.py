@@ -69,6 +69,7 @@ _FILLS = SHIFTS | spelled(  # with a number that is given
 LIKE = spelled(  # take a map's shape and nothing else
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor size dim",
 )
+LEAVING = spelled("numpy tolist __array__ __dlpack__")  # what is made of them comes back as a constant
 SHAPED = spelled(
     "expand_as view_as reshape_as type_as"
 )  # take a second tensor's shape or type and nothing else

@@ -30,7 +30,7 @@ from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.live_pass import Leaks
 from srd_lab.engine.model_checks import check_images_apart, false_slope, has_changed
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import Leak, Refused, SrdLabWarning, first_line
+from srd_lab.errors import Leak, Refused, SrdLabError, SrdLabWarning, first_line
 from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import is_out_of_memory
 
@@ -105,6 +105,8 @@ def attribution(
                 false = run.check_again(model, x, slopes)
             if false:
                 warnings.warn(false, SrdLabWarning, stacklevel=2)
+        except SystemError as error:  # of a scripted function that we refused something in
+            raise error.__cause__ if isinstance(error.__cause__, SrdLabError) else error from None
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srd_lab.engine.affine import JOINS, LIKE, SELECTIONS, SHAPED, SHIFTS, is_affine, spelled
+from srd_lab.engine.affine import JOINS, LEAVING, LIKE, SELECTIONS, SHAPED, SHIFTS, is_affine, spelled
 from srd_lab.engine.geometry import MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.model_checks import memory_of, state_of
@@ -46,7 +46,7 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
                 with torch.enable_grad():
                     trace.run(tried.clone().requires_grad_().clone())
                 break
-            except HiddenActivation:
+            except Hidden:
                 raise
             except Exception:  # whoever runs the model next says why
                 continue
@@ -55,8 +55,8 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
         known[key] = True
 
 
-class HiddenActivation(Refused):
-    """The refusal of a model that makes an activation by another name."""
+class Hidden(Refused):
+    """The refusal of a model that makes an activation by another name, or goes where it cannot be followed."""
 
 
 class _Suspects(ImageTrace):
@@ -83,6 +83,11 @@ class _Suspects(ImageTrace):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = tensors_in(args[:1] if func in SHAPED else args, kwargs)
+        if func in LEAVING and any(_moves(t) or t in self._cut for t in tensors):
+            raise Hidden(
+                f"{function_name(func)} in {self.where()} takes what is made of the image out of torch, where nothing can "
+                "be followed; write it with torch's functions"
+            )
         out = super().__torch_function__(func, types, args, kwargs)
         if func not in LIKE and any(_moves(t) or t in self._cut for t in tensors):
             for t in tensors_in((out,)):
@@ -112,7 +117,7 @@ class _Suspects(ImageTrace):
                 if calls < _FURTHER:
                     self._suspects[t] = parts, calls + 1
                 if self._is_activation(t, parts):
-                    raise HiddenActivation(
+                    raise Hidden(
                         f"{function_name(function)} in {self.where()} is an activation by another name: each entry is "
                         "a bent function of one entry of a map, and there is no rule for it; write it as one call of torch "
                         "(F.relu, F.silu, F.gelu), or choose a method that needs gradients only"
@@ -123,7 +128,7 @@ class _Suspects(ImageTrace):
         out = super().max_pool(pool)
         pooled = out if isinstance(out, Tensor) else out[0]
         if _moves(pooled) and self._is_activation(pooled, [pool.x]):
-            raise HiddenActivation(
+            raise Hidden(
                 f"the max pool in {self.where()} is an activation by another name: it chooses between a map and what is "
                 "made of the same entry, and there is no rule for it; write it as one call of torch (F.relu), or choose a "
                 "method that needs gradients only"

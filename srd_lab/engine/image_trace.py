@@ -60,6 +60,7 @@ class ImageTrace(Interceptor):
         self.maps: list[tuple[Tensor, int]] = []
         self.rounding = self._eps = 0.0
         self._image: Any = None  # the image's node in autograd's graph
+        self._versions: dict[int, int] = {}  # of what lies in a memory, when it was seen last
 
     def run(self, x: Tensor) -> Any:
         self._image = x.grad_fn
@@ -89,6 +90,7 @@ class ImageTrace(Interceptor):
         self._check_seen(tensors)
         out = self._called(func, types, args, kwargs)
         for t in (*tensors_in((out,)), *tensors):  # what was written into as well, and what that is a view of
+            self._versions[_memory(t)] = t._version
             for made in (t, t._base):
                 if made is not None and made.requires_grad:
                     self.records.note(made, seen=True)
@@ -97,6 +99,11 @@ class ImageTrace(Interceptor):
     def _check_seen(self, tensors: list[Tensor]) -> None:
         """Refuse maps that no intercepted call has made: their activations and biases would have no rule."""
         for t in tensors if self.sees_all else ():
+            if t.requires_grad and not t.is_leaf and self._versions.get(_memory(t), t._version) < t._version:
+                raise Refused(
+                    f"{self.where()} reads a map that was changed in place in a way that cannot be seen (a scripted "
+                    "function, a thread); write it with torch's functions"
+                )
             if t.requires_grad and t.grad_fn is not None and not self.records[t].seen:
                 if leads_to(t.grad_fn, self._image):
                     raise Refused(
@@ -194,6 +201,7 @@ class ImageTrace(Interceptor):
         """Drop every reference to a tensor, so that the graph is freed with its last user."""
         self.records.clear()
         self.maps.clear()
+        self._versions.clear()
 
     def places(self) -> list[Place]:
         """The recorded maps that were not overwritten, by their place among ``maps``."""
@@ -202,6 +210,13 @@ class ImageTrace(Interceptor):
             for i, (t, version) in enumerate(self.maps)
             if t._version == version
         ]
+
+
+def _memory(t: Tensor) -> int:
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # of vmap, which has none
+        return -id(t)
 
 
 def _is_layer(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -100,6 +100,7 @@ class Interceptor(TorchFunctionMode):
         self.events = 0  # torch functions that the model has called; not counted: what its backward hooks do
         self.sequence = 0  # tells which functions these were, with which numbers
         self.functions = 0  # and which, with whatever numbers
+        self.own_draws: list[bytes] = []  # states of the model's own generators before it drew from them
         self._names = {id(module): name for name, module in model.named_modules()}
         self._containers = {name.rpartition(".")[0] for name in self._names.values()}
         self._path: list[str] = []
@@ -257,6 +258,8 @@ class Interceptor(TorchFunctionMode):
             )
         if func in DROPPING and DROPPING[func](*args, **kwargs):
             raise Refused(f"dropout is active in {self.where()}; call model.eval() first")
+        if isinstance(own := kwargs.get("generator"), torch.Generator):
+            self.own_draws.append(own.get_state().numpy().tobytes())
         if draws(func, args, kwargs):
             raise Refused(
                 f"{function_name(func)} in {self.where()} draws at random, so that the model has no one map for an image; "

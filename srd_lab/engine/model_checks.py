@@ -6,10 +6,12 @@ All is asked with an image or a few when a model is first explained, and remembe
 
 from __future__ import annotations
 
+import random
 import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -65,6 +67,7 @@ def check_images_apart(model: nn.Module, x: Tensor) -> None:
     if _APART in _of(model):
         return
     one = x.detach()[:1]
+    _check_no_chance(model, one)
     other, watch = one.flip((2, 3)) / 2, _Rounding(model)
     with torch.no_grad():
         alone = [_logits(watch, image) for image in (one, other)]
@@ -207,10 +210,8 @@ class _Rounding(Watch):
         out = super().__torch_function__(func, types, args, kwargs)
         if func in LIKE or not any(t in self._of_image for t in tensors_in(args, kwargs)):
             return out
-        if (
-            type(func).__module__ == "torch._ops"
-        ):  # the way to quantised layers, and to what else has few bits
-            self.eps = max(self.eps, _BYTES)
+        if type(func).__module__ == "torch._ops" and not str(func).startswith("aten."):
+            self.eps = max(self.eps, _BYTES)  # the way to quantised layers, and to what else has few bits
         written = args[:1] if func is Tensor.__setitem__ or overwrites(func, kwargs or {}) else ()
         for t in tensors_in((out, *written)):
             self._of_image[t] = True
@@ -256,6 +257,39 @@ def state_of(model: nn.Module) -> str:
 def _of(model: nn.Module) -> set[str]:
     """What was found of the model as it is."""
     return _passed.setdefault(model, {}).setdefault(state_of(model), set())
+
+
+def _check_no_chance(model: nn.Module, one: Tensor) -> None:
+    """Refuse a model that draws at random, or whose output for an image (1, C, H, W) depends on earlier runs."""
+    for _ in range(2):  # another thread may have drawn
+        watches, states = (_Rounding(model), _Rounding(model)), [_random_states(one)]
+        with torch.no_grad():
+            outputs = []
+            for watch in watches:
+                outputs.append(_logits(watch, one))
+                states.append(_random_states(one))
+        if outputs[0] is None or outputs[1] is None:
+            return
+        if states[0] == states[1] and watches[0].own_draws == watches[1].own_draws:
+            break
+    else:
+        raise Refused(
+            "the model draws at random, so that the model has no one map for an image; call model.eval() first, or take "
+            "chance out of forward()"
+        )
+    if _far(outputs[0], outputs[1]) > watches[0].rounding:
+        raise Refused(
+            "the model puts out other logits when it is run again on the same image, so that it has no one map for it: it "
+            "draws at random, or keeps something from run to run; take that out of forward()"
+        )
+
+
+def _random_states(like: Tensor) -> list[Any]:
+    """The states of the random number generators of Python, NumPy and PyTorch, on the CPU and where ``like`` is."""
+    found = [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().numpy().tobytes()]  # noqa: NPY002
+    if like.is_cuda:
+        found.append(torch.cuda.get_rng_state(like.device).numpy().tobytes())
+    return found
 
 
 def _is_reordered(watch: _Rounding) -> bool:
