@@ -89,7 +89,10 @@ class Alignment:
 
     def check_call(self, call: int, what: str) -> None:
         """:meth:`check` for the output of activation call number ``call``, from 0, along whatever axis its channels lie."""
-        event = self.event_of_call(call)
+        self.check_made(self.event_of_call(call), what)
+
+    def check_made(self, event: int, what: str) -> None:
+        """:meth:`check`, along whatever axis the channels lie."""
         axis = next((axis for axis, lies in self._known.over_image.get(event, {}).items() if lies), None)
         self.check(event, axis, what)
 

@@ -126,7 +126,7 @@ class BackwardPasses:
         alignment, end = self.run.alignment(self.trace), self.trace.end()
         if index is None and end.call is not None:
             index = end.call.index
-        event = (end.event or 0) if index is None else alignment.event_of_call(index)
+        event = (end.event or 0) if index is None else self.trace.made_by[index]
         axis = end.channels if index is None else self.trace.axes[index]
         if relevance.dim() != 2:
             alignment.check(event, axis, what)
@@ -146,7 +146,7 @@ class BackwardPasses:
         """Relevance (N, h, w) at the last map of 1/8 of the image that all of it passes, see :meth:`SRDTrace.high`."""
         place = self.trace.high(start.call)
         if isinstance(place, int):
-            self.run.alignment(self.trace).check_call(place, "level 'high'")
+            self.run.alignment(self.trace).check_made(self.trace.made_by[place], "level 'high'")
             return self.at_call(start, place)
         g, _ = self._back(start, place)
         axis = self.trace.channels.of(place)

@@ -28,6 +28,7 @@ class SRDTrace(Decomposed):
     encoder : dotted name of the submodule that is the encoder, "" for the model itself, None to find where it ends.
     with_bias : whether biases, shifts of normalisations and added constants are shared (Eq. 11).
     u, v : pre-activations and outputs of the activation calls, channels along dimension 1; axes : where they lay.
+    made_by : which torch function of the model each call was, counted from 1; of one that is written out, the last.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SRDTrace(Decomposed):
         self.u: list[Tensor] = []
         self.v: list[Tensor] = []
         self.axes: list[int] = []
+        self.made_by: list[int] = []
         self._gates: list[Any] = []  # their nodes in autograd's graph
         self._fed: Any = None  # that of the image
         self._top: Any = None  # and that of the logits
@@ -124,6 +126,7 @@ class SRDTrace(Decomposed):
         self.u.append(u)
         self.v.append(v)
         self.axes.append(self._axis)
+        self.made_by.append(self.events)
         out = super().gate(call, u, v)
         self._gates.append(out.grad_fn)
         return out.squeeze(1) if self._lone else out.movedim(1, self._axis)
