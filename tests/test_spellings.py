@@ -284,6 +284,8 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         set(),
     ),
     "a copy before batch norm": (normed(lambda s, y: s.bn(y)), normed(lambda s, y: s.bn(y.clone())), set()),
+    "the same shape again": (normed(lambda s, y: s.bn(y)), normed(lambda s, y: s.bn(y.view(y.shape))), set()),
+    "times one": (normed(lambda s, y: s.bn(y)), normed(lambda s, y: s.bn(y * 1)), set()),
     "another memory format": (
         normed(lambda s, y: s.bn(y)),
         normed(lambda s, y: s.bn(y.contiguous(memory_format=torch.channels_last))),

@@ -49,6 +49,7 @@ _PLAIN_PRODUCTS = PRODUCTS - _SUMS_OF_PRODUCTS  # of zero maps they are zero
 SCALES = DIVISIONS | spelled("mul multiply __mul__ __rmul__ __imul__")
 SHIFTS = spelled("add __add__ __radd__ __iadd__ sub subtract __sub__ __isub__ rsub __rsub__")
 JOINS = spelled("cat concat concatenate stack hstack vstack dstack")
+RESHAPES = spelled("reshape view reshape_as view_as flatten unflatten")
 COPIES = {torch.clone, T.clone, T.contiguous, T.to}
 CASTS = spelled("to type type_as float double half bfloat16 bool int long short byte char")
 SELECTIONS = spelled(  # among a map's own values, as a max pool is: affine wherever the choice stays the same

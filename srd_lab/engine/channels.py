@@ -16,16 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.engine.affine import exchanged, spelled
+from srd_lab.engine.affine import RESHAPES, exchanged, spelled
 from srd_lab.engine.letters import WRITTEN_IN_LETTERS, in_letters
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import Function
 
 T = torch.Tensor
-_RESHAPES = {
-    *(torch.reshape, T.reshape, T.view, T.reshape_as, T.view_as, torch.flatten, T.flatten),
-    *(torch.unflatten, T.unflatten),
-}
 _LAYER_NORMS = spelled("layer_norm rms_norm")
 _REDUCTIONS = spelled("sum mean amax amin")
 _NEW_AXES = spelled("stack unsqueeze")
@@ -84,7 +80,7 @@ class Channels:
                     found = out.dim() - 1
             if found is not None:
                 self.put(out, found)
-            if function in _RESHAPES:
+            if function in RESHAPES:
                 self._reshaped(x, axis, out, found)
 
     def laid(self, t: Tensor) -> tuple[torch.Size, int] | None:
@@ -152,7 +148,7 @@ def _followed(
         found = _behind_letters(function, args, kwargs, x, axis)
     elif function is F.unfold:  # (N, C k k, positions)
         found = out.dim() - 2
-    elif function in _RESHAPES:
+    elif function in RESHAPES:
         found = _behind_reshape(tuple(x.shape), axis, tuple(out.shape))
     elif memory_of(out) is memory_of(x):
         found = _behind_view(function, args, kwargs, x, axis, out)

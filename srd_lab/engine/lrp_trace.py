@@ -22,6 +22,7 @@ from srd_lab.engine.affine import (
     COPIES,
     DIVISIONS,
     GATES,
+    RESHAPES,
     SHIFTS,
     called_with,
     constant_part,
@@ -239,6 +240,11 @@ class ModifiedTrace(Decomposed):
         if name == "__setitem__":
             raise self._unfollowed("writes into a part of a tensor")
         constant = not self._gated(tensors)
+        if function in RESHAPES and (conv := self.records[moving[0]].convolution) is not None:
+            out = run(function, args, kwargs)
+            if out.shape == moving[0].shape:
+                self.records.note(out, convolution=conv)
+                return out
         if function in _ELEMENTWISE and constant and len(moving) == 1:
             return self._stretched(function, args, kwargs, moving[0])
         if name in _LAYERS or (name in _CHOICES and has_parts):

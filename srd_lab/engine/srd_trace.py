@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine import rules
-from srd_lab.engine.affine import COPIES, SCALES, SHIFTS, constant_part, overwrites
+from srd_lab.engine.affine import COPIES, RESHAPES, SCALES, SHIFTS, constant_part, overwrites
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
@@ -179,7 +179,8 @@ class SRDTrace(Decomposed):
     def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
         self._begin.called(function, args, maps, out)
         x = max(maps, key=Tensor.dim)
-        if function in COPIES and (conv := self.records[x].convolution) is not None:
+        copied = function in COPIES or (function in RESHAPES and out.shape == x.shape)
+        if copied and (conv := self.records[x].convolution) is not None:
             self.records.note(out, convolution=conv)
         if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
             self.encoder.call(function, args[0], out)
