@@ -149,6 +149,16 @@ def test_a_model_with_an_exchanged_part_is_tried_again(name: str, wrapped: bool,
     explain(name, model, x)
 
 
+def test_what_logits_have_in_common_hides_no_mixture(x: Tensor) -> None:
+    class Far(Stepped):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1000
+
+    explain("gradient", Far(lambda y: y), x)
+    with pytest.raises(Refused, match="mixes the images"):
+        explain("gradient", Far(lambda y: y + 0.1 * y.mean(0, keepdim=True)), x)
+
+
 def test_numbers_beside_the_way_do_not_count_as_rounding(x: Tensor) -> None:
     def step(y: Tensor) -> Tensor:
         _ = torch.zeros(1) + 0  # float32

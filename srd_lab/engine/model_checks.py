@@ -25,6 +25,7 @@ from srd_lab.overflow import refuse_overflow
 _APART = "its images are apart"
 _SLOPE = "of its slope: "
 _SHARES = (1, 0.3, 0.1, 0.03, 0.01)  # of the longest step
+_COMMON = 0.03  # of the size of what logits have in common, which is rounded, too
 _TRIES = 3  # with images that the model tells apart too little to say
 _BYTES = 2.0**-8
 _TENSOR_CORES = 2.0**-10  # relative rounding of products there, of float32 numbers too
@@ -315,7 +316,11 @@ def _logits(watch: Watch, x: Tensor) -> Tensor | None:
 
 
 def _far(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest number in either; 0 where that is 0 or not finite."""
+    """The largest difference, as a share of the largest number in either, less what logits (N, K) have in common, which is
+    no part of any map; 0 where that is 0 or not finite."""
     size = torch.maximum(one.abs().amax(), other.abs().amax())
+    if one.dim() == 2 and one.shape[1] > 1:
+        spread = (one.amax(1) - one.amin(1)).amax()
+        size = torch.maximum(spread, _COMMON * size)
     share = float((one - other).abs().amax() / size)
     return share if share < float("inf") else 0.0
