@@ -204,7 +204,10 @@ def test_hooks_that_change_gradients_are_said(x: Tensor) -> None:
     """As other tools leave them on a network: those of guided backprop, say."""
     model = Stepped(lambda y: y)
     model.act.register_full_backward_hook(lambda module, to_input, to_output: (3 * to_input[0],))
-    assert any("hooks change its gradients" in said for said in warned("gradcam", model, x))
+    assert any("hooks of its modules" in said for said in warned("gradcam", model, x))
+    model = Stepped(lambda y: y)
+    model.act.register_full_backward_hook(lambda module, to_input, to_output: (to_input[0].clamp(min=0),))
+    assert any("hooks of its modules" in said for said in warned("lrp_epsilon", model, x))
     model = Stepped(lambda y: y)
     model.act.register_full_backward_hook(lambda module, to_input, to_output: None)
     assert warned("gradcam", model, x) == []

@@ -24,6 +24,10 @@ from srd_lab.overflow import refuse_overflow
 
 _APART = "its images are apart"
 _SLOPE = "of its slope: "
+_BY_HOOKS = (
+    "backward hooks of its modules, of another tool perhaps, change the model's gradients; its maps say what they do, and "
+    "not what the model does: remove the hooks"
+)
 _SHARES = (1, 0.3, 0.1, 0.03, 0.01)  # of the longest step
 _COMMON = 0.03  # of the size of what logits have in common, which is rounded, too
 _TRIES = 3  # with images that the model tells apart too little to say
@@ -129,12 +133,44 @@ def false_slope(model: nn.Module, x: Tensor) -> str:
         return known.removeprefix(_SLOPE)
     if not x.detach()[:1].any():
         return ""
+    if _hooks_change_gradients(model, x.detach()[:1]):
+        _of(model).add(_SLOPE + _BY_HOOKS)
+        return _BY_HOOKS
     found = _false_slope_at(model, x, 0)
     if found:  # unless a kink lies between the steps, it is so beside the place as well
         found = found if _false_slope_at(model, x, 1) else ""
     if found is not None:
         _of(model).add(_SLOPE + found)
     return found or ""
+
+
+def _hooks_change_gradients(model: nn.Module, one: Tensor) -> bool:
+    """Whether the gradient of the logits for an image (1, C, H, W) is another one without the modules' backward hooks."""
+    hooks = [of for m in model.modules() for of in (m._backward_hooks, m._backward_pre_hooks) if of]
+    if not hooks:
+        return False
+    kept = [dict(of) for of in hooks]
+    slopes = [_slope(model, one)]
+    try:
+        for of in hooks:
+            of.clear()
+        slopes.append(_slope(model, one))
+    finally:
+        for of, before in zip(hooks, kept, strict=True):
+            of.update(before)
+    if slopes[0] is None or slopes[1] is None:
+        return False
+    return _far(slopes[0].flatten(), slopes[1].flatten()) > 1e-3  # more than an accelerator's order of sums
+
+
+def _slope(model: nn.Module, one: Tensor) -> Tensor | None:
+    """The gradient of the logits' sum of squares; None where there is none."""
+    leaf = one.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = _logits(Watch(model), leaf)
+        if logits is None or not logits.requires_grad:
+            return None
+        return torch.autograd.grad(logits.square().sum(), leaf, allow_unused=True)[0]
 
 
 def _false_slope_at(model: nn.Module, x: Tensor, place: int) -> str | None:
