@@ -214,7 +214,7 @@ class ImageTrace(Interceptor):
 
 def _memory(t: Tensor) -> int:
     try:
-        return t.untyped_storage().data_ptr()
+        return int(t.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # of vmap, which has none
         return -id(t)
 
