@@ -516,6 +516,12 @@ def deviations(u: Tensor) -> Tensor:
     return ((u - u.mean(1, keepdim=True)) * (u - u.mean(1, keepdim=True))).mean(1, keepdim=True)
 
 
+def responses(u: Tensor) -> Tensor:
+    """ConvNeXt V2's global response normalisation: one mean per image."""
+    norm = u.norm(p=2, dim=(2, 3), keepdim=True)
+    return u + u * (norm / (norm.mean(1, keepdim=True) + 1e-6))
+
+
 # products that are no activations
 PRODUCTS: dict[str, Way] = {
     "channels": lambda s, u: u * s.d(u.mean((2, 3), keepdim=True)).sigmoid(),
@@ -531,6 +537,7 @@ PRODUCTS: dict[str, Way] = {
     "highway": lambda s, u: s.d(u).sigmoid() * u + (1 - s.d(u).sigmoid()) * s.c(u[:, :3]),
     "layer norm": lambda s, u: (u - u.mean(1, keepdim=True)) * torch.rsqrt(deviations(u) + 1e-3),
     "neighbours": lambda s, u: u * u.roll(1, 3).sigmoid(),
+    "norms of the response, twice": lambda s, u: responses(s.d(responses(u))),
     "one place": lambda s, u: F.adaptive_avg_pool2d(u, 1) * s.d(F.adaptive_avg_pool2d(u, 1)).sigmoid(),
 }
 

@@ -161,6 +161,8 @@ class _Suspects(ImageTrace):
 
     def _is_activation(self, out: Tensor, parts: list[Tensor]) -> bool:
         """Whether each entry of ``out`` is a bent function of one entry of a map that all ``parts`` are made of."""
+        if out.numel() == len(out):  # one number of an image is a function of every other one
+            return False
         signal = _signal(out)
         below = set.intersection(*(_below(t.grad_fn) for t in parts))
         sources = [t for t in reversed(self._made) if t.grad_fn in below and t.numel() == out.numel()]
