@@ -39,7 +39,15 @@ from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attnlrp_trace import AttnLRPTrace
-from srd_lab.engine.attribution import ON_LEAK, Attribution, attribution, check_conserved, slope_of, slopes_of
+from srd_lab.engine.attribution import (
+    ON_LEAK,
+    Attribution,
+    attribution,
+    check_conserved,
+    no_gradient,
+    slope_of,
+    slopes_of,
+)
 from srd_lab.engine.layers import call_index, check_rows
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.record import original_of
@@ -257,6 +265,8 @@ class ExcitationBackprop(_Modified):
         if self.level == "input":
             return None
         if self.level == "high":
+            if top.grad_fn is None:
+                raise no_gradient()
             return trace.high(run.given.shape, top)
         level = self.level.removeprefix("network.") if isinstance(self.level, str) else self.level
         return call_index(trace.calls, level)  # the network of a classifier runs by itself
