@@ -606,6 +606,18 @@ def test_full_gradients_add_up_to_the_logit(kind: Any, target: int | None) -> No
         assert kind is F.relu6 or (terms.abs().amax(0) > 0).all()
 
 
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_full_gradients_add_up_where_an_activation_overwrites_the_normalised_image(
+    inplace: bool, kind: type[nn.Module]
+) -> None:
+    x = pixels(2, 3, 8, 8)
+    network = nn.Sequential(normalised(nn.Identity()).normalise, kind(inplace), Layers(F.relu)).eval()
+    for model in (network, SmoothModel(network, 5.0)):
+        close(FullGrad().terms(model, x, 2).sum(1), model(x)[:, 2])
+        assert FullGrad().explain(model, x, 2).any()
+
+
 FLATTENED: dict[str, Callable[[Tensor], Tensor]] = {
     "to one axis": lambda y: (y.flatten() + 0.1).view_as(y),
     "in place": lambda y: y.clone().flatten().add_(0.1).view_as(y),

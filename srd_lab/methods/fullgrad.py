@@ -309,7 +309,7 @@ def _products(
         trace.begin.begin(fed)
         logits = trace.run(fed)
         score = class_logit(logits, target)
-        normalised = trace.begin.found
+        normalised = None if trace.begin.overwritten else trace.begin.found
         start = run.given if normalised is None else normalised
         terms = [_Bias(start, 1, start), *(b for b in trace.found if normalised is None or not b.ahead)]
         values = [term.value for term in terms]
