@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 import srd_lab
 from srd_lab.catalogue import METHODS, for_any_network
+from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import BadInput, Refused, SrdLabError
+from srd_lab.methods.averaged import SmoothGrad
+from srd_lab.methods.smoothed import BetaSmoothed, Smoothed
+from srd_lab.methods.srd import SRD
 from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
 
@@ -155,17 +159,46 @@ def test_statistics_of_weights_are_constants(name: str, trainable: bool, x: Tens
     torch.testing.assert_close(explain(name, model, x).detach(), explain(name, same, x))
 
 
-def test_pixels_of_another_range_are_refused_where_the_model_normalises(x: Tensor) -> None:
+BY_NAME_OR_ITSELF: dict[str, Callable[..., Tensor]] = {
+    "srd_lab.explain": srd_lab.explain,
+    "SRD": SRD().explain,
+    "SmoothGrad": SmoothGrad(samples=2).explain,
+    "smoothed": Smoothed(SRD(), draws=2).explain,
+    "beta_smoothed": BetaSmoothed(SRD()).explain,
+}
+
+
+@pytest.mark.parametrize("asked", BY_NAME_OR_ITSELF)
+def test_pixels_of_another_range_are_refused_where_the_model_normalises(asked: str, x: Tensor) -> None:
+    explain = BY_NAME_OR_ITSELF[asked]
     model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
-    with pytest.raises(BadInput, match=r"expects pixels in \[0, 1\], got \[.*, 25\d.*\]; divide by 255"):
-        srd_lab.explain(model, x * 255, 1)
-    with pytest.raises(BadInput, match=r"pass model\.network, if they are normalised already"):
-        srd_lab.explain(model, 4 * (x - 0.5), 1)
-    assert srd_lab.explain(model, x + 0.1 * torch.randn_like(x), 1).shape == (2, 8, 8)
+    for fed in (model, SmoothModel(model, 30.0)):
+        with pytest.raises(BadInput, match=r"expects pixels in \[0, 1\], got \[.*, 25\d.*\]; divide by 255"):
+            explain(fed, x * 255, 1)
+        for normalised in (2 * x - 1, 4 * (x - 0.5), model.normalise(x)):
+            with pytest.raises(BadInput, match=r"pass model\.network, if they are normalised already"):
+                explain(fed, normalised, 1)
+    with pytest.raises(BadInput, match=r"got \[0\.\d*, 1\.4\]; pass .*, or clip noise with x\.clamp\(0, 1\)"):
+        explain(model, torch.where(x == x.max(), 1.4, x), 1)
+    assert explain(model, x + 0.1 * (2 * torch.rand_like(x) - 1), 1).shape == (2, 8, 8)
+
+
+def test_a_bare_network_is_fed_with_what_it_was_trained_on(x: Tensor) -> None:
+    model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
     normalised = model.normalise(x)
     torch.testing.assert_close(
         srd_lab.explain(model.network, normalised, 1), srd_lab.explain(model, x, 1), check_stride=False
     )
+    assert srd_lab.explain(model.network, 255 * x, 1).shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_noise_and_paths_inside_of_a_method_may_leave_the_range_of_pixels(name: str, x: Tensor) -> None:
+    model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
+    Smoothed(make_explainer(name, **OPTIONS.get(name, {})), sigma=0.5, draws=2).explain(model, x, 1)
+    found, logits = make_explainer(name, **OPTIONS.get(name, {})).explain_with_logits(model, x + 0.5, 1)
+    assert found.isfinite().all()
+    assert logits.shape == (2, 4)
 
 
 class OneLogit(nn.Module):
