@@ -197,7 +197,7 @@ class KeepClass:
 
     objective : what is minimised.
     margin : the hinge is 0 while the class's lead over the next one is at least this share of what it was.
-    weight : what the hinge grows by from there, for each unit of (lead / what it was) that is lost.
+    weight : what the hinge grows by from there, for each unit that (lead / what it was) is below ``margin``.
     """
 
     objective: Objective
@@ -208,7 +208,7 @@ class KeepClass:
         predicted = view.reference.logits.argmax(1)
         loss = self.objective(view)
         if view.logits.shape[1] == 1:
-            return loss  # one class cannot be lost
+            return loss  # there is no other class
         before = margins(view.reference.logits, predicted).clamp_min(1e-3)
         return loss + self.weight * torch.relu(self.margin - margins(view.logits, predicted) / before)
 

@@ -173,7 +173,7 @@ def probe(
     likeness = similarity(raw, first, (x.shape[2], x.shape[3]))
     apart, few = None, slice(2)
     unchecked = "" if SMOOTH in scores or random else f"it has no gradient on {SMOOTH}"
-    if SMOOTH in scores and not random:  # on ReLUs the part that is lost has no slope either
+    if SMOOTH in scores and not random:  # on ReLUs the missing part has no slope either
         try:
             apart = slope_error(
                 explainer, Surrogate.named(SMOOTH).at(model, 0, 1), x[few], classes[few], seed

@@ -630,7 +630,7 @@ FLATTENED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_full_gradients_add_up_where_a_map_is_flattened_and_restored(
     shifted: Callable[[Tensor], Tensor],
 ) -> None:
-    """A bias of what has lost its places counts for the sum alone."""
+    """A bias of what has no places any more counts for the sum alone."""
 
     class Flattened(nn.Module):
         def __init__(self) -> None:

@@ -133,13 +133,13 @@ def part(model: Net) -> None:
     model.features = torch.compile(model.features, backend="eager")  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("door", [whole, part])
+@pytest.mark.parametrize("compiled", [whole, part])
 @pytest.mark.parametrize("name", RUN)
 def test_compiled_functions_run_as_they_were_written(
-    name: str, door: Callable[[Net], Any], x: Tensor
+    name: str, compiled: Callable[[Net], Any], x: Tensor
 ) -> None:
     model = Net(plain)
-    door(model)
+    compiled(model)
     torch.testing.assert_close(explain(name, model, x), explain(name, Net(plain), x))
 
 

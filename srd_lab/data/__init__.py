@@ -1,4 +1,9 @@
-"""Where images come from: ``load_data("scenes")``, ``load_data("imagenet:DIR")``; one file per source."""
+"""Where images come from: ``load_data("scenes")``, ``load_data("imagenet:DIR")``; one file per source.
+
+A source gives a :class:`srd_lab.types.Dataset`; its name and class stand in :data:`srd_lab.parts.FOLDERS`. It imports the
+modules at the top of ``srd_lab`` and nothing else of this project: no networks, which are handed over where classes have to
+be predicted. Begin with :func:`load_data` and :mod:`srd_lab.data.pictures`; how to add a source is in CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@
 ``load_model("vgg16", "imagenet")`` is torchvision's, from torchvision's own cache or from ``--weights FILE``;
 for all other data the weights are the user's own. One file per family of networks; networks from elsewhere
 (``timm:NAME``, ``package.module:factory``) are in :mod:`srd_lab.models.own`.
+
+It imports the modules at the top of ``srd_lab`` and nothing else of this project. Begin with :func:`load_model` and
+:mod:`srd_lab.models.classifier`.
 """
 
 from __future__ import annotations
