@@ -87,6 +87,7 @@ class BlackBox:
     ) -> Best:
         """The lowest score of every kind that was found for images x (N, C, H, W) in [0, 1], and the images that have it.
 
+        model : the network, of which explanations and logits are seen and nothing else.
         target : (N,) the class that is explained, None = predicted.
         keys : what seeds the draws of every image; default 0..N-1.
         on_step : called with the queries done, N * ``queries`` in all.

@@ -58,7 +58,7 @@ class Reference:
     _known: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def of(self, some: Tensor) -> Reference:
-        """The reference of the images with these indices (n,)."""
+        """The reference of some of the images. some : their indices (n,) int64."""
         part = Reference(
             self.map[some], self.logits[some], self.size, None if self.goal is None else self.goal[some]
         )
@@ -249,12 +249,17 @@ class Eq10:
 
 
 def goal_error(raw: Tensor, goal: Tensor) -> Tensor:
-    """Mean squared difference (N,) of two raw maps (N, h, w), each |.| divided by its sum: the map term of Eq. 10."""
+    """Mean squared difference (N,) of two maps, each |.| divided by its sum: the map term of Eq. 10.
+
+    raw, goal : maps (N, h, w), signed or not.
+    """
     return (maps.sum_to_one(raw) - maps.sum_to_one(goal)).square().mean((1, 2))
 
 
 def margins(logits: Tensor, predicted: Tensor) -> Tensor:
-    """The logit of ``predicted`` (N,) less the largest of all others, (N,); infinite where there is one class only.
+    """The logit of one class less the largest of all others, (N,); infinite where there is one class only.
+
+    logits : (N, classes). predicted : the class of each image, (N,) int64.
 
     Example
     -------

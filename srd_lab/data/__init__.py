@@ -136,6 +136,8 @@ def _scenes(split: str, seed: int, size: int | None, limit: int | None) -> Datas
 def batch(dataset: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) float32 in [0, 1] and labels (N,) int64 of the samples with these indices.
 
+    dataset : images of one size. indices : of samples, from 0.
+
     Raises BadInput when there are no indices, and SkippedFile for a file that cannot be used.
 
     Example

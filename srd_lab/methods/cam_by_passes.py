@@ -73,7 +73,10 @@ class _PassCAM(Explainer, ABC):
     def weights(
         self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
     ) -> Tensor:
-        """Weights (K,) of the channels ``a`` (K, h, w) of one image x (1, C, H, W) with logit ``score``."""
+        """Weights (K,) of the channels ``a`` (K, h, w) of one image x (1, C, H, W).
+
+        model : the network. layer : that the channels are of. score : the logit of class ``target``.
+        """
 
 
 @method(

@@ -107,7 +107,12 @@ class _Modified(Explainer, ABC):
         classes: Tensor,
         ends: tuple[Tensor, ...],
     ) -> Tensor:
-        """The map (N, h, w), from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
+        """The map (N, h, w).
+
+        run : the attribution that it is a part of. trace : the pass with modified weights, which has run.
+        logits : (N, K). classes : those that are explained, (N, 1). ends : the image, and its box's lower and upper end,
+        each (N, C, H, W).
+        """
 
 
 def _to_input(

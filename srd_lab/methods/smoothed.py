@@ -98,7 +98,10 @@ class Smoothed(Explainer):
         return torch.stack(parts).sum(0) / self.draws, logits
 
     def noise(self, x: Tensor, some: range) -> Tensor:
-        """The noise of the draws of these numbers for images like x (N, C, H, W): (draws, C, H, W), of deviation sigma."""
+        """The noise of some draws, (len(some), C, H, W), of standard deviation sigma.
+
+        x : images (N, C, H, W), of which shape, dtype and device count. some : the numbers of the draws, from 0.
+        """
         inside = _smoothings(self.explainer)
         keys = ("smoothed", inside) if inside else ("smoothed",)
         drawn = [torch.randn(x.shape[1:], generator=generator(self.seed, *keys, k)) for k in some]
