@@ -41,7 +41,7 @@ def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return normalise, network
 
 
-def check_pixels(model: nn.Module, x: Tensor) -> None:
+def check_pixel_range(model: nn.Module, x: Tensor) -> None:
     """Refuse images that a model which normalises them cannot have been meant to see: of 0..255, or normalised already.
 
     model : any; a bare network, which is no :class:`Normalising` one, is fed with whatever it was trained on.
@@ -51,7 +51,7 @@ def check_pixels(model: nn.Module, x: Tensor) -> None:
 
     Example
     -------
-    >>> check_pixels(model, 2 * x - 1)
+    >>> check_pixel_range(model, 2 * x - 1)
     Traceback (most recent call last):
     ...
     srd_lab.errors.BadInput: the model expects pixels in [0, 1], got [-0.835, 0.961]; pass model.network, ...

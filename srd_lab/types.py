@@ -118,12 +118,12 @@ class Explainer(Protocol):
         are left as they were.
 
         Raises BadInput for images or targets that do not fit, among them pixels far from [0, 1] where the model normalises
-        them itself (:func:`srd_lab.normalise.check_pixels`); and Refused where the model cannot be followed or its numbers
-        overflow, so that there is no map of some image.
+        them itself (:func:`srd_lab.normalise.check_pixel_range`); and Refused where the model cannot be followed or its
+        numbers overflow, so that there is no map of some image.
         """
-        from srd_lab.normalise import check_pixels
+        from srd_lab.normalise import check_pixel_range
 
-        check_pixels(model, x)
+        check_pixel_range(model, x)
         return finite_maps(self, model, x, target)
 
     def explain_with_logits(

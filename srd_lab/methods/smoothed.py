@@ -34,7 +34,7 @@ from srd_lab.engine.recompute import recomputed
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import BadValue
 from srd_lab.logits import check_target
-from srd_lab.normalise import check_pixels
+from srd_lab.normalise import check_pixel_range
 from srd_lab.overflow import refuse_overflow
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
@@ -139,7 +139,7 @@ class BetaSmoothed(Explainer):
         """The map (N, h, w); without a pass of the network itself where ``target`` is given."""
         if target is None:
             return super().explain(model, x)
-        check_pixels(model, x)
+        check_pixel_range(model, x)
         raw = _unchecked(self, model, x, target)
         refuse_overflow(SmoothModel(_original(model), self.beta), x, None, raw)
         return raw
