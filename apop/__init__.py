@@ -1,4 +1,9 @@
-"""Activation-Pattern-Only Prediction: what a network says when only its on/off pattern is kept (SRD paper, App. D)."""
+"""Activation-Pattern-Only Prediction: what a network says when only its on/off pattern is kept (SRD paper, App. D).
+
+Patterns are recorded from one image and replayed on another input; the study counts what is still predicted. It may
+import methods, metrics, data, networks, figures and :mod:`srd_lab.runs`, but neither ``attacks`` nor the command line. Begin
+with :mod:`apop.passes`, the functions that are public, and :mod:`apop.pattern`.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,12 @@ class ActivationPattern:
         return bits + sum(entry.values.numel() * _index_type(entry.shape).itemsize for entry in pools)
 
     def select(self, rows: Sequence[int]) -> ActivationPattern:
-        """The pattern of the images with these indices in the batch, at least one. Raises BadValue if one is not there."""
+        """The pattern of some images of the batch.
+
+        rows : their indices in the batch, at least one.
+
+        Raises BadValue if one is not there.
+        """
         size = min(entry.shape[0] for entry in self.entries)
         if any(not 0 <= row < size for row in rows) or not rows:
             raise BadValue(f"the pattern holds images 0..{size - 1}, got {list(rows)}")
@@ -89,7 +94,10 @@ class ActivationPattern:
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray]) -> ActivationPattern:
-        """What ``to_arrays`` gave; raises ValueError or KeyError where these are others."""
+        """The pattern that ``to_arrays`` wrote.
+
+        arrays : what it gave. Raises ValueError or KeyError where these are others.
+        """
         about = json.loads(str(arrays["about"]))
         if about["version"] != VERSION:
             raise ValueError(f"it is of version {about['version']}, this program reads version {VERSION}")

@@ -3,6 +3,9 @@
 :class:`Attack` is objective x optimiser x budget x surrogate; each is a small object that may be replaced by one of
 your own. ``Manipulation`` is the published attack (Dombrowski et al. 2019; Eq. 10 of the SRD paper) as one
 configuration of it.
+
+It imports methods, metrics, data, networks, figures and :mod:`srd_lab.runs`, but not :mod:`srd_lab.evaluation`, ``apop`` or
+the command line. Begin with :mod:`attacks.attack`; docs/internals.md, "Where attacks are", has one step of it.
 """
 
 from __future__ import annotations

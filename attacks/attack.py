@@ -293,7 +293,10 @@ class Best:
 
 
 def check_pixels(model: nn.Module, *batches: Tensor) -> None:
-    """Raise BadInput for what is no batch of pixels (N, C, H, W) in [0, 1] for this model."""
+    """Raise BadInput for what is no batch of pixels for this model.
+
+    model : what is to be fed with them. batches : images (N, C, H, W) in [0, 1].
+    """
     for x in batches:
         check_input(x, model)
         low, high = (float(v) for v in x.detach().aminmax())

@@ -275,6 +275,7 @@ class _Payload:
 def check(planted: Planted, explainer: Explainer, x: Tensor, target: Tensor | int | None = None) -> Known:
     """What the known trigger does to images x (N, C, H, W) in [0, 1].
 
+    planted : the network with its trigger. explainer : the method that is deceived.
     target : (N,) the class that is explained with and without it; None = predicted without it.
     """
     map0, logits = explainer.explain_with_logits(planted.model, x.detach(), target)

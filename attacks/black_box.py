@@ -6,8 +6,8 @@ and as a check of the others: where a search without gradients beats gradient at
 First random search with squares (Andriushchenko et al. 2020): a square window of the change gets random signs, is
 projected into the budget and stays where it lowers the score. Then natural evolution strategies (Wierstra et al. 2014,
 Ilyas et al. 2018): the slope is estimated from pairs of opposite, spatially smooth Gaussian steps, followed by a
-projected step along it. What is minimised is the mean of PCC, SSIM and top-10 %; a change that loses the class is never
-accepted.
+projected step along it. What is minimised is the mean of PCC, SSIM and top-10 %; a change after which another
+class is predicted is never accepted.
 
 Example
 -------
@@ -87,6 +87,7 @@ class BlackBox:
     ) -> Best:
         """The lowest score of every kind that was found for images x (N, C, H, W) in [0, 1], and the images that have it.
 
+        model : the network, of which explanations and logits are seen and nothing else.
         target : (N,) the class that is explained, None = predicted.
         keys : what seeds the draws of every image; default 0..N-1.
         on_step : called with the queries done, N * ``queries`` in all.
@@ -129,7 +130,7 @@ class _Search:
         on_step(len(self.x) * (how.queries - asked + 1))
 
     def _ask(self, x: Tensor) -> Tensor:
-        """The loss (N,) of these images, infinite where the class is lost; every answer is remembered."""
+        """The loss (N,) of these images, infinite where another class is predicted; every answer is remembered."""
         raw, logits = self.how.explainer.explain_with_logits(self.model, x, self.target)
         found = self.reference.scores(raw.detach())
         kept = logits.argmax(1) == self.reference.logits.argmax(1)
@@ -182,7 +183,7 @@ class _Search:
             way = unit(F.interpolate(drawn, size=(height, width), mode="nearest"))
             trial = how.sigma * radius * way / weights
             ahead, behind = (self._ask(self._project(self.current + sign * trial)) for sign in (1, -1))
-            rise = (ahead - behind).nan_to_num(0, 1, -1)  # both lost their class: no information
+            rise = (ahead - behind).nan_to_num(0, 1, -1)  # another class at both: no information
             slope += rise[:, None, None, None] * way
         self._keep(self._project(self.current - how.step * radius * unit(slope) / weights))
 

@@ -38,7 +38,10 @@ DEFAULTS = {"l2": 2.0, "linf": 8.0}  # units of 0..255
 
 
 def default_size(norm: str) -> float:
-    """The size of a budget that none is given for, in its own units; the published one is a factor of 1."""
+    """The size of a budget that none is given for, in its own units; the published one is a factor of 1.
+
+    norm : one of ``NORMS``.
+    """
     return DEFAULTS.get(norm, 1.0)
 
 
@@ -55,6 +58,9 @@ class Budget:
     mse : largest mean square of the change in normalised units; at most one of ``rms`` and ``mse``.
     stop_mse : an image ends its attack once the mean square of its change (normalised) reaches this, as the published
         attack does; the change is not projected onto it.
+
+    Its methods take the original images x and the changed ones x_adv, (N, C, H, W) in [0, 1], and scale, (1, C, 1, 1): what
+    one unit of pixel value is in normalised units (:func:`srd_lab.normalise.normalisation_scale`), which ``mse`` needs.
 
     Raises BadValue for bounds that are not in (0, 255] (``mse``, ``stop_mse``: not > 0), contradict each other or are
     all missing.
@@ -248,5 +254,5 @@ def mean_square(x_adv: Tensor, x: Tensor, scale: Tensor) -> Tensor:
 
 
 def to_8_bits(x: Tensor) -> Tensor:
-    """Images (N, C, H, W) in [0, 1] rounded to multiples of 1/255."""
+    """Images x (N, C, H, W) in [0, 1] rounded to multiples of 1/255."""
     return (x * 255).round() / 255

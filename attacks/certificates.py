@@ -73,12 +73,12 @@ class Sparsified(Explainer):
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sparsified map (N, H, W) in [0, 1]; the model's output. Errors are those of the explainer."""
+        """The sparsified map (N, H, W) in [0, 1]; the model's output. Arguments and errors are those of the explainer."""
         raw, logits = self.explainer.explain_with_logits(model, x, target)
         return self.of(raw, (x.shape[2], x.shape[3])), logits
 
     def of(self, raw: Tensor, size: tuple[int, int]) -> Tensor:
-        """Raw maps (N, h, w) stretched to ``size`` (rows, columns) and sparsified, in [0, 1].
+        """Maps ``raw`` (N, h, w) stretched to ``size`` (rows, columns) and sparsified, in [0, 1].
 
         Example
         -------
@@ -193,6 +193,7 @@ class SparsifiedCertificate(Certificate):
     ) -> Overlap:
         """Certify images x (N, C, H, W) in [0, 1] for classes ``target`` (N,), None = predicted.
 
+        model : the network that is explained.
         radii : (R,) L2 norms of the change in units of pixels in [0, 1], >= 0; :func:`rms255` translates them.
 
         Raises BadInput for images or targets that do not fit, BadValue for radii of another form and for too few draws,
@@ -241,6 +242,8 @@ class PixelCertificate(Certificate):
 
     def certify(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> PixelVotes:
         """Certify images x (N, C, H, W) in [0, 1] for classes ``target`` (N,), None = predicted.
+
+        model : the network that is explained.
 
         Raises BadInput for images or targets that do not fit, BadValue for too few draws, and Refused as the explainer
         does.

@@ -156,6 +156,7 @@ class Ensemble:
     ) -> Found:
         """Attack images x (N, C, H, W) in [0, 1], rounded to 8 bits first.
 
+        model : the network that is deployed. explainer : the method whose maps are attacked.
         target : (N,) the class that is explained, None = predicted.
         surrogate : what the white-box members differentiate; None = the method has no gradient, and they do not run.
         goal : maps (N, h, w) that ``target`` aims at first; None = the mirrored own map.

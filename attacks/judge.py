@@ -49,7 +49,8 @@ class Found:
 class Judge:
     """Scores images of 8 bits on the original network, and keeps the worst of every kind.
 
-    budget : within which images count. x : the originals (N, C, H, W), of 8 bits.
+    budget : within which images count. model : the original network. explainer : the method whose maps are scored.
+    x : the originals (N, C, H, W), of 8 bits.
     target : (N,) the class that is explained, None = predicted.
 
     Attributes: ``best``, of all members; ``members``, member -> score -> (N,); ``by``, score -> (N,) index of the member
@@ -91,7 +92,7 @@ class Judge:
             self.best.images[name][lower] = own.images[name][lower]
 
     def add_control(self, name: str, images: Tensor) -> None:
-        """Score images (N, C, H, W) that do not count, as those of a member are."""
+        """Score ``images`` (N, C, H, W) that do not count under a ``name``, as those of a member are."""
         own = self._best()
         self._offer(self.budget.quantise(images, self.x, self.scale), own)
         self.members[name] = own.values
@@ -145,6 +146,7 @@ def transferred(
     """A judge that has seen other methods' adversarial images: its ``best`` is what all of them reach here, its
     ``members`` what those of each method reach.
 
+    budget, model, explainer : see :class:`Judge`.
     x : the originals (N, C, H, W). target : (N,) the class that is explained.
     others : method -> its images, each (N, C, H, W).
     """
@@ -169,7 +171,10 @@ def noise_of_norm(x: Tensor, budget: Budget, scale: Tensor, noise: Tensor) -> Te
 def diagnosis(
     budget: Budget, x: Tensor, outcomes: Sequence[Outcome]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``used``, ``stuck``, ``diverged`` and ``gain`` of :class:`Found`, from the outcomes of white-box members."""
+    """``used``, ``stuck``, ``diverged`` and ``gain`` of :class:`Found`, each (N,).
+
+    budget : of the attack. x : the originals (N, C, H, W). outcomes : of the white-box members, one at least.
+    """
     if not outcomes:
         nothing = x.new_full((len(x),), torch.nan)
         return nothing, nothing, torch.zeros(len(x), dtype=torch.bool, device=x.device), nothing

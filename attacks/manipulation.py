@@ -135,6 +135,7 @@ class Manipulation:
     ) -> AttackResult:
         """Attack images x (N, C, H, W) in [0, 1] towards the maps of ``goal_images`` (same shape).
 
+        model : the original network.
         target : (N,) the class explained for x, None = predicted; a goal image is explained for its own predicted class.
         on_step : called with the steps done, and with those left over when an image stops early, N * ``steps`` in all.
 

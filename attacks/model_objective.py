@@ -149,7 +149,7 @@ class Location(_Passive):
 
 @dataclass(frozen=True)
 class TopK(_Passive):
-    """The pixels that the original's map put on top lose their mass.
+    """Takes mass off the pixels that the original's map put on top.
 
     share : of all pixels that count as the top, in (0, 1); BadValue for another.
     """

@@ -58,7 +58,7 @@ class Reference:
     _known: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def of(self, some: Tensor) -> Reference:
-        """The reference of the images with these indices (n,)."""
+        """The reference of some of the images. some : their indices (n,) int64."""
         part = Reference(
             self.map[some], self.logits[some], self.size, None if self.goal is None else self.goal[some]
         )
@@ -197,7 +197,7 @@ class KeepClass:
 
     objective : what is minimised.
     margin : the hinge is 0 while the class's lead over the next one is at least this share of what it was.
-    weight : what the hinge grows by from there, for each unit of (lead / what it was) that is lost.
+    weight : what the hinge grows by from there, for each unit that (lead / what it was) is below ``margin``.
     """
 
     objective: Objective
@@ -208,7 +208,7 @@ class KeepClass:
         predicted = view.reference.logits.argmax(1)
         loss = self.objective(view)
         if view.logits.shape[1] == 1:
-            return loss  # one class cannot be lost
+            return loss  # there is no other class
         before = margins(view.reference.logits, predicted).clamp_min(1e-3)
         return loss + self.weight * torch.relu(self.margin - margins(view.logits, predicted) / before)
 
@@ -249,12 +249,17 @@ class Eq10:
 
 
 def goal_error(raw: Tensor, goal: Tensor) -> Tensor:
-    """Mean squared difference (N,) of two raw maps (N, h, w), each |.| divided by its sum: the map term of Eq. 10."""
+    """Mean squared difference (N,) of two maps, each |.| divided by its sum: the map term of Eq. 10.
+
+    raw, goal : maps (N, h, w), signed or not.
+    """
     return (maps.sum_to_one(raw) - maps.sum_to_one(goal)).square().mean((1, 2))
 
 
 def margins(logits: Tensor, predicted: Tensor) -> Tensor:
-    """The logit of ``predicted`` (N,) less the largest of all others, (N,); infinite where there is one class only.
+    """The logit of one class less the largest of all others, (N,); infinite where there is one class only.
+
+    logits : (N, classes). predicted : the class of each image, (N,) int64.
 
     Example
     -------

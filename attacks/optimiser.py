@@ -48,8 +48,9 @@ class Optimiser(Protocol):
     """A frozen dataclass whose fields are its parameters."""
 
     def begin(self, x: Tensor, budget: Budget, scale: Tensor, steps: int) -> Moves:
-        """The moves of an attack of so many steps around images x (N, C, H, W).
+        """The moves of an attack.
 
+        x : images (N, C, H, W) in [0, 1]. budget : that every move stays within. steps : of the attack, >= 1.
         scale : (1, C, 1, 1), what one unit of pixel value is in normalised units.
         """
         ...
@@ -142,7 +143,9 @@ class _AdamMoves:
 
 
 def unit(t: Tensor) -> Tensor:
-    """Images (N, C, H, W) divided by their Euclidean length; zero stays zero, and huge or tiny ones do not overflow.
+    """Images divided by their Euclidean length; zero stays zero, and huge or tiny ones do not overflow.
+
+    t : (N, C, H, W).
 
     Example
     -------

@@ -53,8 +53,8 @@ class Probe:
 def slope_error(explainer: Explainer, model: nn.Module, x: Tensor, classes: Tensor, seed: int) -> float:
     """How far the gradient of the map is from what small changes of the image do to it: 0 = it is the slope.
 
-    model : what is differentiated. x : images (N, C, H, W) in [0, 1]. classes : (N,) what is explained.
-    seed : of the sum and of the directions.
+    explainer : the method. model : what is differentiated. x : images (N, C, H, W) in [0, 1].
+    classes : (N,) what is explained. seed : of the sum and of the directions.
 
     A random sum of the map, along random directions: the slope s by autograd against that by central differences, d, in
     float64; the median of |s - d| / (|s| + |d|) over images and directions. Where no two neighbouring steps give the same
@@ -142,6 +142,7 @@ def probe(
 ) -> Probe:
     """Try every surrogate with a short attack.
 
+    explainer : the method. model : the original network.
     x : images (N, C, H, W) in [0, 1]. budget : of the attacks. target : (N,) the class that is explained, None = predicted.
     steps : of each attack. seed : decides its random starts. batcher : how many images at once; None = all.
 
@@ -173,7 +174,7 @@ def probe(
     likeness = similarity(raw, first, (x.shape[2], x.shape[3]))
     apart, few = None, slice(2)
     unchecked = "" if SMOOTH in scores or random else f"it has no gradient on {SMOOTH}"
-    if SMOOTH in scores and not random:  # on ReLUs the part that is lost has no slope either
+    if SMOOTH in scores and not random:  # on ReLUs the missing part has no slope either
         try:
             apart = slope_error(
                 explainer, Surrogate.named(SMOOTH).at(model, 0, 1), x[few], classes[few], seed

@@ -53,14 +53,17 @@ class Surrogate:
         return self.beta is None
 
     def beta_at(self, step: int, steps: int) -> float:
-        """Beta of a step, counted from 0; infinite on the original network."""
+        """Beta of a step, counted from 0, of an attack of ``steps``; infinite on the original network."""
         if self.beta is None:
             return float("inf")
         end = self.beta if self.beta_end is None else self.beta_end
         return float(self.beta * (end / self.beta) ** (step / steps))
 
     def at(self, model: nn.Module, step: int, steps: int) -> nn.Module:
-        """The network to differentiate at this step, counted from 0, of so many."""
+        """The network to differentiate at a step.
+
+        model : the original. step : counted from 0. steps : of the whole attack, >= 1.
+        """
         return model if self.beta is None else SmoothModel(model, self.beta_at(step, steps))
 
     def __str__(self) -> str:

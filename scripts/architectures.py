@@ -201,7 +201,7 @@ def main(
     seed: int,
     as_markdown: bool,
 ) -> None:
-    """Print what SRD conserves and loses on torchvision's classifiers."""
+    """Print what SRD conserves on torchvision's classifiers, and where the rest goes."""
     names = [*models] or [*FAMILIES]
     if names == ["all"]:
         names = torchvision.models.list_models(module=torchvision.models)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from srd_lab import maps
 from srd_lab.errors import Unavailable
 from srd_lab.registry import make_explainer
+from srd_lab.types import finite_maps
 
 
 def explain_func(
@@ -33,14 +34,14 @@ def explain_func(
     method : as for :func:`srd_lab.registry.make_explainer`. device : where to; None = that of the model.
     options : what Quantus passes on besides; not looked at.
 
-    Errors are those of ``make_explainer`` and of :meth:`srd_lab.types.Explainer.explain`.
+    Errors are those of ``make_explainer`` and of :func:`srd_lab.types.finite_maps`.
     """
     place = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     x = torch.as_tensor(inputs).to(place)
     if not x.is_floating_point():
         x = x.float()
     classes = torch.as_tensor(targets).to(place).long().reshape(-1)
-    raw = make_explainer(method).explain(model, x.detach(), classes)
+    raw = finite_maps(make_explainer(method), model, x.detach(), classes)  # Quantus adds noise
     size = (x.shape[2], x.shape[3])
     stretched = raw if raw.shape[1:] == size else maps.upsample(raw, size)
     return stretched[:, None].detach().cpu().numpy()
@@ -62,6 +63,6 @@ def captum_attribution(model: nn.Module, method: str = "srd") -> Any:
 
     class Explained(Attribution):  # type: ignore[misc]
         def attribute(self, inputs: Tensor, target: Tensor | int | None = None) -> Tensor:
-            return explainer.explain(self.forward_func, inputs, target)[:, None]
+            return finite_maps(explainer, self.forward_func, inputs, target)[:, None]
 
     return Explained(model)

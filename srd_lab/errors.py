@@ -8,7 +8,7 @@ its class and ``code`` stay.
 | :class:`BadValue` | ``value`` | a parameter or an option: out of range, or a name that is not known |
 | :class:`BadInput` | ``input`` | images, maps, targets: their type, shape, range or number |
 | :class:`Refused` | ``refused`` | the network: it does what this method cannot follow, or is in a wrong state |
-| :class:`Leak` | ``leak`` | the network, noticed by the sum: relevance was lost or came up on the way |
+| :class:`Leak` | ``leak`` | the network, noticed by the sum: less or more arrived than started |
 | :class:`BadData` | ``data`` | files of a data set |
 | :class:`BadWeights` | ``weights`` | a file of weights, or a network that is not of the data's classes |
 | :class:`StoreTrouble` | ``store`` | the tracking store, or a folder that cannot be written |
@@ -60,7 +60,7 @@ class Refused(SrdLabError):
 
 
 class Leak(Refused):
-    """More or less relevance arrived than started, by more than rounding."""
+    """More or less relevance arrived than started, or FullGrad's terms miss the logit, by more than rounding."""
 
     code = "leak"
 

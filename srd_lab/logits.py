@@ -21,12 +21,22 @@ def class_logits(output: Any) -> Any:
     output : logits (N, K), (N, 1) or (N,); a tuple or list that begins with them; a mapping or an object that has them
         under ``logits``, or a mapping with one tensor. Anything else is handed back as it is.
 
+    Raises Refused for a tensor of whole, complex or sparse numbers, and for one of no classes.
+
     Example
     -------
     >>> class_logits({"logits": torch.tensor([[2.0]])})    # one logit: two classes
     tensor([[-2.,  2.]])
     """
     found = tensor_of(output)
+    if isinstance(found, Tensor) and not (found.is_floating_point() and found.layout == torch.strided):
+        kind = f"{found.layout}, {found.dtype}".removeprefix("torch.strided, ")
+        raise Refused(
+            f"the model's output must be dense logits of floating point, got {kind}; pass a module whose forward() returns "
+            "them as the last layer does, before a class is chosen"
+        )
+    if isinstance(found, Tensor) and 0 in found.shape[1:]:
+        raise _no_logits(found)
     if not isinstance(found, Tensor) or found.dim() not in (1, 2) or found[:1].numel() != 1:
         return found
     y = found.reshape(-1, 1)
@@ -66,10 +76,7 @@ def check_target(target: Any, logits: Any) -> Tensor:
     tensor([1, 1])
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise Refused(
-            f"the model's output must be logits (N, K), got {_described(logits)}; pass a module whose forward() returns "
-            "them alone, first in a tuple, or under 'logits'"
-        )
+        raise _no_logits(logits)
     n, classes = logits.shape
     if target is None:
         return logits.detach().argmax(1)
@@ -115,6 +122,13 @@ def tensor_of(output: Any) -> Any:
         return output[0]
     tensors = [t for t in output.values() if isinstance(t, Tensor)] if isinstance(output, Mapping) else []
     return tensors[0] if len(tensors) == 1 else output
+
+
+def _no_logits(output: Any) -> Refused:
+    return Refused(
+        f"the model's output must be logits (N, K), got {_described(output)}; pass a module whose forward() returns them "
+        "alone, first in a tuple, or under 'logits'"
+    )
 
 
 def _described(output: Any) -> str:

@@ -7,7 +7,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from srd_lab.errors import Refused
+from srd_lab.errors import BadInput, Refused
+from srd_lab.overflow import largest_square_root
+
+# What noise and attacks may leave [0, 1] by, 26 of 256 grey levels: attacks use 16 at most, normalised images reach -1.
+PIXEL_MARGIN = 0.1
 
 
 @runtime_checkable
@@ -35,6 +39,41 @@ def split_normalisation(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             "model.network"
         )
     return normalise, network
+
+
+def check_pixel_range(model: nn.Module, x: Tensor) -> None:
+    """Refuse images that a model which normalises them cannot have been meant to see: of 0..255, or normalised already.
+
+    model : any; a bare network, which is no :class:`Normalising` one, is fed with whatever it was trained on.
+    x : images (N, C, H, W); what is no tensor of finite numbers whose squares are finite passes: what runs next says so.
+
+    Raises BadInput for pixels below -``PIXEL_MARGIN`` or above 1 + ``PIXEL_MARGIN``.
+
+    Example
+    -------
+    >>> check_pixel_range(model, 2 * x - 1)
+    Traceback (most recent call last):
+    ...
+    srd_lab.errors.BadInput: the model expects pixels in [0, 1], got [-0.835, 0.961]; pass model.network, ...
+    """
+    if not isinstance(model, Normalising) or not isinstance(x, Tensor):
+        return
+    try:
+        normalise, _ = model.normalisation_and_network()
+    except Refused:  # methods that need the two parts say so
+        return
+    if isinstance(normalise, nn.Identity) or not (x.is_floating_point() and x.numel()):
+        return
+    low, high = (float(end) for end in x.detach().aminmax())
+    if low >= -PIXEL_MARGIN and high <= 1 + PIXEL_MARGIN:
+        return
+    if not max(-low, high) <= largest_square_root(x.dtype):  # or not a number
+        return
+    if low >= -PIXEL_MARGIN and high > 2:
+        cure = "divide by 255"
+    else:
+        cure = "pass model.network, if they are normalised already, or clip noise with x.clamp(0, 1)"
+    raise BadInput(f"the model expects pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")
 
 
 def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:

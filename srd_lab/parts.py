@@ -27,13 +27,20 @@ from typing import Any
 
 from srd_lab.errors import BadValue, SrdLabError, first_line
 
+# sources of data -> what stands behind the colon, and the module and class in srd_lab/data that make a data set of it
+FOLDERS = {
+    "imagenet": ("DIR", "imagenet:ImageNetFolder"),
+    "imagenet-s": ("DIR", "imagenet_s:ImageNetS"),
+    "imagefolder": ("DIR", "imagefolder:ImageFolder"),
+    "voc": ("DIR", "voc:Voc"),
+    "pictures": ("DIR", "table:Pictures"),
+    "table": ("FILE", "table:Table"),
+    "hf-dataset": ("NAME_OR_DIR", "hub:HubData"),
+    "wds": ("PATTERN", "shards:Shards"),
+}
 # words in front of a colon that are no modules: libraries, and sources of data
 LIBRARIES = ("timm", "captum", "zennit", "pytorch_grad_cam")
-_NO_MODULES = (
-    *(*LIBRARIES, "hf", "hub", "live"),
-    *("imagenet", "imagenet-s", "imagefolder", "cifar10", "cifar100", "voc", "pictures", "table"),
-    *("hf-dataset", "wds"),
-)
+_NO_MODULES = (*LIBRARIES, "hf", "hub", "live", *FOLDERS, "cifar10", "cifar100")
 EXPECTED = "expected package.module:name or path/file.py:name"
 
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from srd_lab.catalogue import METHODS, metric_of, with_options
 from srd_lab.catalogue import METRICS as DECLARED_METRICS
 from srd_lab.engine.preconditions import check_input
-from srd_lab.errors import BadInput, BadValue, Refused
+from srd_lab.errors import BadValue, Refused
 from srd_lab.methods.own import own_method
 from srd_lab.methods.smoothed import parse_explainer
 from srd_lab.metrics.explained import Metric
-from srd_lab.normalise import split_normalisation
 from srd_lab.parts import EXPECTED, is_own, split_options
 from srd_lab.types import Explainer
 
@@ -78,8 +77,8 @@ def explain(
     normalisation and resizing are in :mod:`srd_lab.maps`. A bare network, which does not normalise, is given what it was
     trained on instead of pixels.
 
-    Raises BadValue for an unknown method or option; BadInput for inputs of a wrong type or shape, and for pixels far from
-    [0, 1] where the model normalises them itself; Refused where the model cannot be followed.
+    Raises BadValue for an unknown method or option; BadInput for inputs of a wrong type or shape, and for pixels more
+    than 0.1 outside of [0, 1] where the model normalises them itself; Refused where the model cannot be followed.
 
     Example
     -------
@@ -88,7 +87,6 @@ def explain(
     """
     explainer = make_explainer(method, **options)
     check_input(x, model)
-    _check_range(model, x)
     return explainer.explain(model, x, target)
 
 
@@ -106,13 +104,3 @@ def refusals(model: nn.Module, x: Tensor, explainers: Mapping[str, Explainer]) -
         except Refused as error:
             why[name] = str(error)
     return why
-
-
-def _check_range(model: nn.Module, x: Tensor) -> None:
-    """Refuse what a model that normalises cannot have been meant to see; noisy pixels may be somewhat outside of [0, 1]."""
-    normalise, _ = split_normalisation(model)
-    low, high = (float(end) for end in x.detach().aminmax())
-    if isinstance(normalise, nn.Identity) or (low >= -1 and high <= 2):
-        return
-    cure = "divide by 255" if high > 2 and low >= 0 else "pass model.network, if they are normalised already"
-    raise BadInput(f"the model expects pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")

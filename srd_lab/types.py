@@ -117,24 +117,39 @@ class Explainer(Protocol):
         Differentiable if and only if ``x`` asks for a gradient. The model, its flags, hooks and ``param.grad``, and ``x``,
         are left as they were.
 
-        Raises BadInput for images or targets that do not fit, and Refused where the model cannot be followed or its numbers
-        overflow, so that there is no map of some image.
+        Raises BadInput for images or targets that do not fit, among them pixels far from [0, 1] where the model normalises
+        them itself (:func:`srd_lab.normalise.check_pixel_range`); and Refused where the model cannot be followed or its
+        numbers overflow, so that there is no map of some image.
         """
-        from srd_lab.overflow import refuse_overflow
+        from srd_lab.normalise import check_pixel_range
 
-        try:
-            raw, logits = self.explain_with_logits(model, x, target)
-        except Leak:
-            refuse_overflow(model, x, None, x.new_zeros(1, 1, 1), squares=True)  # then the reason is known
-            raise
-        refuse_overflow(model, x, logits, raw, squares=getattr(self, "squares", False))
-        return raw
+        check_pixel_range(model, x)
+        return finite_maps(self, model, x, target)
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The maps, and the model's output (N, K) from the same forward pass; arguments as in :meth:`explain`.
 
-        Maps and logits may be infinite or NaN: work on many images leaves single ones out.
+        Maps and logits may be infinite or NaN: work on many images leaves single ones out. Pixels may be anything: noise,
+        paths and attacks leave [0, 1].
         """
         ...
+
+
+def finite_maps(
+    explainer: Explainer, model: nn.Module, x: Tensor, target: Tensor | int | None = None
+) -> Tensor:
+    """The maps of :meth:`Explainer.explain`, of images whose pixels may leave [0, 1]: another library adds noise, say.
+
+    explainer : what explains. model, x, target : as in :meth:`Explainer.explain`, whose other errors are raised here.
+    """
+    from srd_lab.overflow import refuse_overflow
+
+    try:
+        raw, logits = explainer.explain_with_logits(model, x, target)
+    except Leak:
+        refuse_overflow(model, x, None, x.new_zeros(1, 1, 1), squares=True)  # then the reason is known
+        raise
+    refuse_overflow(model, x, logits, raw, squares=getattr(explainer, "squares", False))
+    return raw

@@ -71,7 +71,7 @@ class Small(nn.Module):
 def small_model(
     dtype: torch.dtype = torch.float32, classes: int = 5, seed: int = 0, *, sure: bool = False
 ) -> Classifier:
-    """``sure``: its bias decides, so that no small change of the image loses the class."""
+    """``sure``: its bias decides, so that no small change of the image changes the class."""
     network = Small(classes, seed)
     model = Classifier(network, MEAN, STD).eval().requires_grad_(False)
     if not sure:

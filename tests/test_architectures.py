@@ -926,9 +926,7 @@ def test_leaks_take_starts_and_targets_as_the_map_does() -> None:
     for target in (None, 2, torch.tensor(2), torch.tensor([1, 3])):
         shares = torch.stack([*SRD().leaks(model, x, target).values()]).sum(0)
         close(SRD().conserved(model, x, target) + shares, torch.ones(2).double())
-    padded = Tokens(
-        pick=lambda t: F.pad(t[:, 0, 1:], (1, 0), value=2.0)
-    )  # behind the encoder nothing is lost
+    padded = Tokens(pick=lambda t: F.pad(t[:, 0, 1:], (1, 0), value=2.0))  # behind the encoder nothing leaks
     for cause, share in SRD().leaks(padded, x).items():
         close(share, SRD(encoder="ln").leaks(padded, x)[cause])
         close(share, SRD().leaks(padded, x, start=_start_of(padded, x))[cause])

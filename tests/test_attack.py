@@ -282,7 +282,7 @@ def test_the_best_iterate_is_the_nearest_that_keeps_the_prediction() -> None:
     kept = model(result.best).argmax(1) == model(x).argmax(1)
     lost = ~result.prediction_kept
     assert lost.any()
-    # An image whose every iterate lost its class has no best one but the last.
+    # An image of another class at every iterate has no best one but the last.
     assert (kept | (result.best == result.adversarial).flatten(1).all(1)).all()
     assert (kept & lost).any()
     # Among the iterates that kept it, none is nearer to the goal: each is the last of a shorter attack, with the

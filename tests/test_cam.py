@@ -606,6 +606,47 @@ def test_full_gradients_add_up_to_the_logit(kind: Any, target: int | None) -> No
         assert kind is F.relu6 or (terms.abs().amax(0) > 0).all()
 
 
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_full_gradients_add_up_where_an_activation_overwrites_the_normalised_image(
+    inplace: bool, kind: type[nn.Module]
+) -> None:
+    x = pixels(2, 3, 8, 8)
+    network = nn.Sequential(normalised(nn.Identity()).normalise, kind(inplace), Layers(F.relu)).eval()
+    for model in (network, SmoothModel(network, 5.0)):
+        close(FullGrad().terms(model, x, 2).sum(1), model(x)[:, 2])
+        assert FullGrad().explain(model, x, 2).any()
+
+
+FLATTENED: dict[str, Callable[[Tensor], Tensor]] = {
+    "to one axis": lambda y: (y.flatten() + 0.1).view_as(y),
+    "in place": lambda y: y.clone().flatten().add_(0.1).view_as(y),
+    "to two": lambda y: (y.flatten(1) + 0.1).view_as(y),
+    "linear": lambda y: F.linear(y.flatten(), torch.eye(y.numel()), torch.full((y.numel(),), 0.1)).view_as(y),
+}
+
+
+@pytest.mark.parametrize("shifted", FLATTENED.values(), ids=FLATTENED)
+def test_full_gradients_add_up_where_a_map_is_flattened_and_restored(
+    shifted: Callable[[Tensor], Tensor],
+) -> None:
+    """A bias of what has no places any more counts for the sum alone."""
+
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.b(shifted(F.relu(self.a(x))))).mean((2, 3)))  # type: ignore[no-any-return]
+
+    model, x = Flattened().eval(), pixels(2, 3, 8, 8).float()
+    torch.testing.assert_close(FullGrad().terms(model, x, 1).sum(1), model(x)[:, 1])
+    if shifted is not FLATTENED["linear"]:  # of which it is not known where its map lies
+        assert FullGrad().explain(model, x, 1).shape == (2, 8, 8)
+
+
 def test_full_gradients_of_channels_last_are_those_of_channels_first() -> None:
     model, x = ChannelsLast(norm=False), pixels(2, 3, 10, 6)
 

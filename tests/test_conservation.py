@@ -164,6 +164,55 @@ def test_a_size_that_is_not_there_is_said_once(x: Tensor) -> None:
     assert ["the nearest has (8, 8)" in str(warning.message) for warning in seen] == [True]
 
 
+CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a constant that is stacked": lambda y: torch.stack([y, torch.ones_like(y)]).sum(0),
+    "a channel of ones": lambda y: torch.cat([y[:, :3], torch.ones_like(y[:, :1])], 1),
+    "a channel that is written": lambda y: y.index_fill(1, torch.tensor([0]), 0.5),
+    "a clamp at a number": lambda y: torch.maximum(y, torch.full_like(y, 0.3)),
+    "a pad of ones": lambda y: F.pad(y, (1, 1, 1, 1), value=1.0),
+}
+
+
+class Between(nn.Module):
+    """Two convolutions with ``made`` of a map between them."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(6, 3)
+        self.made = made
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.b(self.made(F.relu(self.a(x))))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+def test_fullgrad_notices_a_constant_that_is_no_layers_bias(constant: str, x: Tensor) -> None:
+    model = Between(CONSTANTS[constant])
+    for asked in (FullGrad().explain, FullGrad().terms):
+        with pytest.raises(Leak, match=r"\Ainput and biases add up to .* where the model puts out [^\n]*\Z"):
+            asked(model, x, 1)
+
+
+AS_DOCUMENTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "its terms add up": lambda y: F.avg_pool2d(torch.cat([y[:, 2:], y[:, :2].abs()], 1) * 0.5 - 0.1, 2),
+    "a position embedding": lambda y: y + torch.linspace(0, 1, y[0, 0].numel()).view(y.shape[2:]),
+    "a product of two maps": lambda y: y * y.mean((2, 3), keepdim=True),
+    "a norm of the image": lambda y: F.layer_norm(
+        y, y.shape[1:], y[0].detach() * 0 + 1, y[0].detach() * 0 + 1
+    ),
+}
+
+
+@pytest.mark.parametrize("way", AS_DOCUMENTED)
+def test_fullgrad_explains_what_its_sum_does_not_hold_for(way: str, x: Tensor) -> None:
+    model = Between(AS_DOCUMENTED[way])
+    assert FullGrad().explain(model, x, 1).any()
+    missed = (FullGrad().terms(model, x, 1).sum(1) - model(x)[:, 1]).abs()
+    assert bool((missed < 1e-6).all()) == (way == "its terms add up")
+
+
 class Spread(nn.Module):
     """A gate and a constant that take the shape of the map."""
 

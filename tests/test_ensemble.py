@@ -296,7 +296,7 @@ class Recorder(Explainer):
 @pytest.mark.parametrize("surrogate", ["none", "softplus_30_100"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_iterate_is_the_lowest_on_the_network_that_kept_its_class(seed: int, surrogate: str) -> None:
-    """A budget so large that classes are lost on the way, without a hinge; every look is noted and judged by hand."""
+    """A budget so large that classes change on the way, without a hinge; every look is noted and judged by hand."""
     model, x = small_model(), images(4, seed=seed)
     method = TIMES_INPUT if surrogate == "none" else GRADIENT
     recorder = Recorder(method)
@@ -483,7 +483,7 @@ def test_every_image_is_of_8_bits_in_the_budget_and_keeps_its_class_and_score(fo
 
 
 def test_images_that_lose_their_class_do_not_count() -> None:
-    """A budget that could change every pixel: without the rule the class would be lost at once."""
+    """A budget that could change every pixel: without the rule the class would change at once."""
     model, x = small_model(), images(3)
     found = quick("combined", "black_box", budget=Budget.named("linf", 100.0)).run(
         model, TIMES_INPUT, x, surrogate=Surrogate()
@@ -493,7 +493,7 @@ def test_images_that_lose_their_class_do_not_count() -> None:
 
 
 def test_the_judge_takes_no_image_of_another_class() -> None:
-    """Rounding to 8 bits may lose a class that the attack had kept."""
+    """Rounding to 8 bits may change a class that the attack had kept."""
     model, x = small_model(), images(64, seed=99)
     classes = model(x).argmax(1)
     other = x[(classes != classes[0]).nonzero()[0]]

@@ -1,4 +1,4 @@
-"""Faults of a hostile trial, by kind: secrets, doors, printing, memory, weights, and stores that are locked or full."""
+"""Faults of a trial, by kind: passwords, hosts and ports, printing, memory, weights, and stores that are locked or full."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
-# --- secrets and doors -----------------------------------------------------------------------------------------------
+# --- passwords, hosts and ports ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

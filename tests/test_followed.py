@@ -1,5 +1,5 @@
-"""What a hostile reviewer found: numbers of the model that interception changed, axes and pixels that it lost, and maps that
-it did not see. Each is right or refused; "right" is the same function written in another way."""
+"""What a hostile reviewer found: numbers of the model that interception changed, axes and pixels that it did not follow, and
+maps that it did not see. Each is right or refused; "right" is the same function written in another way."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,6 +158,21 @@ def test_imports_go_down(module: str) -> None:
         assert package_of(name) in allowed, f"{where}: {package} may not import {name}"
 
 
+PACKAGES = [module for module, file in FILES.items() if file.name == "__init__.py" and module != "srd_lab"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_says_what_it_is_what_it_imports_and_where_to_begin(package: str) -> None:
+    said = " ".join((ast.get_docstring(ast.parse(FILES[package].read_text("utf-8"))) or "").split())
+    imported = re.search(r"[^.]*\bimport[^.]*", said)
+    assert imported, f"{package} does not say what it imports"
+    assert re.search(r"\bBegin with\b", said), f"{package} does not say where a newcomer begins"
+    named = re.findall(r":mod:`([\w.]+)`", said)
+    assert not [module for module in named if module not in FILES], (
+        f"{package} names modules that are not there"
+    )
+
+
 def test_nobody_imports_the_composition_root() -> None:
     for module in FILES:
         if not within(module, "srd_lab.cli") and module != "srd_lab.__main__":
@@ -167,7 +183,7 @@ def test_nobody_imports_the_composition_root() -> None:
 def test_each_heavy_library_has_one_importer(library: str) -> None:
     users = {module for module in FILES for _, name in imports(module) if within(name, library)}
     assert users, f"nobody imports {library}; take it from IMPORTERS"
-    strangers = [m for m in users if not any(within(m, door) for door in IMPORTERS[library])]
+    strangers = [m for m in users if not any(within(m, importer) for importer in IMPORTERS[library])]
     assert not strangers, f"only {IMPORTERS[library]} import {library}, but so do {strangers}"
 
 

@@ -48,7 +48,7 @@ class Case(NamedTuple):
     """What becomes of a network.
 
     refused : by method, what its refusal says; there is a map by all others, and where that is "".
-    leaks : what may be lost, besides rounding.
+    leaks : causes by which relevance may not arrive, besides rounding.
     """
 
     refused: dict[str, str] = {}  # noqa: RUF012

@@ -17,8 +17,12 @@ from small_networks import OPTIONS
 from torch import Tensor, nn
 
 import srd_lab
-from srd_lab.catalogue import for_any_network
+from srd_lab.catalogue import METHODS, for_any_network
+from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import BadInput, Refused, SrdLabError
+from srd_lab.methods.averaged import SmoothGrad
+from srd_lab.methods.smoothed import BetaSmoothed, Smoothed
+from srd_lab.methods.srd import SRD
 from srd_lab.models import Classifier
 from srd_lab.registry import make_explainer
 
@@ -153,13 +157,13 @@ def part(model: Net) -> None:
     model.features = torch.compile(model.features, backend="eager")  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("door", [whole, part])
+@pytest.mark.parametrize("compiled", [whole, part])
 @pytest.mark.parametrize("name", RUN)
 def test_compiled_functions_run_as_they_were_written(
-    name: str, door: Callable[[Net], Any], x: Tensor
+    name: str, compiled: Callable[[Net], Any], x: Tensor
 ) -> None:
     model = Net(plain)
-    door(model)
+    compiled(model)
     torch.testing.assert_close(explain(name, model, x), explain(name, Net(plain), x))
 
 
@@ -179,17 +183,46 @@ def test_statistics_of_weights_are_constants(name: str, trainable: bool, x: Tens
     torch.testing.assert_close(explain(name, model, x).detach(), explain(name, same, x))
 
 
-def test_pixels_of_another_range_are_refused_where_the_model_normalises(x: Tensor) -> None:
+BY_NAME_OR_ITSELF: dict[str, Callable[..., Tensor]] = {
+    "srd_lab.explain": srd_lab.explain,
+    "SRD": SRD().explain,
+    "SmoothGrad": SmoothGrad(samples=2).explain,
+    "smoothed": Smoothed(SRD(), draws=2).explain,
+    "beta_smoothed": BetaSmoothed(SRD()).explain,
+}
+
+
+@pytest.mark.parametrize("asked", BY_NAME_OR_ITSELF)
+def test_pixels_of_another_range_are_refused_where_the_model_normalises(asked: str, x: Tensor) -> None:
+    explain = BY_NAME_OR_ITSELF[asked]
     model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
-    with pytest.raises(BadInput, match=r"expects pixels in \[0, 1\], got \[.*, 25\d.*\]; divide by 255"):
-        srd_lab.explain(model, x * 255, 1)
-    with pytest.raises(BadInput, match=r"pass model\.network, if they are normalised already"):
-        srd_lab.explain(model, 4 * (x - 0.5), 1)
-    assert srd_lab.explain(model, x + 0.1 * torch.randn_like(x), 1).shape == (2, 8, 8)
+    for fed in (model, SmoothModel(model, 30.0)):
+        with pytest.raises(BadInput, match=r"expects pixels in \[0, 1\], got \[.*, 25\d.*\]; divide by 255"):
+            explain(fed, x * 255, 1)
+        for normalised in (2 * x - 1, 4 * (x - 0.5), model.normalise(x)):
+            with pytest.raises(BadInput, match=r"pass model\.network, if they are normalised already"):
+                explain(fed, normalised, 1)
+    with pytest.raises(BadInput, match=r"got \[0\.\d*, 1\.4\]; pass .*, or clip noise with x\.clamp\(0, 1\)"):
+        explain(model, torch.where(x == x.max(), 1.4, x), 1)
+    assert explain(model, x + 0.1 * (2 * torch.rand_like(x) - 1), 1).shape == (2, 8, 8)
+
+
+def test_a_bare_network_is_fed_with_what_it_was_trained_on(x: Tensor) -> None:
+    model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
     normalised = model.normalise(x)
     torch.testing.assert_close(
         srd_lab.explain(model.network, normalised, 1), srd_lab.explain(model, x, 1), check_stride=False
     )
+    assert srd_lab.explain(model.network, 255 * x, 1).shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_noise_and_paths_inside_of_a_method_may_leave_the_range_of_pixels(name: str, x: Tensor) -> None:
+    model = Classifier(Net(plain), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)).double().eval()
+    Smoothed(make_explainer(name, **OPTIONS.get(name, {})), sigma=0.5, draws=2).explain(model, x, 1)
+    found, logits = make_explainer(name, **OPTIONS.get(name, {})).explain_with_logits(model, x + 0.5, 1)
+    assert found.isfinite().all()
+    assert logits.shape == (2, 4)
 
 
 class OneLogit(nn.Module):
@@ -314,10 +347,13 @@ def positive(y: Tensor) -> Tensor:
     return y > 0
 
 
-def tried(name: str, model: nn.Module, x: Tensor) -> tuple[Tensor | None, str]:
-    """The map, or why there is none."""
+def tried(
+    name: str, model: nn.Module, x: Tensor, target: int | None = 1, options: dict[str, Any] | None = None
+) -> tuple[Tensor | None, str]:
+    """The map, or why there is none; options : None = those of small maps."""
+    options = OPTIONS.get(name, {}) if options is None else options
     try:
-        return explain(name, model, x), ""
+        return make_explainer(name, **options).explain(model, x, target), ""
     except SrdLabError as error:
         return None, str(error)
 
@@ -493,3 +529,123 @@ def test_activations_of_1e_18_are_decomposed_as_those_of_1(x: Tensor) -> None:
         for parameter in (model.c.weight, model.c.bias, model.d.bias):
             parameter *= 1e-18
     torch.testing.assert_close(explain("srd", model, x.float()), expected, rtol=1e-3, atol=1e-5)
+
+
+class Strided(Net):
+    """Three strided convolutions, so that a map at 1/8 of the image is there, and ``way`` with what comes of it."""
+
+    def __init__(self, way: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__(way)
+        self.e, self.f = nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.c.stride = (2, 2)
+        self.float().eval()
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.f(F.relu(self.e(F.relu(self.c(x))))))
+
+
+def of_logits(made: Callable[[Tensor], Any]) -> type[Net]:
+    """A network that puts out what is ``made`` of its logits."""
+
+    class Made(Strided):
+        def __init__(self) -> None:
+            super().__init__(lambda s, x: made(plain(s, x)))
+
+    return Made
+
+
+def over_maps(made: Callable[[Tensor], Tensor]) -> type[Net]:
+    """A network that goes on with what is ``made`` of a map."""
+
+    class Made(Strided):
+        def __init__(self) -> None:
+            super().__init__(lambda s, x: s.head(F.relu(s.f(F.relu(made(s.e(F.relu(s.c(x)))))))))
+
+    return Made
+
+
+class TwoInputs(Strided):
+    def __init__(self) -> None:
+        super().__init__(plain)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return plain(self, x * mask)
+
+
+class ByName(Strided):
+    def __init__(self) -> None:
+        super().__init__(plain)
+
+    def forward(self, *, x: Tensor) -> Tensor:  # type: ignore[override]
+        return plain(self, x)
+
+
+NOT_FLOATING = r"must be dense logits of floating point, got torch\.{}; pass a module whose forward\(\) returns them as the"
+NO_LOGITS = r"must be logits \(N, K\), got "
+# model -> what every refusal says; None where some methods have a map
+ODD: dict[str, tuple[Callable[[], Net], str | None]] = {
+    "a detached output": (of_logits(Tensor.detach), None),
+    "float16 logits": (of_logits(Tensor.half), None),
+    "bfloat16 logits": (of_logits(Tensor.bfloat16), None),
+    "float64 logits": (of_logits(Tensor.double), None),
+    "complex logits": (of_logits(lambda y: torch.complex(y, y)), NOT_FLOATING.format("complex64")),
+    "complex, detached": (
+        of_logits(lambda y: torch.complex(y, y).detach()),
+        NOT_FLOATING.format("complex64"),
+    ),
+    "whole numbers": (of_logits(lambda y: (1000 * y).long()), NOT_FLOATING.format("int64")),
+    "a class": (of_logits(lambda y: y.argmax(1)), NOT_FLOATING.format("int64")),
+    "truth values": (of_logits(lambda y: y > 0), NOT_FLOATING.format("bool")),
+    "sparse logits": (of_logits(Tensor.to_sparse), NOT_FLOATING.format("sparse_coo, torch.float32")),
+    "no classes": (of_logits(lambda y: y[:, :0]), NO_LOGITS + r"shape \(2, 0\)"),
+    "nothing": (of_logits(lambda y: None), NO_LOGITS + "a NoneType"),
+    "a text": (of_logits(lambda y: "cat"), NO_LOGITS + "a str"),
+    "an array": (of_logits(lambda y: y.detach().numpy()), NO_LOGITS + "a ndarray"),
+    "a map": (
+        of_logits(lambda y: y[:, :, None, None]),
+        NO_LOGITS + r"shape \(2, 4, 1, 1\)|needs class logits behind",
+    ),
+    "constants": (of_logits(lambda y: torch.zeros(2, 4)), None),
+    "parameters": (of_logits(lambda y: nn.Parameter(torch.rand(2, 4)) + 0), None),
+    "two inputs": (
+        TwoInputs,
+        r"forward\(x, mask\) cannot be called with the images alone .*'mask'\); wrap it in a",
+    ),
+    "an input by name": (
+        ByName,
+        r"forward\(x\) cannot be called with the images alone .*; wrap it in a module whose",
+    ),
+    "flattened and restored": (over_maps(lambda y: y.flatten(1).view_as(y)), None),
+    "activated when flat": (over_maps(lambda y: F.silu(y.flatten(0, 2)).view_as(y)), None),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", METHODS)
+def test_an_odd_model_gives_a_map_or_one_line(name: str, odd: str) -> None:
+    """With the options that a method has by default, for a class that is given and for the predicted one."""
+    make, said = ODD[odd]
+    few = {"integrated_gradients": {"steps": 3}, "smoothgrad": {"samples": 2}}.get(name, {})
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    for target in (1, None):
+        found, refusal = tried(name, make(), x, target, few)
+        assert "\n" not in refusal
+        if found is None:
+            assert said is None or METHODS[name].needs or re.search(said, refusal), refusal
+        else:
+            assert said is None
+            assert (found.dtype, len(found)) == (x.dtype, 2)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", RUN)
+def test_logits_of_another_precision_are_explained_as_those_of_the_images(
+    name: str, kind: torch.dtype
+) -> None:
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    found, refusal = tried(name, of_logits(lambda y: y.to(kind))(), x)
+    if found is None:
+        assert (name, "ends in a linear layer" in refusal) == ("contrastive_excitation", True)
+        return
+    near = 0 if kind == torch.float64 else 0.05
+    torch.testing.assert_close(found, explain(name, Strided(plain), x), rtol=near + 1e-4, atol=near + 1e-6)

@@ -14,17 +14,22 @@ import click
 
 from srd_lab.catalogue import BASELINES, METHODS, outer_parts
 from srd_lab.cli.config import read_config
-from srd_lab.parts import is_own
+from srd_lab.parts import FOLDERS, is_own
 from srd_lab.runs.settings import named_file
 
 DEFAULT_MODEL = "vgg16"
 # the bundled network whose encoder ends in enough positions for a coarse map to mean something
 FINE_MODEL = "vgg16_8x8"
 
+_ABOUT = {  # of the sources whose names do not say it
+    "pictures": " (without labels)",
+    "table": " (CSV: path, label, box)",
+    "hf-dataset": " (a name or folder)",
+    "wds": " (tar shards)",
+}
 DATA = (
-    "scenes, or SOURCE:PATH with SOURCE imagenet, imagenet-s, imagefolder, cifar10, cifar100, voc, pictures (without "
-    "labels), table (CSV: path, label, box), hf-dataset (a name or folder) or wds (tar shards); or "
-    "package.module:factory or path/file.py:factory."
+    f"scenes, or SOURCE:PATH with SOURCE cifar10, cifar100, {', '.join(name + _ABOUT.get(name, '') for name in FOLDERS)}; "
+    "or package.module:factory or path/file.py:factory."
 )
 
 

@@ -1,4 +1,9 @@
-"""Where images come from: ``load_data("scenes")``, ``load_data("imagenet:DIR")``; one file per source."""
+"""Where images come from: ``load_data("scenes")``, ``load_data("imagenet:DIR")``; one file per source.
+
+A source gives a :class:`srd_lab.types.Dataset`; its name and class stand in :data:`srd_lab.parts.FOLDERS`. It imports the
+modules at the top of ``srd_lab`` and nothing else of this project: no networks, which are handed over where classes have to
+be predicted. Begin with :func:`load_data` and :mod:`srd_lab.data.pictures`; how to add a source is in CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from torch import Tensor
 from srd_lab.data.loading import Loaded, load_batches
 from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
 from srd_lab.errors import BadInput, BadValue
-from srd_lab.parts import is_place, living
+from srd_lab.parts import FOLDERS, is_place, living
 from srd_lab.types import Dataset
 
 __all__ = [
@@ -29,31 +34,12 @@ __all__ = [
 
 SOURCES = (
     "scenes",
-    "imagenet:DIR",
-    "imagenet-s:DIR",
-    "imagefolder:DIR",
+    *(f"{source}:{place}" for source, (place, _) in FOLDERS.items()),
     "cifar10:PATH",
     "cifar100:PATH",
-    "voc:DIR",
-    "pictures:DIR",
-    "table:FILE",
-    "hf-dataset:NAME_OR_DIR",
-    "wds:PATTERN",
     "package.module:factory",
     "path/file.py:factory",
 )
-
-
-_FOLDERS = {  # source -> module and class of what is made of PATH, a side in pixels and how files are read
-    "imagenet": "imagenet:ImageNetFolder",
-    "imagenet-s": "imagenet_s:ImageNetS",
-    "imagefolder": "imagefolder:ImageFolder",
-    "voc": "voc:Voc",
-    "pictures": "table:Pictures",
-    "table": "table:Table",
-    "wds": "shards:Shards",
-    "hf-dataset": "hub:HubData",
-}
 
 
 def load_data(
@@ -101,8 +87,8 @@ def load_data(
         return _cifar(source, place, split, size, limit, non_rgb)
     side = 224 if size is None else size
     files: dict[str, Any] = {"crop": crop, "interpolation": interpolation, "limit": limit, "non_rgb": non_rgb}
-    if source in _FOLDERS and place:
-        module, _, kind = _FOLDERS[source].partition(":")
+    if source in FOLDERS and place:
+        module, _, kind = FOLDERS[source][1].partition(":")
         files |= (
             {"boxes": boxes} if source == "imagenet" else {"split": split} if source == "hf-dataset" else {}
         )
@@ -125,7 +111,7 @@ def check_place(spec: str) -> None:
     source, _, place = spec.partition(":")
     if spec == "scenes" or source in ("hf-dataset", "wds", "live") or is_place(spec.partition("?")[0]):
         return
-    if source not in (*_FOLDERS, "cifar10", "cifar100") or not place or not Path(place).exists():
+    if source not in (*FOLDERS, "cifar10", "cifar100") or not place or not Path(place).exists():
         load_data(spec)
 
 
@@ -149,6 +135,8 @@ def _scenes(split: str, seed: int, size: int | None, limit: int | None) -> Datas
 
 def batch(dataset: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) float32 in [0, 1] and labels (N,) int64 of the samples with these indices.
+
+    dataset : images of one size. indices : of samples, from 0.
 
     Raises BadInput when there are no indices, and SkippedFile for a file that cannot be used.
 

@@ -33,6 +33,7 @@ class NetworkInput:
         self._shape = torch.Size()
         self._ahead = True  # of the first layer
         self._last: Tensor | None = None  # what was normalised last, in the shape of the images
+        self._version = 0  # of that tensor then
         self._read: list[
             Tensor
         ] = []  # what the network proper has read of images and what normalising made of them
@@ -53,6 +54,11 @@ class NetworkInput:
         alone = self._last is not None and all(original_of(t) is self._last for t in self._read)
         return self._last if alone else None
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether :attr:`found` no longer holds what the network proper was fed with: an activation was in place there."""
+        return self._last is not None and self._last._version != self._version
+
     def reads(self, x: Tensor) -> None:
         """``x`` goes into the network proper."""
         self._ahead = False
@@ -68,7 +74,7 @@ class NetworkInput:
         if not self.is_ahead([x]) or y.shape != self._shape:
             return False
         self._records.note(y, ahead=True)
-        self._last = original_of(y)
+        self._note_last(y)
         return True
 
     def called(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
@@ -86,7 +92,11 @@ class NetworkInput:
         for t in made:
             self._records.note(t, ahead=True)
             if t.shape == self._shape and not slices:
-                self._last = original_of(t)
+                self._note_last(t)
+
+    def _note_last(self, t: Tensor) -> None:
+        self._last = original_of(t)
+        self._version = self._last._version
 
 
 def _keeps_pixels(x: Tensor, part: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -37,7 +38,9 @@ def check_traceable(name: str, x: Tensor) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse (SrdLabError) a model whose calls cannot be followed or whose output depends on the batch or on chance."""
+    """Refuse (SrdLabError) a model whose calls cannot be followed, whose output depends on the batch or on chance, or that
+    is not called with images alone."""
+    _check_takes_images(model)
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise Refused(
             "the model was made in torch.inference_mode, so that no gradient can be taken; make it outside, or pass "
@@ -67,6 +70,21 @@ def check_model(model: nn.Module) -> None:
             raise Refused(f"batch norm {where} uses the statistics of the batch; call model.eval() first")
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise Refused(f"dropout {where} is active; call model.eval() first")
+
+
+def _check_takes_images(model: nn.Module) -> None:
+    """Refuse (SrdLabError) a model whose ``forward`` does not take one positional argument."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # written in C, say
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise Refused(
+            f"the model's forward({', '.join(signature.parameters)}) cannot be called with the images alone ({error}); wrap "
+            "it in a module whose forward(x) gives the rest"
+        ) from None
 
 
 def check_input(x: Tensor, model: nn.Module | None = None) -> None:

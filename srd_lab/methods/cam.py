@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.alignment import Alignment
-from srd_lab.engine.attribution import Attribution, attribution, slope_of
+from srd_lab.engine.attribution import Attribution, attribution, no_gradient, slope_of
 from srd_lab.engine.last_tokens import last_tokens
 from srd_lab.engine.layer_trace import LayerTrace
 from srd_lab.engine.layers import check_rows, distance_to_high
@@ -145,6 +145,8 @@ def _low(trace: LayerTrace, alignment: Alignment, logits: Tensor) -> tuple[Tenso
 
 def _high(trace: LayerTrace, alignment: Alignment, logits: Tensor) -> tuple[Tensor, int, int]:
     """The last map at 1/8 of the image, or the last tokens where they are no farther from that size."""
+    if logits.grad_fn is None:
+        raise no_gradient()
     tokens = last_tokens(trace, alignment, logits)
     grid = None if tokens is None else alignment.grid(tokens.event, tokens.channels)
     if tokens is None or grid is None:

@@ -73,7 +73,10 @@ class _PassCAM(Explainer, ABC):
     def weights(
         self, model: nn.Module, x: Tensor, a: Tensor, layer: Layer, score: Tensor, target: int
     ) -> Tensor:
-        """Weights (K,) of the channels ``a`` (K, h, w) of one image x (1, C, H, W) with logit ``score``."""
+        """Weights (K,) of the channels ``a`` (K, h, w) of one image x (1, C, H, W).
+
+        model : the network. layer : that the channels are of. score : the logit of class ``target``.
+        """
 
 
 @method(
@@ -104,7 +107,7 @@ class ScoreCAM(_PassCAM):
             masks = _to_unit_range(maps.upsample(channels, (x.shape[2], x.shape[3])))
             masks = masks.masked_fill(_constant(channels)[:, None, None], 0)  # rounding is no structure
             views = (image * masks[:, None]).contiguous(memory_format=layout)
-            return Watch(network).run(views)[:, target]
+            return Watch(network).run(views)[:, target].to(a)  # logits may be of fewer bits
 
         constant = _constant(a)
         index = torch.cat([(~constant).nonzero()[:, 0], constant.nonzero()[:1, 0]])
@@ -158,7 +161,7 @@ class AblationCAM(_PassCAM):
                     f"level {self.level!r} cannot be ablated: the model does not use what that call returns; name "
                     "another layer with level="
                 )
-            return logits[: len(channels), target]
+            return logits[: len(channels), target].to(a)
 
         drop = torch.zeros_like(a[:, 0, 0])
         for some in alive.split(at_once) if len(alive) else ():

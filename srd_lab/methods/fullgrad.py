@@ -10,6 +10,9 @@ than ReLU has the bias f(u) - f'(u) u. Tokens lie where their patches do. Biases
 tokens, and of layers that mix tokens or keep others than the patches' have no place: they count for completeness only. The
 bias of a layer that is no vector along channels is refused; a position embedding is no bias.
 
+Where a network is of such layers alone, the terms are held against the logit, which shows constants that are no layer's
+bias: a channel of ones that is put beside a map, say.
+
 Example
 -------
 >>> FullGrad().explain(model, x).shape      # (N, H, W), >= 0
@@ -33,7 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.affine import SHIFTS, constant_part, overwrites, spelled
+from srd_lab.engine.affine import KINKS, SHIFTS, constant_part, is_affine, overwrites, spelled
 from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
 from srd_lab.engine.channels import memory_of
@@ -45,7 +48,7 @@ from srd_lab.engine.norms_and_attention import AsItIs, multi_head_attention_forw
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
-from srd_lab.errors import Refused
+from srd_lab.errors import Leak, Refused
 from srd_lab.logits import class_logit
 from srd_lab.types import Explainer
 
@@ -70,7 +73,10 @@ _WITHOUT_BIAS = ("relu", "leaky_relu", "prelu")  # f(u) = f'(u) u
 )
 @dataclass(frozen=True)
 class FullGrad(Explainer):
-    """Input and bias gradients, each stretched to [0, 1] and to the image, added up."""
+    """Input and bias gradients, each stretched to [0, 1] and to the image, added up.
+
+    Raises Leak where a network of affine layers and activations has constants that are no layer's bias.
+    """
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
@@ -83,7 +89,12 @@ class FullGrad(Explainer):
 
     def terms(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
         """What the input and every bias, in call order, add to the target logit: (N, 1 + biases). Their sum is the logit
-        for a network of piecewise linear and affine layers, and activations."""
+        for a network of piecewise linear and affine layers, and activations.
+
+        model : the network. x : images (N, C, H, W). target : classes (N,), one for all, or None = the predicted ones.
+
+        Raises SrdLabError as :meth:`explain` does.
+        """
         # one image at a time: inside windows, or in (S, N, D) layouts, a sum over the batch is not easily split
         each = [_products(model, x[i : i + 1], row_of(target, i, len(x)))[0] for i in range(len(x))]
         return torch.stack([torch.stack([p.sum() for p in products]) for products in each])
@@ -116,10 +127,14 @@ class _Bias:
 
 
 class _Biases(AsItIs, ImageTrace):
-    """Notes every tensor that a bias was added to, with the bias and the axis of its channels."""
+    """Notes every tensor that a bias was added to, with the bias and the axis of its channels.
+
+    sums_up : whether the model has been affine so far but for activations, so that its output is the sum of the terms.
+    """
 
     needs_activations = False
     sees_all = True
+    sums_up = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -177,11 +192,13 @@ class _Biases(AsItIs, ImageTrace):
 
     def convolution(self, conv: Convolution) -> Tensor:
         self.begin.reads(conv.x)
+        self.sums_up &= not self.maps_in((conv.weight, conv.bias), {})
         y = conv.apply(conv.x, conv.weight, conv.bias)
         return self.note(y, None if conv.bias is None else conv.bias.view(-1, 1, 1), 1)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.begin.reads(x)
+        self.sums_up &= not self.maps_in((weight, bias), {})
         y = self.channels.put(super().linear(x, weight, bias), x.dim() - 1)
         return self.note(self._like(x, y), bias, y.dim() - 1, event=self._place_of(x))
 
@@ -205,8 +222,16 @@ class _Biases(AsItIs, ImageTrace):
         return super().max_pool(pool)
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call on one map makes of zeros is a bias, where it is one vector along the channels of the result."""
         maps = self.maps_in(args, kwargs)
+        out = self._noted(function, args, kwargs, maps)
+        if any(t.requires_grad for t in tensors_in((out,))):
+            self.sums_up &= function in KINKS or is_affine(function, args, kwargs, maps)
+        return out
+
+    def _noted(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], maps: list[Tensor]
+    ) -> Any:
+        """What a call on one map makes of zeros is a bias, where it is one vector along the channels of the result."""
         if function is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         if len(maps) > 1 or not (function in SHIFTS or function in _WITH_BIAS):
@@ -254,6 +279,7 @@ class _Biases(AsItIs, ImageTrace):
         """Whether ``bias`` is a vector along the channels of ``out``; refuses what is none and has no place elsewhere."""
         if isinstance(out, Tensor) and bias.shape == out.shape and _is_vector(bias, axis):
             return function in SHIFTS or bool(bias.any())
+        self.sums_up &= function not in SHIFTS  # a position embedding, which has no term
         if function in _WITH_BIAS and any(t.any() for t in tensors_in((bias,), {})):
             raise Refused(
                 f"{function_name(function)} in {self.where()} adds a bias that FullGrad has no place for; write it as a "
@@ -264,6 +290,8 @@ class _Biases(AsItIs, ImageTrace):
 
 def _is_vector(t: Tensor, axis: int) -> bool:
     """Whether ``t`` is one vector along ``axis``, at every position of every image."""
+    if t.dim() < 2:
+        return True
     rows = t.movedim(axis, -1).flatten(0, -2)
     return bool((rows == rows[:1]).all())
 
@@ -281,26 +309,50 @@ def _products(
         trace.begin.begin(fed)
         logits = trace.run(fed)
         score = class_logit(logits, target)
-        normalised = trace.begin.found
+        normalised = None if trace.begin.overwritten else trace.begin.found
         start = run.given if normalised is None else normalised
         terms = [_Bias(start, 1, start), *(b for b in trace.found if normalised is None or not b.ahead)]
         values = [term.value for term in terms]
         if laid_over_image:
             _check_rows(score, terms)
         slopes = slopes_of(score, [term.y for term in terms], differentiable=run.differentiable)
-        products = []
+        products, sums = [], []
         last = {
             tuple(term.y.shape): term for term in terms
         }  # the cells of others of that size read much the same
         for g, value, term in zip(slopes, values, terms, strict=True):
             if g is not None:
                 product = g * value
-                product = product.unsqueeze(1) if term.lone else product.movedim(term.axis, 1)
+                sums.append(product.detach().sum())
+                if term.lone:
+                    product = product.unsqueeze(1)
+                elif product.dim() > 1:  # else it has one axis, of images, channels and positions
+                    product = product.movedim(term.axis, 1)
                 if laid_over_image and term.event:
                     ask = term is last[tuple(term.y.shape)]
                     product = _placed(product, run.alignment(trace), term, len(x), ask=ask)
                 products.append(run.finish(product))
+        if trace.sums_up:
+            _check_sum(score.detach(), torch.stack(sums), trace.rounding)
         return products, run.finish(logits)
+
+
+def _check_sum(score: Tensor, sums: Tensor, rounding: float) -> None:
+    """Refuse a network whose terms are not its logits, so that some constant in it has no term.
+
+    score : logits (N,) of the classes. sums : what each term adds to all of them together, (terms,).
+    rounding : the share of these numbers that rounding may cost.
+
+    Raises Leak. What is not finite passes, and ``Explainer.explain`` refuses it.
+    """
+    logit, found = score.double().sum(), sums.double().sum()
+    if not (logit - found).abs() > rounding * (score.double().abs().sum() + sums.double().abs().sum()):
+        return
+    raise Leak(
+        f"input and biases add up to {float(found):.4g} where the model puts out {float(logit):.4g}: it has a constant that "
+        "is no layer's bias (a channel of ones, say), or hooks that change gradients; add the constant as a vector along "
+        "channels, or use another method on it"
+    )
 
 
 def _check_rows(score: Tensor, terms: list[_Bias]) -> None:

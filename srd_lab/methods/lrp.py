@@ -39,7 +39,15 @@ from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.attnlrp_trace import AttnLRPTrace
-from srd_lab.engine.attribution import ON_LEAK, Attribution, attribution, check_conserved, slope_of, slopes_of
+from srd_lab.engine.attribution import (
+    ON_LEAK,
+    Attribution,
+    attribution,
+    check_conserved,
+    no_gradient,
+    slope_of,
+    slopes_of,
+)
 from srd_lab.engine.layers import call_index, check_rows
 from srd_lab.engine.lrp_trace import ModifiedTrace
 from srd_lab.engine.record import original_of
@@ -99,7 +107,12 @@ class _Modified(Explainer, ABC):
         classes: Tensor,
         ends: tuple[Tensor, ...],
     ) -> Tensor:
-        """The map (N, h, w), from the logits (N, K) and classes (N, 1) down to the image and its box, ``ends``."""
+        """The map (N, h, w).
+
+        run : the attribution that it is a part of. trace : the pass with modified weights, which has run.
+        logits : (N, K). classes : those that are explained, (N, 1). ends : the image, and its box's lower and upper end,
+        each (N, C, H, W).
+        """
 
 
 def _to_input(
@@ -257,6 +270,8 @@ class ExcitationBackprop(_Modified):
         if self.level == "input":
             return None
         if self.level == "high":
+            if top.grad_fn is None:
+                raise no_gradient()
             return trace.high(run.given.shape, top)
         level = self.level.removeprefix("network.") if isinstance(self.level, str) else self.level
         return call_index(trace.calls, level)  # the network of a classifier runs by itself

@@ -67,7 +67,10 @@ class _Rollout(Explainer, ABC):
 
     @abstractmethod
     def passed(self, weights: Tensor, slope: Tensor) -> Tensor:
-        """What tokens pass on in a layer (N, T, T), of its attention and the slope of the logit there (N, heads, T, T)."""
+        """What tokens pass on in a layer, (N, T, T).
+
+        weights : its attention, (N, heads, T, T). slope : of the logit there, of the same shape.
+        """
 
 
 def _identity(weights: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from srd_lab.engine.recompute import recomputed
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import BadValue
 from srd_lab.logits import check_target
+from srd_lab.normalise import check_pixel_range
 from srd_lab.overflow import refuse_overflow
 from srd_lab.runtime import generator
 from srd_lab.types import Explainer
@@ -97,7 +98,10 @@ class Smoothed(Explainer):
         return torch.stack(parts).sum(0) / self.draws, logits
 
     def noise(self, x: Tensor, some: range) -> Tensor:
-        """The noise of the draws of these numbers for images like x (N, C, H, W): (draws, C, H, W), of deviation sigma."""
+        """The noise of some draws, (len(some), C, H, W), of standard deviation sigma.
+
+        x : images (N, C, H, W), of which shape, dtype and device count. some : the numbers of the draws, from 0.
+        """
         inside = _smoothings(self.explainer)
         keys = ("smoothed", inside) if inside else ("smoothed",)
         drawn = [torch.randn(x.shape[1:], generator=generator(self.seed, *keys, k)) for k in some]
@@ -135,6 +139,7 @@ class BetaSmoothed(Explainer):
         """The map (N, h, w); without a pass of the network itself where ``target`` is given."""
         if target is None:
             return super().explain(model, x)
+        check_pixel_range(model, x)
         raw = _unchecked(self, model, x, target)
         refuse_overflow(SmoothModel(_original(model), self.beta), x, None, raw)
         return raw

@@ -24,7 +24,10 @@ class Metric(Protocol):
     """A frozen dataclass whose fields are its parameters."""
 
     def of(self, explained: Explained) -> Tensor:
-        """Scores (N,) float64, each of its image alone; NaN where an image or its map cannot be scored."""
+        """Scores (N,) float64, each of its image alone; NaN where an image or its map cannot be scored.
+
+        explained : a batch of images with their maps.
+        """
         ...
 
 
@@ -168,6 +171,6 @@ def check_counts(metric: object, *names: str) -> None:
 
 
 def unscorable(maps: Tensor) -> Tensor:
-    """Whether each map (N, H, W) is zero or not finite, (N,) bool."""
+    """Whether each of ``maps`` (N, H, W) is zero or not finite, (N,) bool."""
     low, high = maps.amin((1, 2)), maps.amax((1, 2))  # NaN wherever there is one
     return ~torch.isfinite(low) | ~torch.isfinite(high) | ((low == 0) & (high == 0))

@@ -64,6 +64,8 @@ class Fidelity:
     def drops(self, images: Images) -> tuple[Tensor, Tensor]:
         """Sets of pixels (N, draws, pixels), flat indices, and how far the logit falls without each, (N, draws) float64.
 
+        images : the batch that is explained.
+
         Raises BadValue where the images have no more than ``pixels`` pixels.
         """
         places = images.size[0] * images.size[1]
@@ -138,7 +140,7 @@ class Infidelity:
         return error.masked_fill(unscorable(explained.maps), torch.nan)
 
     def drops(self, images: Images) -> Tensor:
-        """How far the logit falls under each noise, (N, draws) float64."""
+        """How far the logit falls under each noise, (N, draws) float64. images : the batch that is explained."""
         found = []
         for i in range(len(images.x)):
             image, noise = images.given[i], self._noise(images, i)
@@ -202,7 +204,10 @@ class _Curve(ABC):
 
     @abstractmethod
     def ends(self, images: Images, i: int) -> tuple[Tensor, Tensor]:
-        """The normalised image (C, H, W) that the curve starts from, and the one that it ends at."""
+        """The normalised image (C, H, W) that the curve starts from, and the one that it ends at.
+
+        images : the batch. i : which of its images.
+        """
 
 
 @metric(

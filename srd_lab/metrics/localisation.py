@@ -49,7 +49,10 @@ class PointingGame:
         return self._on(maps, masks, self.grow(masks))
 
     def grow(self, masks: Tensor) -> Tensor:
-        """Masks (N, H, W) bool with every pixel within ``margin`` (Euclidean) of the given ones."""
+        """Masks (N, H, W) bool with every pixel within ``margin`` (Euclidean) of the given ones.
+
+        masks : (N, H, W) bool.
+        """
         reach = self.margin * min(masks.shape[1:]) / 224
         if reach < 1:
             return masks

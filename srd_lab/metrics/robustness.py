@@ -222,6 +222,7 @@ def _new_weights(module: nn.Module) -> Callable[[], None] | None:
 def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """Per draw, the prepared maps (N, H, W) of images with Gaussian noise, and the length (N,) float64 of that noise.
 
+    explained : the images and their method.
     noise : standard deviation in normalised units, as the length is, > 0. draws : how many. seed : decides the noise.
 
     Raises BadValue for another ``noise``.

@@ -4,6 +4,9 @@
 ``load_model("vgg16", "imagenet")`` is torchvision's, from torchvision's own cache or from ``--weights FILE``;
 for all other data the weights are the user's own. One file per family of networks; networks from elsewhere
 (``timm:NAME``, ``package.module:factory``) are in :mod:`srd_lab.models.own`.
+
+It imports the modules at the top of ``srd_lab`` and nothing else of this project. Begin with :func:`load_model` and
+:mod:`srd_lab.models.classifier`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from srd_lab.models.files import fill, read_state
 from srd_lab.models.imagenet import AnyClasses, FineTuned, ImageNet
 from srd_lab.models.own import Own, own_network, state_digest
 from srd_lab.models.scenes import SCENES_NETWORKS, SCENES_PREPROCESSING, WEIGHTS, Scenes, scenes_network
-from srd_lab.parts import is_own, is_place
+from srd_lab.parts import FOLDERS, is_own, is_place
 from srd_lab.runtime import pick_device
 from srd_lab.types import Preprocessing
 
@@ -49,22 +52,20 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     "scenes": Scenes(),
+    **{source: AnyClasses() for source in FOLDERS},  # but for those that are named here
     "imagenet": ImageNet(),
     "imagenet-s": ImageNet(),
     "imagefolder": FineTuned(),
+    "voc": FineTuned(),
     "cifar10": Cifar(10),
     "cifar100": Cifar(100),
-    "voc": FineTuned(),
-    "pictures": AnyClasses(),
-    "table": AnyClasses(),
-    "hf-dataset": AnyClasses(),
-    "wds": AnyClasses(),
     "own": AnyClasses(),
 }
 SIDES = {"scenes": 64, "cifar10": 32, "cifar100": 32}  # of data whose images have one size
+_PLACES = {source: f":{place}" for source, (place, _) in FOLDERS.items()} | {"imagenet": "[:DIR]"}
 SPECS = (
-    "scenes, imagenet[:DIR], imagenet-s:DIR, imagefolder:DIR, cifar10:PATH, cifar100:PATH, voc:DIR, pictures:DIR, "
-    "table:FILE, hf-dataset:NAME_OR_DIR, wds:PATTERN or package.module:factory"
+    f"scenes, {', '.join(f'{source}{place}' for source, place in _PLACES.items())}, cifar10:PATH, cifar100:PATH or "
+    "package.module:factory"
 )
 
 

@@ -2,6 +2,10 @@
 
 Every figure function returns a ``matplotlib.figure.Figure`` that stands alone (no pyplot state, no
 display needed); ``figure_bytes`` or ``Run.save_figure`` writes it, the same figure to the same bytes.
+
+Figures are made of arrays and names: it imports the modules at the top of ``srd_lab`` and nothing else of this project;
+matplotlib is imported here and nowhere else. Begin with :func:`explanation` in :mod:`srd_lab.render.overlays`, the figure of
+one map.
 """
 
 from srd_lab.render.accuracy import apop_bars, binarisation_curve, binarisation_panels

@@ -55,8 +55,9 @@ def alone(file: Path) -> Iterator[None]:
 def follow_move(file: Path) -> str:
     """Point the store at the artifacts beside it after its directory was moved or copied.
 
-    MLflow records absolute paths; without this the runs of a renamed project lose their files and new ones are written under
-    the old name. Gives the id of the experiment that the newest run is in, "" if the store has none of this package's.
+    MLflow records absolute paths; without this the files of a renamed project's runs are not found and new ones are
+    written under the old name. Gives the id of the experiment that the newest run is in, "" if the store has none of this
+    package's.
     """
     with contextlib.closing(sqlite3.connect(file, timeout=60)) as database, database:
         query = "SELECT experiment_id, name, artifact_location FROM experiments WHERE name = ? OR name LIKE ?"
