@@ -187,7 +187,7 @@ def test_data_that_are_not_there_show_before_the_network_is_made(data: str) -> N
     """Its weights may have to be downloaded; this name would be an error of its own."""
     from srd_lab.runs.inputs import data_and_network
 
-    with pytest.raises((BadValue, BadData), match="nowhere|there is no data set"):
+    with pytest.raises((BadValue, BadData), match=r"nowhere|there is no data set"):
         data_and_network(
             EvaluationSettings(data=data, model="nothing:net"), "nothing:net", ["nothing:net"], "cpu"
         )
