@@ -52,8 +52,8 @@ class EvaluationWork(Work):
     experiment: Experiment
 
     def __call__(self, some: Sequence[Item], advance: Advance) -> Arrays:
-        """See :class:`srd_lab.runs.work.Work`; arrays as :meth:`srd_lab.evaluation.experiment.Experiment.run` names them, with
-        maps of the first images alone, as those of all would pile up."""
+        """See :class:`srd_lab.runs.work.Work`; arrays as :meth:`srd_lab.evaluation.experiment.Experiment.run` names
+        them, with maps of the first images alone, as those of all would pile up."""
         arrays = self.experiment.run(self.model, some, self.device, advance)
         shown = sum(item.number < SHOWN for item in some)
         return {key: values[:shown] if values.ndim > 1 else values for key, values in arrays.items()}
@@ -193,7 +193,8 @@ class Evaluation:
         ]
         some = any(row.outline is not None and np.any(row.outline) for row in rows)
         outlined = f"the object's {self.masks or 'mask'}" if some else ""
-        run.save_figure("pictures.png", render.method_sheet(rows, self.title, outlined))
+        if rows:  # none where the first files could not be read
+            run.save_figure("pictures.png", render.method_sheet(rows, self.title, outlined))
 
     def document(
         self, table: Arrays, scores: dict[str, dict[str, np.ndarray]], against: Sequence[Comparison]

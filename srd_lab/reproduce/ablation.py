@@ -139,7 +139,8 @@ class Figure7:
         )
         findings = [f for name, measured in results.items() for f in self._findings(name, measured)]
         tables: list[Block] = [Table(header, lines), LEGEND, few_note(count, "images")]
-        run.save_figure("fig7.png", render.map_sheet(sheets, title))
+        if all(sheets.values()):  # none where the first files could not be read
+            run.save_figure("fig7.png", render.map_sheet(sheets, title))
         store_findings(run, findings)
         scores = {
             f"{name}, {variant}": dict(own)

@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import warnings
 from collections import Counter
@@ -36,7 +38,8 @@ from srd_lab.runs.work import ADDED, Advance, Arrays, Item, Part, skipped_in
 from srd_lab.runtime import Batcher
 from srd_lab.types import Dataset
 
-_NAME = re.compile(r"(\d{5,10})-(\d{5,10})\.npz")
+SHARE = "share.json"  # beside the batches of a share: which, of how many items, how many at once
+BATCH_NAME = re.compile(r"(\d{5,10})-(\d{5,10})\.npz")
 
 
 @dataclass(frozen=True)
@@ -72,48 +75,81 @@ def in_batches(stage: Stage, settings: Settings) -> Iterator[Arrays]:
     Raises OtherWork, a kind of BadRun, where a stored batch is of other files; BadData after the last batch if not one image
     is left; Unavailable where memory does not suffice for one item.
     """
-    run, dataset = stage.run, stage.dataset
+    run = stage.run
     groups = [item if isinstance(item, tuple) else (int(item),) for item in stage.items]
     stored = _stored(run, len(groups)) if settings.resumed else {}
-    plan = _plan(len(groups), stage.batcher.size, stored)
-    if settings.share:
-        number, count = share_of(settings.share)
-        plan = [ends for k, ends in enumerate(plan) if k % count == number - 1]
-    parts = [
-        Part(
-            first,
-            tuple(groups[first:last]),
-            tuple(dataset.name(index) for group in groups[first:last] for index in group),
-        )
-        for first, last in plan
-    ]
+    parts = [_part(stage.dataset, groups, *ends) for ends in _plan_of(stage, settings, stored)]
     skipped: dict[str, str] = {}
-    anything = not parts
+    anything = not parts or bool(settings.share)  # another share may have what is left
+    bar = _Bar(lambda steps: None, 0)
     with progress(sum(len(part.groups) for part in parts) * stage.steps, stage.label) as move:
-        bar = _Bar(move, 0)
+        fresh = [part for part in parts if part.first not in stored]
         arriving = executor_of(settings).run(
-            *(stage.work, dataset, [part for part in parts if part.first not in stored], stage.batcher),
-            lambda steps: bar(steps),
+            stage.work, stage.dataset, fresh, stage.batcher, lambda steps: bar(steps)
         )
-        for part in parts:
-            bar = _Bar(move, len(part.groups) * stage.steps)
-            if part.first in stored:
-                arrays = run.load_arrays(stored[part.first].path)
-                if not np.array_equal(arrays.get("files", []), np.array(part.files)):
-                    raise _other(run, stored[part.first].path)
-            else:
-                arrays = next(arriving)
-                for name in [name for name in arrays if name.endswith(".npz")]:
-                    run.save_bytes(name, arrays.pop(name).tobytes())
-                run.save_arrays(
-                    f"batches/{part.first:05d}-{part.first + len(part.groups) - 1:05d}.npz", arrays
-                )
-            bar.fill()
-            anything |= bool(set(arrays) - set(ADDED))
-            skipped |= skipped_in(arrays)
-            yield arrays
+        with contextlib.closing(arriving):
+            for part in parts:
+                bar = _Bar(move, len(part.groups) * stage.steps)
+                if part.first in stored:
+                    arrays = _found(run, stored[part.first].path, part)
+                else:
+                    arrays = next(arriving)
+                    _store(run, part, arrays)
+                bar.fill()
+                anything |= bool(set(arrays) - set(ADDED))
+                skipped |= skipped_in(arrays)
+                yield arrays
     if not anything:
         raise BadData(f"not one image is left; {skipped_report(skipped)}")
+
+
+def _part(dataset: Dataset, groups: Sequence[tuple[int, ...]], first: int, last: int) -> Part:
+    names = tuple(dataset.name(index) for group in groups[first:last] for index in group)
+    return Part(first, tuple(groups[first:last]), names)
+
+
+def _found(run: Run, path: str, part: Part) -> Arrays:
+    arrays = run.load_arrays(path)
+    if not np.array_equal(arrays.get("files", []), np.array(part.files)):
+        raise _other(run, path)
+    return arrays
+
+
+def _store(run: Run, part: Part, arrays: Arrays) -> None:
+    """Store a batch, and beside it what it has for files of their own, which is taken out of ``arrays``."""
+    for name in [name for name in arrays if name.endswith(".npz")]:
+        run.save_bytes(name, arrays.pop(name).tobytes())
+    run.save_arrays(f"batches/{part.first:05d}-{part.last - 1:05d}.npz", arrays)
+
+
+def _plan_of(stage: Stage, settings: Settings, stored: dict[int, _Batch]) -> list[tuple[int, int]]:
+    """First and one past the last item of every batch that is to be done or was; of a share the same for all shares."""
+    count = len(stage.items)
+    if not settings.share:
+        return _plan(count, stage.batcher.size, stored)
+    about = {"share": settings.share, "items": count, "batch_size": stage.batcher.asked}
+    if SHARE in stage.run.list():
+        then = json.loads(stage.run.load_text(SHARE))
+        if then != about:
+            raise OtherWork(
+                f"share {stage.run.id} was begun as {then}, and is now to go on as {about}; leave --batch-size out, or "
+                "begin it anew in another folder"
+            )
+    else:
+        stage.run.save_text(SHARE, json.dumps(about) + "\n")
+    return batches_of_share(settings.share, count, stage.batcher.asked)
+
+
+def batches_of_share(share: str, count: int, size: int) -> list[tuple[int, int]]:
+    """First and one past the last item of the batches of a share of ``count`` items, ``size`` at once.
+
+    Example
+    -------
+    >>> batches_of_share("2/2", 7, 2)
+    [(2, 4), (6, 7)]
+    """
+    number, of = share_of(share)
+    return _plan(count, size, {})[number - 1 :: of]
 
 
 def share_of(text: str) -> tuple[int, int]:
@@ -148,7 +184,7 @@ def _stored(run: Run, count: int) -> dict[int, _Batch]:
     found: dict[int, _Batch] = {}
     done, paths = 0, run.list("batches")
     for path in paths:
-        name = _NAME.fullmatch(PurePosixPath(path).name)
+        name = BATCH_NAME.fullmatch(PurePosixPath(path).name)
         if name is None:  # somebody else's
             continue
         first, last = int(name[1]), int(name[2]) + 1

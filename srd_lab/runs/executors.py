@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from srd_lab.data import load_batches
 from srd_lab.data.loading import useful_workers
@@ -14,8 +14,6 @@ from srd_lab.runs.settings import Settings
 from srd_lab.runs.work import Advance, Arrays, Item, Part, worked
 from srd_lab.runtime import Batcher
 from srd_lab.types import Dataset
-
-EXECUTORS = ("local", "ray")
 
 
 class Executor(Protocol):
@@ -28,7 +26,7 @@ class Executor(Protocol):
         parts: Sequence[Part],
         batcher: Batcher,
         advance: Advance,
-    ) -> Iterator[Arrays]:
+    ) -> Generator[Arrays, None, None]:
         """The arrays of every batch, in order.
 
         work : see :class:`srd_lab.runs.work.Work`. batcher : how many items at once. advance : is told the steps of the
@@ -55,7 +53,7 @@ class Local:
         parts: Sequence[Part],
         batcher: Batcher,
         advance: Advance,
-    ) -> Iterator[Arrays]:
+    ) -> Generator[Arrays, None, None]:
         """See :class:`Executor`."""
         asked, useful = self.workers or 0, useful_workers(len(parts))
         if parts and asked > useful:
@@ -69,10 +67,6 @@ class Local:
             yield worked(work, part, partial(next, arriving), batcher, advance)
 
 
-def executor_of(settings: Settings) -> Any:
-    """The executor that the settings name. Raises Unavailable where Ray is not installed or its cluster not to be had."""
-    if settings.executor == "local":
-        return Local(settings.workers)
-    from srd_lab.runs.on_ray import OnRay
-
-    return OnRay.of(settings)
+def executor_of(settings: Settings) -> Executor:
+    """The executor that the settings name."""
+    return Local(settings.workers)

@@ -80,6 +80,11 @@ class Part:
     files: tuple[str, ...]
 
     @property
+    def last(self) -> int:
+        """One past the number of its last item."""
+        return self.first + len(self.groups)
+
+    @property
     def indices(self) -> list[int]:
         """Of all samples."""
         return [index for group in self.groups for index in group]
