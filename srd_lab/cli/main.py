@@ -65,6 +65,23 @@ def models() -> None:
 
 
 @main.command()
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="Of the cluster, or auto for that of this machine. [default: $RAY_ADDRESS, else auto]",
+)
+@command_errors
+def cluster(ray_address: str | None) -> None:
+    """List the machines of a Ray cluster and how many batches it works on at once."""
+    from srd_lab.runs.on_ray import close, cluster_text
+
+    try:
+        click.echo(cluster_text(ray_address or os.environ.get("RAY_ADDRESS") or "auto"))
+    finally:
+        close()
+
+
+@main.command()
 @command_errors
 def methods() -> None:
     """List the explanation methods and the metrics."""

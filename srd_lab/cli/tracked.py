@@ -83,14 +83,15 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
     is given a note that says what is left of the run.
     """
     from srd_lab.runs import tracking
+    from srd_lab.runs.executors import connected
     from srd_lab.runtime import full_precision, keep_freed_memory
 
     _check_options(ctx.params)
     keep_freed_memory()
     full_precision()
-    _set_threads(ctx.params["threads"])
+    _set_threads(ctx.params["threads"], ctx.params["executor"])
     resume, as_json = ctx.params["resume"], ctx.params["as_json"]
-    with Notes() as notes:
+    with Notes() as notes, connected(ctx.params["executor"], ctx.params["ray_address"]):
         study = None if resume else _divisible(study_of(Given(ctx.params)))
         name = command if study is None else _label(study).name
         record = (
@@ -132,11 +133,12 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
     click.echo(found if as_json else f"\n{run.where}")
 
 
-def _set_threads(count: int | None) -> None:
+def _set_threads(count: int | None, executor: str) -> None:
+    """Threads of PyTorch in this process; beside a cluster those of its workers, so that all sums are rounded alike."""
     import torch
 
-    if count:
-        torch.set_num_threads(count)
+    if count or executor == "ray":
+        torch.set_num_threads(count or 1)
 
 
 def _divisible(study: Study) -> Study:

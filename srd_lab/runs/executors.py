@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
 from srd_lab.data import load_batches
 from srd_lab.data.loading import useful_workers
-from srd_lab.errors import SrdLabWarning
+from srd_lab.errors import BadValue, SrdLabWarning
 from srd_lab.runs.settings import Settings
 from srd_lab.runs.work import Advance, Arrays, Item, Part, worked
 from srd_lab.runtime import Batcher
@@ -68,5 +69,29 @@ class Local:
 
 
 def executor_of(settings: Settings) -> Executor:
-    """The executor that the settings name."""
-    return Local(settings.workers)
+    """The executor that the settings name. Raises Unavailable where Ray is not installed or its cluster not to be had."""
+    if settings.executor == "local":
+        return Local(settings.workers)
+    from srd_lab.runs.on_ray import OnRay
+
+    return OnRay.of(settings)
+
+
+@contextmanager
+def connected(executor: str, ray_address: str | None) -> Iterator[None]:
+    """Within: the cluster that work goes to is there; one that was started for it is ended after that.
+
+    Raises Unavailable as :func:`executor_of` does, and BadValue for an address that nobody goes to.
+    """
+    if executor == "local":
+        if ray_address:
+            raise BadValue("--ray-address says where a Ray cluster is; add --executor ray, or leave it out")
+        yield
+        return
+    from srd_lab.runs import on_ray
+
+    on_ray.connect(ray_address)
+    try:
+        yield
+    finally:
+        on_ray.close()
