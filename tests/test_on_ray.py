@@ -23,7 +23,7 @@ from small_networks import small_model
 
 from srd_lab.errors import BadInput, SrdLabWarning, Unavailable
 from srd_lab.runs import on_ray
-from srd_lab.runs.executors import Local
+from srd_lab.runs.executors import Local, connected
 from srd_lab.runs.on_ray import OnRay, _Flight
 from srd_lab.runs.work import Advance, Arrays, Item, Part, Work
 from srd_lab.runtime import Batcher
@@ -315,6 +315,13 @@ def test_code_of_the_user_s_goes_along(tmp_path: Path, monkeypatch: pytest.Monke
     succeed(*command, "--out", "here")
     succeed(*command, "--executor", "ray", "--out", "there")
     assert tables(tmp_path / "there") == tables(tmp_path / "here") != {}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_command_leaves_the_cluster_that_was_there(cluster: Any) -> None:
+    with connected("ray", cluster.address):
+        pass
+    assert len(on_ray.nodes()) == 2
 
 
 @pytest.mark.usefixtures("cluster")

@@ -73,12 +73,11 @@ def models() -> None:
 @command_errors
 def cluster(ray_address: str | None) -> None:
     """List the machines of a Ray cluster and how many batches it works on at once."""
-    from srd_lab.runs.on_ray import close, cluster_text
+    from srd_lab.runs.executors import connected
+    from srd_lab.runs.on_ray import cluster_text
 
-    try:
-        click.echo(cluster_text(ray_address or os.environ.get("RAY_ADDRESS") or "auto"))
-    finally:
-        close()
+    with connected("ray", ray_address or os.environ.get("RAY_ADDRESS") or "auto"):
+        click.echo(cluster_text())
 
 
 @main.command()

@@ -79,7 +79,7 @@ def executor_of(settings: Settings) -> Executor:
 
 @contextmanager
 def connected(executor: str, ray_address: str | None) -> Iterator[None]:
-    """Within: the cluster that work goes to is there; one that was started for it is ended after that.
+    """Within: the cluster that work goes to is there; afterwards it is left, and ended if it was started for this.
 
     Raises Unavailable as :func:`executor_of` does, and BadValue for an address that nobody goes to.
     """
@@ -90,8 +90,9 @@ def connected(executor: str, ray_address: str | None) -> Iterator[None]:
         return
     from srd_lab.runs import on_ray
 
-    on_ray.connect(ray_address)
+    ours = on_ray.connect(ray_address)
     try:
         yield
     finally:
-        on_ray.close()
+        if ours:
+            on_ray.close()

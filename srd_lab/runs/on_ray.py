@@ -42,7 +42,6 @@ MOST_TRIES = 5
 LOOKS_EVERY = 1.0  # seconds between two looks at what the cluster has
 PATIENCE = 5.0  # seconds for a first answer of a cluster
 
-_CONNECTED: list[str] = []  # the address of the cluster that :func:`connect` has found or started, if it has
 _LATEST: dict[
     str, tuple[Any, Dataset]
 ] = {}  # in a worker: what it was sent last, by its name in the object store
@@ -168,8 +167,8 @@ def nodes(*, dead: bool = False) -> list[Node]:
     return [node for node in found if node.alive or dead]
 
 
-def connect(address: str | None) -> None:
-    """Connect this process with a cluster, once.
+def connect(address: str | None) -> bool:
+    """Connect this process with a cluster, unless it is connected with one; whether it was not.
 
     address : HOST:PORT, ``auto`` for the one on this machine; None = that of RAY_ADDRESS, else a cluster of this machine
         alone is started, which :func:`close` ends.
@@ -178,7 +177,7 @@ def connect(address: str | None) -> None:
     """
     ray = _ray()
     if ray.is_initialized():
-        return
+        return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _check_reachable(address)
@@ -193,19 +192,16 @@ def connect(address: str | None) -> None:
         raise _unreachable(address, first_line(error)) from None
     with suppress(AttributeError):  # private: it prints into the tables what it says of workers that died
         ray._private.worker._worker_logs_enabled = False
-    _CONNECTED[:] = [address]
+    return True
 
 
 def close() -> None:
     """Leave the cluster that :func:`connect` found, and end it if it was started there."""
-    if _CONNECTED:
-        _CONNECTED.clear()
-        _ray().shutdown()
+    _ray().shutdown()
 
 
-def cluster_text(address: str | None) -> str:
-    """What a cluster offers, as a table. Errors are those of :func:`connect`."""
-    connect(address)
+def cluster_text() -> str:
+    """What the cluster offers that this process is connected with, as a table."""
     found = sorted(nodes(dead=True), key=lambda node: (not node.alive, node.address))
     rows = [
         [
