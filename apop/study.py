@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -18,17 +19,42 @@ from srd_lab import render
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.normalise import split_normalisation
-from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import checked_networks, data_and_network, preprocessing_for
 from srd_lab.runs.label import drawn_from
 from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import Run
+from srd_lab.runs.work import Advance, Arrays, Item, Work, joined, npz, skipped_in
 from srd_lab.runtime import Batcher, pick_device
 from srd_lab.types import Dataset
 
 TOP_5 = 5
+
+
+@dataclass(frozen=True)
+class SurveyWork(Work):
+    """Hits of every image.
+
+    experiment : what is done with each. layers : names of the activation calls that it binarises.
+    save_patterns : whether activation patterns are stored, too.
+    """
+
+    experiment: Experiment
+    layers: tuple[str, ...]
+    save_patterns: bool
+
+    def __call__(self, some: Sequence[Item], advance: Advance) -> Arrays:
+        """See :class:`srd_lab.runs.work.Work`; arrays as :meth:`apop.experiment.Hits.to_arrays` names them."""
+        patterns: list[ActivationPattern] = []
+        samples, indices = [item.sample for item in some], [item.index for item in some]
+        hits = self.experiment.run(self.model, samples, indices, self.device, advance, patterns.append)
+        arrays = hits.to_arrays()
+        if self.save_patterns:
+            name = f"patterns/{some[0].number:05d}-{some[-1].number:05d}.npz"
+            arrays[name] = npz(patterns[0].to_arrays())
+        return arrays
 
 
 class Survey:
@@ -51,46 +77,42 @@ class Survey:
         source = settings.source
         self.about = f"{source}, {len(self.indices)} of {len(self.dataset)} images"
 
+    def stages(self, run: Run) -> Iterator[Stage]:
+        """A stretch of work for every network. Raises Refused for a network that is unfit."""
+        for name in self.models:
+            dataset, model = data_and_network(self.settings, name, self.models, self.device)
+            pattern = self._pattern(name, model)
+            if self.settings.save_patterns:
+                one, count = pattern.packed_bytes, len(self.indices)
+                click.echo(
+                    f"patterns: {_size(one)} per image, {_size(one * count)} for {count} images before compression",
+                    err=True,
+                )
+            batcher = Batcher(
+                self.settings.batch_size or images_at_once(preprocessing_for(self.settings, name).size)
+            )
+            layers = tuple(pattern.masks) if self.experiment.binarized else ()
+            yield Stage(
+                run.child(name, {"model": name}),
+                dataset,
+                self.indices,
+                SurveyWork(model, self.device, self.experiment, layers, self.settings.save_patterns),
+                batcher,
+                label=name,
+                steps=self.experiment.passes(len(pattern.masks)),
+            )
+
     def run(self, run: Run) -> None:
         """Survey every model and report; errors are those of :func:`srd_lab.runs.batches.in_batches`."""
         results = {}
-        for name in self.models:
-            with run.child(name, {"model": name}) as child:
-                results[name] = self._model(name, child)
+        for stage in self.stages(run):
+            with stage.run as child:
+                table = joined(list(in_batches(stage, self.settings)))
+                assert isinstance(stage.work, SurveyWork)
+                hits = Hits.from_arrays(table, stage.work.layers, skipped_in(table))
+                self._log(stage.label, child, hits, float(table["seconds"]))
+            results[stage.label] = hits
         self.report(run, results)
-
-    def _model(self, name: str, child: Run) -> Hits:
-        dataset, model = data_and_network(self.settings, name, self.models, self.device)
-        pattern = self._pattern(name, model)
-        if self.settings.save_patterns:
-            one, count = pattern.packed_bytes, len(self.indices)
-            click.echo(
-                f"patterns: {_size(one)} per image, {_size(one * count)} for {count} images before compression",
-                err=True,
-            )
-
-        def survey(some: Sequence[Item], advance: Advance) -> Arrays:
-            patterns: list[ActivationPattern] = []
-            samples, indices = [item.sample for item in some], [item.index for item in some]
-            hits = self.experiment.run(model, samples, indices, self.device, advance, patterns.append)
-            if self.settings.save_patterns:
-                path = f"patterns/{some[0].number:05d}-{some[-1].number:05d}.npz"
-                child.save_arrays(path, patterns[0].to_arrays())
-            return hits.to_arrays()
-
-        batcher = Batcher(
-            self.settings.batch_size or images_at_once(preprocessing_for(self.settings, name).size)
-        )
-        parts = in_batches(
-            *(child, dataset, self.indices, self.settings, survey, batcher),
-            label=name,
-            steps=self.experiment.passes(len(pattern.masks)),
-        )
-        table = joined(list(parts))
-        layers = tuple(pattern.masks) if self.experiment.binarized else ()
-        hits = Hits.from_arrays(table, layers, skipped_in(table))
-        self._log(name, child, hits, float(table["seconds"]))
-        return hits
 
     def _pattern(self, name: str, model: nn.Module) -> ActivationPattern:
         """Of one empty image: what the network's calls are. Refuses an unfit network."""

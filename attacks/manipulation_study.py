@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,12 +26,13 @@ from srd_lab.catalogue import FIGURE_4
 from srd_lab.data import skipped_report
 from srd_lab.errors import BadData
 from srd_lab.metrics.summary import few_note, summarise
-from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.settings import explainer_params
 from srd_lab.runs.tracking import Run
+from srd_lab.runs.work import Advance, Arrays, Item, Work, joined, skipped_in
 from srd_lab.types import Explainer
 
 PICTURES = 6
@@ -54,6 +56,23 @@ NOT_FINITE = (
 EQUAL_KINDS = [(score, over) for over in ("mse", "linf") for score in ("ssim", "pcc")]
 
 
+@dataclass(frozen=True)
+class ManipulationWork(Work):
+    """The published attack on one method.
+
+    how : the attack. seed : of the control's noise.
+    """
+
+    how: Manipulation
+    seed: int
+
+    def __call__(self, some: Sequence[Item], advance: Advance) -> Arrays:
+        """See :class:`srd_lab.runs.work.Work` and, for the arrays, :func:`attacks.experiment.attack_batch`."""
+        originals, goals = zip(*(item.samples for item in some), strict=True)
+        numbers = [item.number for item in some]
+        return attack_batch(self.how, self.model, numbers, originals, goals, self.seed, self.device, advance)
+
+
 class ManipulationStudy(PairStudy):
     """One run of the published attack, from settings to tables and figures; errors are those of :class:`PairStudy`."""
 
@@ -64,6 +83,15 @@ class ManipulationStudy(PairStudy):
         self.shown: dict[str, list[render.PictureRow]] = {}  # the first pairs of every method
         self.title = f"{self.where}, {len(self.pairs)} pairs"
 
+    def stages(self, run: Run) -> Iterator[Stage]:
+        """A stretch of work for every method."""
+        pairs = [(pair.original, pair.goal) for pair in self.pairs]
+        for name, (method, start) in self.variants.items():
+            how = self.manipulation(method, start)
+            child = run.child(name, {"method": method, **explainer_params(how.explainer)})
+            work = ManipulationWork(self.model, self.device, how, self.settings.seed)
+            yield Stage(child, self.dataset, pairs, work, self.batcher, label=name, steps=how.steps)
+
     def run(self, run: Run) -> None:
         """Attack every method and report.
 
@@ -71,24 +99,16 @@ class ManipulationStudy(PairStudy):
         :meth:`Manipulation.run` and :func:`srd_lab.runs.batches.in_batches`.
         """
         tables = {}
-        for name, (method, start) in self.variants.items():
-            how = self.manipulation(method, start)
-            with run.child(name, {"method": method, **explainer_params(how.explainer)}) as child:
-                tables[name] = self._attack(name, how, child)
+        for stage in self.stages(run):
+            with stage.run as child:
+                tables[stage.label] = self._attacked(stage)
+                self._log(stage.label, child, tables[stage.label])
         self.report(run, tables)
 
-    def _attack(self, name: str, how: Manipulation, child: Run) -> Arrays:
-        def attack(some: Sequence[Item], advance: Advance) -> Arrays:
-            originals, goals = zip(*(item.samples for item in some), strict=True)
-            numbers, seed = [item.number for item in some], self.settings.seed
-            return attack_batch(how, self.model, numbers, originals, goals, seed, self.device, advance)
-
-        pairs = [(pair.original, pair.goal) for pair in self.pairs]
+    def _attacked(self, stage: Stage) -> Arrays:
         parts: list[Arrays] = []
         shown: list[Arrays] = []
-        for arrays in in_batches(
-            child, self.dataset, pairs, self.settings, attack, self.batcher, label=name, steps=how.steps
-        ):
+        for arrays in in_batches(stage, self.settings):
             if sum(len(part["pair"]) for part in shown) < PICTURES:
                 shown.append(arrays)
             # scores and curves; images and maps of every batch would pile up
@@ -96,8 +116,7 @@ class ManipulationStudy(PairStudy):
         table = joined(parts)
         if lost := skipped_in(table):
             raise BadData(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
-        self.shown[name] = self._pictures(joined(shown))
-        self._log(name, child, table)
+        self.shown[stage.label] = self._pictures(joined(shown))
         return table
 
     def manipulation(self, method: str, start: str) -> Manipulation:

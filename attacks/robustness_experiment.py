@@ -19,7 +19,7 @@ from attacks.objective import Reference
 from attacks.probe import Probe
 from attacks.scores import SCORES, more_scores, similarity
 from srd_lab.normalise import normalisation_scale
-from srd_lab.runs.batches import Item
+from srd_lab.runs.work import Item
 from srd_lab.types import Explainer
 
 SEED_STEP = 1000  # between the seeds of repeated evaluations

@@ -4,8 +4,8 @@ batch by batch, then the other methods' images, gates, the curve over the budget
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -32,10 +32,11 @@ from attacks.surrogate import Surrogate
 from srd_lab.catalogue import FIGURE_4, attackable
 from srd_lab.data import skipped_report
 from srd_lab.errors import BadData
-from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import explainer_params
 from srd_lab.runs.tracking import Run
+from srd_lab.runs.work import Advance, Arrays, Item, Work, joined, skipped_in
 from srd_lab.types import Explainer
 
 PROBED = 4  # images that decide which surrogate is differentiated
@@ -45,6 +46,17 @@ MOST, LEAST = (
 )  # images for the checks and for the curve over the budget: a quarter of all, between these
 FACTORS = (0.25, 0.5, 2.0)  # of the budget, besides itself
 CURVE = ("combined", "polish")  # its members
+
+
+@dataclass(frozen=True)
+class RobustnessWork(Work):
+    """One method under an ensemble, which ``experiment`` has."""
+
+    experiment: Experiment
+
+    def __call__(self, some: Sequence[Item], advance: Advance) -> Arrays:
+        """See :class:`srd_lab.runs.work.Work` and, for the arrays, :meth:`attacks.robustness_experiment.Experiment.run`."""
+        return self.experiment.run(self.model, some, self.device, advance)
 
 
 class RobustnessStudy(PairStudy):
@@ -72,7 +84,7 @@ class RobustnessStudy(PairStudy):
         Raises BadData for an image that could be read when the pairs were drawn, but not now, and the errors of
         :meth:`Experiment.run` and :func:`srd_lab.runs.batches.in_batches`.
         """
-        subjects = [self._attacked(run, name, *variant) for name, variant in self.variants.items()]
+        subjects = [self._attacked(stage) for stage in self.stages(run)]
         if "transfer" in self.members and len(subjects) > 1:
             for subject in subjects:
                 # SRD's other start is one more restart, no other method
@@ -90,35 +102,28 @@ class RobustnessStudy(PairStudy):
         report.all(run, subjects, self.left_out())
 
     # attacks -------------------------------------------------------------------------------------------
-    def _attacked(self, run: Run, name: str, method: str, start: str) -> Subject:
-        explainer = attack_explainer(method, start)
-        child = run.child(name, {"method": method, **explainer_params(explainer)})
-        found = self._probe(child, explainer)
-        beside = "eq10" in self.settings.attacks and found.best is not None
-        eq10 = manipulation_of(explainer, self.settings) if beside else None
-        experiment = Experiment(explainer, self._members_for(found), eq10, found, self.settings.seeds)
-
-        def attack(some: Sequence[Item], advance: Advance) -> Arrays:
-            return experiment.run(self.model, some, self.device, advance)
-
+    def stages(self, run: Run) -> Iterator[Stage]:
+        """A stretch of work for every method; the surrogate that its attack differentiates is looked for before."""
         pairs = [(pair.original, pair.goal) for pair in self.pairs]
-        parts = [
-            _light(arrays)
-            for arrays in in_batches(
-                child,
-                self.dataset,
-                pairs,
-                self.settings,
-                attack,
-                self.batcher,
-                label=name,
-                steps=experiment.steps(),
+        for name, (method, start) in self.variants.items():
+            explainer = attack_explainer(method, start)
+            child = run.child(name, {"method": method, **explainer_params(explainer)})
+            found = self._probe(child, explainer)
+            beside = "eq10" in self.settings.attacks and found.best is not None
+            eq10 = manipulation_of(explainer, self.settings) if beside else None
+            experiment = Experiment(explainer, self._members_for(found), eq10, found, self.settings.seeds)
+            work = RobustnessWork(self.model, self.device, experiment)
+            yield Stage(
+                *(child, self.dataset, pairs, work, self.batcher), label=name, steps=experiment.steps()
             )
-        ]
-        table = joined(parts)
+
+    def _attacked(self, stage: Stage) -> Subject:
+        table = joined([_light(arrays) for arrays in in_batches(stage, self.settings)])
         if lost := skipped_in(table):
             raise BadData(f"could be read when the pairs were drawn, but not now: {skipped_report(lost)}")
-        return Subject(name, explainer, child, experiment, table, {}, None, {}, {})
+        assert isinstance(stage.work, RobustnessWork)
+        experiment = stage.work.experiment
+        return Subject(stage.label, experiment.explainer, stage.run, experiment, table, {}, None, {}, {})
 
     def _members_for(self, found: Probe) -> Ensemble:
         """The ensemble; a method without a gradient goes to the black box, whatever was asked for."""

@@ -9,8 +9,8 @@ import numpy as np
 from attacks.certified import Sides
 from attacks.gates import Gates
 from attacks.robustness_experiment import Experiment
-from srd_lab.runs.batches import Arrays
 from srd_lab.runs.tracking import Run
+from srd_lab.runs.work import Arrays
 from srd_lab.types import Explainer
 
 

@@ -241,6 +241,8 @@ def _silent() -> contextlib.AbstractContextManager[Any]:
 
 def _result(command: str, study: Any) -> Result:
     """Run a study without tracking; what it prints is the summary."""
+    if study.settings.share:
+        raise BadValue("a share makes no result; leave share out, or use the command with --shard")
     home = Path(tempfile.mkdtemp())
     folder = home / command
     stored = study.settings.stored()

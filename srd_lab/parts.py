@@ -20,6 +20,7 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +118,7 @@ def make(text: str) -> Any:
 
 
 _LIVE: dict[str, Any] = {}
+_LOADED: dict[str, None] = {}  # names of the modules that parts came from
 
 
 @contextlib.contextmanager
@@ -165,6 +167,18 @@ def code_of(text: str) -> dict[str, str]:
     return found
 
 
+def modules_of_the_user() -> list[ModuleType]:
+    """The modules that parts came from and that are installed nowhere: another process may not have them."""
+    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")]
+    found = []
+    for name in _LOADED:
+        module = sys.modules.get(name)
+        file = getattr(module, "__file__", None)
+        if module and file and not any(Path(file).resolve().is_relative_to(place) for place in installed):
+            found.append(module)
+    return [module for module in found if module.__name__.partition(".")[0] != "srd_lab"]
+
+
 def call(text: str, factory: Any, options: dict[str, Any]) -> Any:
     """``factory(**options)``, whose failure is one line about ``text`` (BadValue)."""
     try:
@@ -189,7 +203,9 @@ def _module(where: str) -> ModuleType:
     if os.getcwd() not in sys.path:  # the command's own folder stands there instead
         sys.path.insert(0, os.getcwd())
     try:
-        return importlib.import_module(where)
+        module = importlib.import_module(where)
+        _LOADED[where] = None
+        return module
     except ModuleNotFoundError as error:
         if error.name and (where == error.name or where.startswith(f"{error.name}.")):
             raise BadValue(f"there is no module {where}; install it, or run where it lies") from None
@@ -211,6 +227,7 @@ def _from_file(file: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    _LOADED[name] = None
     try:
         spec.loader.exec_module(module)
     except BaseException as error:

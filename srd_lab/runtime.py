@@ -107,7 +107,7 @@ def fast_layout(network: nn.Module, images: Tensor) -> torch.memory_format:
 class Batcher:
     """Runs work on at most ``size`` items at once; where memory runs out, on half as many, from then on.
 
-    For work whose result does not depend on what else is in its batch.
+    For work whose result does not depend on what else is in its batch. ``asked`` stays the size that it began with.
 
     Example
     -------
@@ -116,7 +116,7 @@ class Batcher:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size = self.asked = size
 
     def run(self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
         """The results of ``work`` on consecutive parts of ``items``, in order.

@@ -27,7 +27,7 @@ from srd_lab.data.draw import draw_images
 from srd_lab.errors import BadData, BadInput, BadValue, BadWeights, Refused, SrdLabError, StoreTrouble
 from srd_lab.models import load_model
 from srd_lab.normalise import split_normalisation
-from srd_lab.runs.batches import joined
+from srd_lab.runs.work import joined
 
 # --- networks whose calls are hard to follow --------------------------------------------------------------
 

@@ -16,10 +16,11 @@ import torch
 from srd_lab.data import SkippedFile
 from srd_lab.errors import BadData, OtherWork, SrdLabWarning
 from srd_lab.runs import batches
-from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.files import FolderFiles
 from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import FolderRun
+from srd_lab.runs.work import Advance, Arrays, Item, joined, skipped_in
 from srd_lab.runtime import Batcher
 from srd_lab.types import Sample
 
@@ -74,7 +75,7 @@ def parts(folder: Path, work: Work, size: int, *, resume: bool = False, **given:
     settings = Settings(resumed=resume, workers=0)
     options: dict[str, Any] = {"dataset": Numbers(), "items": INDICES, "steps": 2, **given}
     dataset, items = options.pop("dataset"), options.pop("items")
-    return list(in_batches(run, dataset, items, settings, work, Batcher(size), **options))
+    return list(in_batches(Stage(run, dataset, items, work, Batcher(size), **options), settings))
 
 
 def stored(folder: Path) -> list[str]:

@@ -41,7 +41,7 @@ from srd_lab.data import load_data
 from srd_lab.errors import Unavailable
 from srd_lab.models import load_model
 from srd_lab.registry import make_explainer
-from srd_lab.runs.batches import Arrays, Item
+from srd_lab.runs.work import Arrays, Item
 from srd_lab.types import Explainer, Sample
 
 BUDGET = Budget.named("l2", 2.0)

@@ -58,9 +58,10 @@ IMPORTERS = {
     "mlflow": ("srd_lab.runs",),
     "matplotlib": ("srd_lab.render",),
     "PIL": ("srd_lab.render", "srd_lab.data"),
+    "ray": ("srd_lab.runs.on_ray",),
     "safetensors": ("srd_lab.models", "attacks.model_compare"),
 }
-START = ("torch", "torchvision", "numpy", "scipy", "skimage", "mlflow", "matplotlib", "PIL")
+START = ("torch", "torchvision", "numpy", "scipy", "skimage", "mlflow", "matplotlib", "PIL", "ray")
 
 
 def name_of(file: Path) -> str:

@@ -43,7 +43,7 @@ from srd_lab.reproduce.paper import (
     report,
 )
 from srd_lab.reproduce.patterns import Figure6
-from srd_lab.runs import batches
+from srd_lab.runs import batches, executors
 from srd_lab.runs.document import Table
 from srd_lab.runs.settings import Settings
 
@@ -108,10 +108,10 @@ def newest(store: str) -> tuple[Any, dict[str, Any], Path]:
 
 
 class Counted:
-    """In the place of ``_worked``: counts the batches that are not read; Ctrl-C comes in the last of ``so_many``."""
+    """In the place of ``worked``: counts the batches that are not read; Ctrl-C comes in the last of ``so_many``."""
 
     def __init__(self, so_many: int | None = None) -> None:
-        self.count, self.so_many, self.work = 0, so_many, batches._worked
+        self.count, self.so_many, self.work = 0, so_many, executors.worked
 
     def __call__(self, *arguments: Any) -> Any:
         self.count += 1
@@ -123,7 +123,7 @@ class Counted:
 def resumed(store: str, arguments: Sequence[str], so_many: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a run prints that was interrupted in the last of its batches, then resumed; without where it is stored."""
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "_worked", Counted(so_many))
+        patched.setattr(executors, "worked", Counted(so_many))
         result = call(*arguments, "--tracking-uri", store)
     assert result.exit_code == 1
     command = [part for part in arguments[:2] if not part.startswith("--")]
@@ -131,7 +131,7 @@ def resumed(store: str, arguments: Sequence[str], so_many: int, monkeypatch: pyt
     said = f"interrupted; what was finished is stored; go on with: srd-lab {' '.join(again)}"
     assert said in result.output
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "_worked", counted := Counted())
+        patched.setattr(executors, "worked", counted := Counted())
         text = succeed(*again, "--tracking-uri", store)
     assert counted.count == 1
     parent, parts, _ = newest(store)
@@ -496,10 +496,10 @@ def test_figure_7_measures_the_three_variants(tmp_path: Path) -> None:
         verdict = "holds" if expected.low > 0 else "does not hold" if expected.high < 0 else "open"
         assert (row["paper"], row["n"], row["verdict"]) == ("> 0", "10", verdict)
     assert found[0]["verdict"] == "holds"
-    # Pictures of the first four images only: those of all would fill the disk.
+    # Pictures of the first eight images only, of which four are shown: those of all would fill the disk.
     stored = [np.load(file) for file in sorted((tmp_path / "vgg16" / "batches").iterdir())]
-    assert [len(arrays["images"]) for arrays in stored] == [3, 1, 0, 0]
-    assert [len(arrays["scalar/map"]) for arrays in stored] == [3, 1, 0, 0]
+    assert [len(arrays["images"]) for arrays in stored] == [3, 3, 2, 0]
+    assert [len(arrays["scalar/map"]) for arrays in stored] == [3, 3, 2, 0]
 
 
 @pytest.mark.usefixtures("unseen")
@@ -792,7 +792,7 @@ def test_a_run_does_not_go_on_with_other_files(
     shutil.copytree(photos.folder, folder)
     command = (*COMMANDS[name], "--data", f"imagenet:{folder}", *photos.subject()[2:])
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "_worked", Counted(2))
+        patched.setattr(executors, "worked", Counted(2))
         assert call(*command, "--tracking-uri", store).exit_code == 1
     run, (part,), _ = newest(store)
     first = photos.names[0]

@@ -24,7 +24,10 @@ from srd_lab.errors import BadValue
 
 # where results go and how they are shown: no study knows these options
 OUTSIDE = ("track", "tracking_uri", "out", "resume", "debug", "as_json")
-_OF_THE_MACHINE = ("device", "workers")
+_OF_THE_MACHINE = (
+    *("device", "workers", "threads"),
+    *("executor", "ray_address", "workers_per_gpu", "share"),
+)
 
 
 def config_text(ctx: click.Context, command: str) -> str:

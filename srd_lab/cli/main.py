@@ -13,6 +13,7 @@ from srd_lab.cli.evaluation import evaluate, explain
 from srd_lab.cli.options import OWN_MODEL
 from srd_lab.cli.reproduce import reproduce
 from srd_lab.cli.runs import compare, export, list_, report, ui
+from srd_lab.cli.shares import merge
 from srd_lab.runs.report import text_table
 
 # Read when PyTorch is loaded. Threads that wait actively cost 5 to 15 times the time once another process holds a core.
@@ -32,6 +33,7 @@ def main(debug: bool) -> None:
       srd-lab evaluate --images 200              score and rank every method by every metric
       srd-lab explain photo.jpg                  maps of your own pictures
       srd-lab reproduce table3                   the paper's experiments, its numbers beside yours
+      srd-lab merge DIR DIR                      make a run of shares that --shard I/N did apart
       srd-lab runs                               list what was run; compare, export and report take runs from there
       srd-lab compare RUN RUN                    hold runs against each other, paired where the images are the same
       srd-lab report RUN                         one HTML file to send
@@ -63,6 +65,22 @@ def models() -> None:
 
 
 @main.command()
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="Of the cluster, or auto for that of this machine. [default: $RAY_ADDRESS, else auto]",
+)
+@command_errors
+def cluster(ray_address: str | None) -> None:
+    """List the machines of a Ray cluster and how many batches it works on at once."""
+    from srd_lab.runs.executors import connected
+    from srd_lab.runs.on_ray import cluster_text
+
+    with connected("ray", ray_address or os.environ.get("RAY_ADDRESS") or "auto"):
+        click.echo(cluster_text())
+
+
+@main.command()
 @command_errors
 def methods() -> None:
     """List the explanation methods and the metrics."""
@@ -88,6 +106,7 @@ main.add_command(apop)
 main.add_command(evaluate)
 main.add_command(explain)
 main.add_command(reproduce)
+main.add_command(merge)
 
 if __name__ == "__main__":
     main()

@@ -307,6 +307,54 @@ data_options = (
     ),
 )
 
+
+class Share(click.ParamType):  # type: ignore[type-arg]
+    """``I/N``, the I-th of N shares; stays as it was typed."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        number, _, count = text.partition("/")
+        fits = all(part.isdecimal() and len(part) < 10 for part in (number, count))
+        if not fits or not 1 <= int(number) <= int(count):
+            self.fail(f"{text!r} is no share; expected I/N, such as 2/8 for the second of eight", param, ctx)
+        return f"{int(number)}/{int(count)}"
+
+
+executor_options = (
+    click.option(
+        "--threads",
+        type=whole(1, 10_000),
+        help="Threads of PyTorch in each process; they round sums. [default: PyTorch's choice; 1 with ray]",
+    ),
+    click.option(
+        "--executor",
+        default="local",
+        show_default=True,
+        type=click.Choice(["local", "ray"]),
+        help="Who does the work: this process, or a Ray cluster.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Of the Ray cluster, or auto for that of this machine. [default: $RAY_ADDRESS, else one is started here]",
+    ),
+    click.option(
+        "--workers-per-gpu",
+        default=1,
+        show_default=True,
+        type=whole(1, 1000),
+        help="ray: batches that share an accelerator.",
+    ),
+    click.option(
+        "--shard",
+        "share",
+        type=Share(),
+        help="Do the I-th of N shares of the batches alone, into --out with --no-track; srd-lab merge joins them.",
+    ),
+)
+
 figure_format_option = click.option(
     "--figure-format",
     "figure_formats",
@@ -347,4 +395,4 @@ run_options = (
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that runs a model over data and tracks the result."""
-    return with_options((*data_options, *run_options))(command)
+    return with_options((*data_options, *executor_options, *run_options))(command)

@@ -48,9 +48,16 @@ class Given:
         if self.stored is None:
             return kind(**values)
         stored = dict(self.stored)
+        values["share"] = _same_share(values.get("share"), stored.get("share"))
         if self.options.get(PACE):
             stored.pop(PACE, None)
         return read_stored(kind, stored, values)
+
+
+def _same_share(asked: str | None, stored: str | None) -> str | None:
+    if asked not in (None, stored):
+        raise OtherWork(f"the stored run is {f'share {stored}' if stored else 'no share'}; leave --shard out")
+    return stored
 
 
 class Study(Protocol):
@@ -76,16 +83,20 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
     is given a note that says what is left of the run.
     """
     from srd_lab.runs import tracking
+    from srd_lab.runs.executors import connected
     from srd_lab.runtime import full_precision, keep_freed_memory
 
     _check_options(ctx.params)
     keep_freed_memory()
     full_precision()
+    _set_threads(ctx.params["threads"], ctx.params["executor"])
     resume, as_json = ctx.params["resume"], ctx.params["as_json"]
-    with Notes() as notes:
-        study = None if resume else study_of(Given(ctx.params))
+    with Notes() as notes, connected(ctx.params["executor"], ctx.params["ray_address"]):
+        study = None if resume else _divisible(study_of(Given(ctx.params)))
         name = command if study is None else _label(study).name
-        record = typed(ctx) if study is None else {**_decisive(study), **_surroundings(study)}
+        record = (
+            typed(ctx) if study is None else {**_decisive(study), **_surroundings(study), **_share(study)}
+        )
         run = tracking.open_run(
             command,
             name,
@@ -100,7 +111,7 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
                 if study is None:
                     _check_whole(run)
                     _check_named_again(run, record)
-                    study = study_of(Given(ctx.params, run.params))
+                    study = _divisible(study_of(Given(ctx.params, run.params)))
                     _check_same(run, study)
                     _note_what_changed(run, study, notes)
                 else:
@@ -112,7 +123,7 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
                 run.describe(_label(study))
                 run.store_figures_as(study.settings.figure_formats)
                 with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
-                    study.run(run)
+                    _work(study, run)
                 found = _found(run) if as_json else ""
         except OtherWork:
             raise
@@ -120,6 +131,37 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
             error.add_note(_what_is_left(ctx, command, run))
             raise
     click.echo(found if as_json else f"\n{run.where}")
+
+
+def _set_threads(count: int | None, executor: str) -> None:
+    """Threads of PyTorch in this process; beside a cluster those of its workers, so that all sums are rounded alike."""
+    import torch
+
+    if count or executor == "ray":
+        torch.set_num_threads(count or 1)
+
+
+def _divisible(study: Study) -> Study:
+    """The study. Raises BadValue where a share of it is asked for, and its work is not done in batches."""
+    if study.settings.share and not hasattr(study, "stages"):
+        raise BadValue(
+            f"--shard {study.settings.share} does a share of the batches, and this work has none; leave --shard out"
+        )
+    return study
+
+
+def _work(study: Any, run: Any) -> None:
+    """Do what the study does, or the share of it that was asked for."""
+    share = study.settings.share
+    if not share:
+        study.run(run)
+        return
+    from srd_lab.runs.shares import do_share
+
+    count = do_share(study, run)
+    click.echo(
+        f"share {share}: {count} batches, and no report; srd-lab merge DIR... takes the folders of all shares"
+    )
 
 
 def _found(run: Any) -> str:
@@ -164,6 +206,12 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise BadValue(f"--{name.replace('_', '-')} is empty; leave it out, or say which")
     if options["tracking_uri"] and not options["track"]:
         raise BadValue("--tracking-uri says where to track and --no-track not to; leave one of them out")
+    if options["share"] and (options["track"] or not (options["out"] or options["resume"])):
+        raise BadValue(
+            f"--shard {options['share']} is stored in a folder of its own; add --no-track --out DIR"
+        )
+    if options["share"] and options["as_json"]:
+        raise BadValue("--json prints what was found, and a share makes no report; leave --json out")
 
 
 def typed(ctx: click.Context) -> dict[str, str]:
@@ -198,6 +246,15 @@ def _surroundings(study: Study) -> dict[str, Any]:
     code = {"own_code": ", ".join(f"{place} {digits[:12]}" for place, digits in code_of(names).items())}
     surroundings = {**environment(), "device": study.device, "hardware": device_name(study.device)}
     return surroundings | {name: value for name, value in code.items() if value}
+
+
+def _share(study: Study) -> dict[str, str]:
+    return {"share": study.settings.share} if study.settings.share else {}
+
+
+def code_named(params: Mapping[str, str]) -> dict[str, str]:
+    """Option -> text, of the stored settings of a run that name code, which is to be named again before it is run."""
+    return {f"--{_OPTIONS.get(name, name)}": params[name] for name in _NAMES if code_in(params.get(name, ""))}
 
 
 def _check_same(run: Any, study: Study) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from srd_lab.errors import BadValue
 from srd_lab.logits import class_logits
 from srd_lab.metrics.explained import Explained, Images, Metric
-from srd_lab.runs.batches import Advance, Arrays, Item
+from srd_lab.runs.work import Advance, Arrays, Item
 from srd_lab.types import Explainer, Sample
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise, unsettled_note
-from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import data_and_network, labelled, preprocessing_for, weights_sums
 from srd_lab.runs.label import drawn_from
@@ -27,9 +27,11 @@ from srd_lab.runs.outcome import Outcome, over_images, publish
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.settings import explainer_params
 from srd_lab.runs.tracking import Run
+from srd_lab.runs.work import Advance, Arrays, Item, Work, joined, skipped_in
 from srd_lab.runtime import Batcher, pick_device
 
 PICTURES = 6
+SHOWN = 2 * PICTURES  # images that are stored with their maps, as some may be skipped
 COLUMNS = 5  # of a printed table
 MASKS = {
     "scenes": "outlines",
@@ -41,6 +43,20 @@ LEGEND = """↑ higher is better, ↓ lower; ¹ best, ² second best{compared}.
 Maps divided by their largest |value|, stretched to the image, clamped to [-1, 1]."""
 COMPARED = """; + better, - worse than {reference} (Wilcoxon's signed-rank
 test on the same images, p < 0.05 after Holm's correction for {tests} tests)"""
+
+
+@dataclass(frozen=True)
+class EvaluationWork(Work):
+    """Every method by every metric, which ``experiment`` has."""
+
+    experiment: Experiment
+
+    def __call__(self, some: Sequence[Item], advance: Advance) -> Arrays:
+        """See :class:`srd_lab.runs.work.Work`; arrays as :meth:`srd_lab.evaluation.experiment.Experiment.run` names
+        them, with maps of the first images alone, as those of all would pile up."""
+        arrays = self.experiment.run(self.model, some, self.device, advance)
+        shown = sum(item.number < SHOWN for item in some)
+        return {key: values[:shown] if values.ndim > 1 else values for key, values in arrays.items()}
 
 
 class Evaluation:
@@ -91,6 +107,18 @@ class Evaluation:
         )
         self.masks = MASKS.get(source, "")
 
+    def stages(self, run: Run) -> Iterator[Stage]:
+        """All of the work in one stretch."""
+        yield Stage(
+            run,
+            self.dataset,
+            self.indices,
+            EvaluationWork(self.model, self.device, self.experiment),
+            self.batcher,
+            label=self.settings.model,
+            steps=len(self.experiment.methods),
+        )
+
     def run(self, run: Run) -> None:
         """Evaluate every method and report."""
         self.report(run, self.evaluate(run))
@@ -98,22 +126,8 @@ class Evaluation:
     def evaluate(self, run: Run) -> Arrays:
         """Scores of all images, as :meth:`Experiment.run` names them; maps of the first ``PICTURES`` alone, as those of all
         would pile up. Errors are those of :func:`srd_lab.runs.batches.in_batches`."""
-        pictures = 0
-
-        def work(some: Sequence[Item], advance: Advance) -> Arrays:
-            left = max(0, PICTURES - pictures)
-            arrays = self.experiment.run(self.model, some, self.device, advance)
-            return {key: values[:left] if values.ndim > 1 else values for key, values in arrays.items()}
-
-        found = []
-        for arrays in in_batches(
-            *(run, self.dataset, self.indices, self.settings, work, self.batcher),
-            label=self.settings.model,
-            steps=len(self.experiment.methods),
-        ):
-            pictures += len(arrays.get("images", ()))
-            found.append(arrays)
-        table = joined(found)
+        (stage,) = self.stages(run)
+        table = joined(list(in_batches(stage, self.settings)))
         self.skipped = skipped_in(table)
         self.masked = int(np.sum(table["masked"]))
         return table
@@ -179,7 +193,8 @@ class Evaluation:
         ]
         some = any(row.outline is not None and np.any(row.outline) for row in rows)
         outlined = f"the object's {self.masks or 'mask'}" if some else ""
-        run.save_figure("pictures.png", render.method_sheet(rows, self.title, outlined))
+        if rows:  # none where the first files could not be read
+            run.save_figure("pictures.png", render.method_sheet(rows, self.title, outlined))
 
     def document(
         self, table: Arrays, scores: dict[str, dict[str, np.ndarray]], against: Sequence[Comparison]

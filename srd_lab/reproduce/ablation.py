@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from srd_lab.metrics.complexity import Roughness, Sparseness
 from srd_lab.metrics.summary import few_note, summarise
 from srd_lab.reproduce.paper import Finding, data_deviations, paired_claim, report, store_findings
 from srd_lab.reproduce.settings import AblationSettings
-from srd_lab.runs.batches import Advance, Arrays, Item, in_batches, joined, skipped_in
+from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.document import Block, Table
 from srd_lab.runs.inputs import checked_networks, data_and_network, preprocessing_for
 from srd_lab.runs.label import drawn_from
@@ -25,6 +26,7 @@ from srd_lab.runs.outcome import Outcome, publish
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.settings import options_of
 from srd_lab.runs.tracking import Run
+from srd_lab.runs.work import Advance, Arrays, Item, Work, joined, skipped_in
 from srd_lab.runtime import Batcher, pick_device
 
 VARIANTS = {
@@ -35,9 +37,31 @@ VARIANTS = {
 SCALAR, POST, OURS = VARIANTS
 FIGURES = ("sparseness", "roughness", "roughness_abs")
 PICTURES = 4
+SHOWN = 2 * PICTURES  # images that are stored with their maps, as some may be skipped
 LEGEND = """
 sparseness: Gini index of |map| (0 = even, towards 1 = few pixels); roughness: Geary's C of the signed map, and of |map|
 as a heat map shows it (0 = smooth, 1 = white noise)."""
+
+
+@dataclass(frozen=True)
+class AblationWork(Work):
+    """The three variants, measured; maps of the first images, as those of all would pile up."""
+
+    def __call__(self, some: Sequence[Item], advance: Advance) -> Arrays:
+        """See :class:`srd_lab.runs.work.Work`."""
+        x = torch.stack([item.sample.image for item in some]).to(self.device)
+        shown = sum(item.number < SHOWN for item in some)
+        arrays: Arrays = {
+            "name": np.array([item.sample.name for item in some]),
+            "images": x[:shown].cpu().numpy(),
+        }
+        for variant, method in VARIANTS.items():
+            raw, _ = method.explain_with_logits(self.model, x)
+            scores = Sparseness().score(raw), Roughness().score(raw), Roughness().score(raw.abs())
+            arrays |= {f"{variant}/{f}": s.cpu().numpy() for f, s in zip(FIGURES, scores, strict=True)}
+            arrays[f"{variant}/map"] = raw[:shown].cpu().numpy()
+        advance(len(some))
+        return arrays
 
 
 class Figure7:
@@ -55,39 +79,28 @@ class Figure7:
         self.drawn = drawn_from(settings, self.dataset, self.indices)
         self.seconds = 0.0
 
+    def stages(self, run: Run) -> Iterator[Stage]:
+        """A stretch of work for every network."""
+        for name in self.models:
+            dataset, model = data_and_network(self.settings, name, self.models, self.device)
+            batcher = Batcher(
+                self.settings.batch_size or images_at_once(preprocessing_for(self.settings, name).size)
+            )
+            child = run.child(name, {"model": name, **_options()})
+            yield Stage(child, dataset, self.indices, AblationWork(model, self.device), batcher, label=name)
+
     def run(self, run: Run) -> None:
         """Measure every network and report; errors are those of :func:`srd_lab.runs.batches.in_batches`."""
         results, sheets = {}, {}
-        for name in self.models:
-            with run.child(name, {"model": name, **_options()}) as child:
-                results[name], sheets[name] = self._model(name, child)
+        for stage in self.stages(run):
+            with stage.run:
+                results[stage.label], sheets[stage.label] = self._measured(stage)
         self._report(run, results, sheets)
 
-    def _model(self, name: str, child: Run) -> tuple[dict[str, Arrays], list[render.SheetRow]]:
-        dataset, model = data_and_network(self.settings, name, self.models, self.device)
+    def _measured(self, stage: Stage) -> tuple[dict[str, Arrays], list[render.SheetRow]]:
         sheet: list[render.SheetRow] = []
-
-        def measure(some: Sequence[Item], advance: Advance) -> Arrays:
-            """Scores of every image; the first with their maps, as those of all would pile up."""
-            x = torch.stack([item.sample.image for item in some]).to(self.device)
-            left = PICTURES - len(sheet)
-            arrays: Arrays = {
-                "name": np.array([item.sample.name for item in some]),
-                "images": x[:left].cpu().numpy(),
-            }
-            for variant, method in VARIANTS.items():
-                raw, _ = method.explain_with_logits(model, x)
-                scores = Sparseness().score(raw), Roughness().score(raw), Roughness().score(raw.abs())
-                arrays |= {f"{variant}/{f}": s.cpu().numpy() for f, s in zip(FIGURES, scores, strict=True)}
-                arrays[f"{variant}/map"] = raw[:left].cpu().numpy()
-            advance(len(some))
-            return arrays
-
-        batcher = Batcher(
-            self.settings.batch_size or images_at_once(preprocessing_for(self.settings, name).size)
-        )
         found: list[Arrays] = []
-        for arrays in in_batches(child, dataset, self.indices, self.settings, measure, batcher, label=name):
+        for arrays in in_batches(stage, self.settings):
             sheet += _sheet_rows(arrays)[: PICTURES - len(sheet)]
             found.append({key: values for key, values in arrays.items() if values.ndim <= 2})
         table = joined(found)
@@ -99,8 +112,8 @@ class Figure7:
             {"name": str(image)} | {f"{v}: {f}": float(measured[v][f][i]) for v in VARIANTS for f in FIGURES}
             for i, image in enumerate(table["name"])
         ]
-        child.save_text("images.csv", csv_text(rows))
-        child.log_metrics(
+        stage.run.save_text("images.csv", csv_text(rows))
+        stage.run.log_metrics(
             {f"{f}/{_plain(v)}": float(np.nanmean(measured[v][f])) for v in VARIANTS for f in FIGURES}
         )
         return measured, sheet
@@ -126,7 +139,8 @@ class Figure7:
         )
         findings = [f for name, measured in results.items() for f in self._findings(name, measured)]
         tables: list[Block] = [Table(header, lines), LEGEND, few_note(count, "images")]
-        run.save_figure("fig7.png", render.map_sheet(sheets, title))
+        if all(sheets.values()):  # none where the first files could not be read
+            run.save_figure("fig7.png", render.map_sheet(sheets, title))
         store_findings(run, findings)
         scores = {
             f"{name}, {variant}": dict(own)

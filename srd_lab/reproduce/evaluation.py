@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import click
@@ -17,6 +17,7 @@ from srd_lab.evaluation.study import Evaluation
 from srd_lab.metrics.summary import Summary, summarise
 from srd_lab.reproduce.paper import UNANSWERED, Finding, against_value, paper, report, store_findings
 from srd_lab.reproduce.settings import TableSettings
+from srd_lab.runs.batches import Stage
 from srd_lab.runs.document import Block, Table
 from srd_lab.runs.outcome import Outcome, publish
 from srd_lab.runs.settings import weights_of
@@ -55,6 +56,11 @@ class _Table(ABC):
         self.evaluations = {name: Evaluation(self.settings.of(name), self.models) for name in self.models}
         self.weights_sha256 = tuple(s for e in self.evaluations.values() for s in e.weights_sha256)
         self.drawn = self.evaluations[self.models[0]].drawn
+
+    def stages(self, run: Run) -> Iterator[Stage]:
+        """A stretch of work for every network."""
+        for name, evaluation in self.evaluations.items():
+            yield from evaluation.stages(run.child(name, {"model": name}))
 
     def run(self, run: Run) -> None:
         """Evaluate every network and report; errors are those of :meth:`Evaluation.evaluate`."""

@@ -2,20 +2,23 @@
 
 ::
 
-    def score(some, advance):
-        x = torch.stack([item.sample.image for item in some])
-        ...
-        advance(len(some))
-        return {"name": np.array([item.sample.name for item in some]), "gini": gini}
+    @dataclass(frozen=True)
+    class Score(Work):
+        def __call__(self, some, advance):
+            x = torch.stack([item.sample.image for item in some]).to(self.device)
+            ...
+            advance(len(some))
+            return {"name": np.array([item.sample.name for item in some]), "gini": gini}
 
-    parts = in_batches(child, dataset, indices, settings, score, Batcher(50), label="srd")
-    table = joined(list(parts))  # table["gini"] (N,), table["seconds"], skipped_in(table)
+    stage = Stage(child, dataset, indices, Score(model, device), Batcher(50), label="srd")
+    table = joined(list(in_batches(stage, settings)))  # table["gini"] (N,), table["seconds"], skipped_in(table)
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,66 +27,47 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from srd_lab.data import Loaded, load_batches, skipped_report
-from srd_lab.data.loading import useful_workers
-from srd_lab.errors import BadData, BadRun, OtherWork, SrdLabWarning
+from srd_lab.data import skipped_report
+from srd_lab.errors import BadData, BadRun, BadValue, OtherWork, SrdLabWarning
+from srd_lab.runs.executors import executor_of
 from srd_lab.runs.files import ASIDE
 from srd_lab.runs.report import progress
 from srd_lab.runs.settings import Settings
 from srd_lab.runs.tracking import Run
+from srd_lab.runs.work import ADDED, Advance, Arrays, Item, Part, skipped_in
 from srd_lab.runtime import Batcher
-from srd_lab.types import Dataset, Sample
+from srd_lab.types import Dataset
 
-Arrays = dict[str, np.ndarray]
-Advance = Callable[[int], None]
-ADDED = ("files", "skipped", "seconds")
-_NAME = re.compile(r"(\d{5,10})-(\d{5,10})\.npz")
+SHARE = "share.json"  # beside the batches of a share: which, of how many items, how many at once
+BATCH_NAME = re.compile(r"(\d{5,10})-(\d{5,10})\.npz")
 
 
 @dataclass(frozen=True)
-class Item:
-    """One thing to work on.
-
-    number : its place in the study, from 0.
-    indices, samples : of one sample, or of several that belong together, in the data set.
-    """
-
-    number: int
-    indices: tuple[int, ...]
-    samples: tuple[Sample, ...]
-
-    @property
-    def index(self) -> int:
-        """The index of its first sample."""
-        return self.indices[0]
-
-    @property
-    def sample(self) -> Sample:
-        """Its first sample."""
-        return self.samples[0]
-
-
-def in_batches(
-    run: Run,
-    dataset: Dataset,
-    items: Sequence[int] | Sequence[tuple[int, ...]],
-    settings: Settings,
-    work: Callable[[Sequence[Item], Advance], Arrays],
-    batcher: Batcher,
-    *,
-    label: str = "",
-    steps: int = 1,
-) -> Iterator[Arrays]:
-    """The arrays of every batch, in order: those that an interrupted session stored, and fresh ones, which are stored.
+class Stage:
+    """A stretch of a study's work: many items of which all the same is done.
 
     run : where batches are stored, as ``batches/FIRST-LAST.npz``. Other files there are left alone; a batch that is
         damaged, incomplete or out of place is put aside, which a warning says, and made again.
-    items : what is worked on: indices of ``dataset``, or tuples of indices that belong together.
-    settings : of which ``resumed`` (whether there may be stored batches) and ``workers`` (that decode ahead) count.
-    work : makes arrays of some items, whose first axis is the item, and tells ``advance`` the steps that it did;
-        an item with a file that cannot be used is left out. The result must not depend on what else is in a batch.
-    batcher : how many items at once; free to differ from that of the earlier session.
+    dataset : of the samples. items : what is worked on: indices of ``dataset``, or tuples of indices that belong together.
+    work : see :class:`srd_lab.runs.work.Work`; an item with a file that cannot be used is left out.
+    batcher : how many items at once; free to differ from that of an earlier session.
     label, steps : of the progress bar; steps per item.
+    """
+
+    run: Run
+    dataset: Dataset
+    items: Sequence[int] | Sequence[tuple[int, ...]]
+    work: Callable[[Sequence[Item], Advance], Arrays]
+    batcher: Batcher
+    label: str = ""
+    steps: int = 1
+
+
+def in_batches(stage: Stage, settings: Settings) -> Iterator[Arrays]:
+    """The arrays of every batch, in order: those that an interrupted session stored, and fresh ones, which are stored.
+
+    settings : of which count ``resumed`` (whether there may be stored batches), ``share`` (of the batches, the others are
+        left out) and what says who does the work (``executor``, ``workers`` and so on).
 
     To a batch's arrays are added ``files``, the names of all that it was to read; ``skipped`` (K, 2), names and reasons
     of those that could not be used; and ``seconds`` () of work. A batch without any image has these alone.
@@ -91,86 +75,95 @@ def in_batches(
     Raises OtherWork, a kind of BadRun, where a stored batch is of other files; BadData after the last batch if not one image
     is left; Unavailable where memory does not suffice for one item.
     """
-    groups = [item if isinstance(item, tuple) else (int(item),) for item in items]
+    run = stage.run
+    groups = [item if isinstance(item, tuple) else (int(item),) for item in stage.items]
     stored = _stored(run, len(groups)) if settings.resumed else {}
-    plan = _plan(len(groups), batcher.size, stored)
-    to_read = [
-        [index for group in groups[first:last] for index in group]
-        for first, last in plan
-        if first not in stored
-    ]
-    asked, useful = settings.workers or 0, useful_workers(len(to_read))
-    if to_read and asked > useful:
-        warnings.warn(
-            f"{useful} worker{' decodes' if useful == 1 else 's decode'}, and not {asked}: there is no work for more",
-            SrdLabWarning,
-            stacklevel=2,
-        )
-    arriving = load_batches(dataset, to_read, settings.workers)
+    parts = [_part(stage.dataset, groups, *ends) for ends in _plan_of(stage, settings, stored)]
     skipped: dict[str, str] = {}
-    anything = False
-    with progress(len(groups) * steps, label) as move:
-        for first, last in plan:
-            part, bar = groups[first:last], _Bar(move, len(groups[first:last]) * steps)
-            files = np.array([dataset.name(index) for group in part for index in group])
-            if first in stored:
-                arrays = run.load_arrays(stored[first].path)
-                if not np.array_equal(arrays.get("files", []), files):
-                    raise _other(run, stored[first].path)
-            else:
-                began = time.perf_counter()
-                loaded = next(arriving)
-                arrays = _worked(work, bar, batcher, _items(first, part, loaded))
-                arrays |= {
-                    "files": files,
-                    "skipped": np.array(list(loaded.skipped.items()), "U").reshape(-1, 2),
-                    "seconds": np.array(time.perf_counter() - began),
-                }
-                run.save_arrays(f"batches/{first:05d}-{last - 1:05d}.npz", arrays)
-            bar.fill()
-            anything |= bool(set(arrays) - set(ADDED))
-            skipped |= skipped_in(arrays)
-            yield arrays
+    anything = not parts or bool(settings.share)  # another share may have what is left
+    bar = _Bar(lambda steps: None, 0)
+    with progress(sum(len(part.groups) for part in parts) * stage.steps, stage.label) as move:
+        fresh = [part for part in parts if part.first not in stored]
+        arriving = executor_of(settings).run(
+            stage.work, stage.dataset, fresh, stage.batcher, lambda steps: bar(steps)
+        )
+        with contextlib.closing(arriving):
+            for part in parts:
+                bar = _Bar(move, len(part.groups) * stage.steps)
+                if part.first in stored:
+                    arrays = _found(run, stored[part.first].path, part)
+                else:
+                    arrays = next(arriving)
+                    _store(run, part, arrays)
+                bar.fill()
+                anything |= bool(set(arrays) - set(ADDED))
+                skipped |= skipped_in(arrays)
+                yield arrays
     if not anything:
         raise BadData(f"not one image is left; {skipped_report(skipped)}")
 
 
-def _worked(
-    work: Callable[[Sequence[Item], Advance], Arrays], bar: Advance, batcher: Batcher, items: list[Item]
-) -> Arrays:
-    return joined(batcher.run(lambda some: work(some, bar), items))
+def _part(dataset: Dataset, groups: Sequence[tuple[int, ...]], first: int, last: int) -> Part:
+    names = tuple(dataset.name(index) for group in groups[first:last] for index in group)
+    return Part(first, tuple(groups[first:last]), names)
 
 
-def joined(parts: Sequence[Arrays]) -> Arrays:
-    """The arrays of consecutive batches as one: concatenated along the first axis.
+def _found(run: Run, path: str, part: Part) -> Arrays:
+    arrays = run.load_arrays(path)
+    if not np.array_equal(arrays.get("files", []), np.array(part.files)):
+        raise _other(run, path)
+    return arrays
 
-    Arrays (N, S) of different lengths S are filled up with NaN, and single numbers (the seconds) are added up.
+
+def _store(run: Run, part: Part, arrays: Arrays) -> None:
+    """Store a batch, and beside it what it has for files of their own, which is taken out of ``arrays``."""
+    for name in [name for name in arrays if name.endswith(".npz")]:
+        run.save_bytes(name, arrays.pop(name).tobytes())
+    run.save_arrays(f"batches/{part.first:05d}-{part.last - 1:05d}.npz", arrays)
+
+
+def _plan_of(stage: Stage, settings: Settings, stored: dict[int, _Batch]) -> list[tuple[int, int]]:
+    """First and one past the last item of every batch that is to be done or was; of a share the same for all shares."""
+    count = len(stage.items)
+    if not settings.share:
+        return _plan(count, stage.batcher.size, stored)
+    about = {"share": settings.share, "items": count, "batch_size": stage.batcher.asked}
+    if SHARE in stage.run.list():
+        then = json.loads(stage.run.load_text(SHARE))
+        if then != about:
+            raise OtherWork(
+                f"share {stage.run.id} was begun as {then}, and is now to go on as {about}; leave --batch-size out, or "
+                "begin it anew in another folder"
+            )
+    else:
+        stage.run.save_text(SHARE, json.dumps(about) + "\n")
+    return batches_of_share(settings.share, count, stage.batcher.asked)
+
+
+def batches_of_share(share: str, count: int, size: int) -> list[tuple[int, int]]:
+    """First and one past the last item of the batches of a share of ``count`` items, ``size`` at once.
 
     Example
     -------
-    >>> parts = [{"x": np.ones((1, 2)), "seconds": np.array(1.0)}, {"x": np.ones((1, 1)), "seconds": np.array(2.0)}]
-    >>> {name: array.tolist() for name, array in joined(parts).items()}
-    {'x': [[1.0, 1.0], [1.0, nan]], 'seconds': 3.0}
+    >>> batches_of_share("2/2", 7, 2)
+    [(2, 4), (6, 7)]
     """
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _joined([part[name] for part in parts if name in part]) for name in names}
+    number, of = share_of(share)
+    return _plan(count, size, {})[number - 1 :: of]
 
 
-def skipped_in(arrays: Arrays) -> dict[str, str]:
-    """Name -> reason of the files of a batch, or of several joined, that could not be used."""
-    return {str(name): str(reason) for name, reason in arrays["skipped"]}
+def share_of(text: str) -> tuple[int, int]:
+    """Number, from 1, and count of ``I/N``. Raises BadValue for another text.
 
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    if parts[0].ndim == 0:
-        return np.sum(parts)
-    if parts[0].ndim != 2:
-        return np.concatenate(parts)
-    width = max(part.shape[1] for part in parts)
-    fill = [((0, 0), (0, width - part.shape[1])) for part in parts]
-    return np.concatenate(
-        [np.pad(p, f, constant_values=np.nan) if f[1][1] else p for p, f in zip(parts, fill, strict=True)]
-    )
+    Example
+    -------
+    >>> share_of("2/8")
+    (2, 8)
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise BadValue(f"{text!r} is no share; write I/N, such as 2/8 for the second of eight")
+    return int(number), int(count)
 
 
 @dataclass(frozen=True)
@@ -191,7 +184,7 @@ def _stored(run: Run, count: int) -> dict[int, _Batch]:
     found: dict[int, _Batch] = {}
     done, paths = 0, run.list("batches")
     for path in paths:
-        name = _NAME.fullmatch(PurePosixPath(path).name)
+        name = BATCH_NAME.fullmatch(PurePosixPath(path).name)
         if name is None:  # somebody else's
             continue
         first, last = int(name[1]), int(name[2]) + 1
@@ -233,16 +226,6 @@ def _plan(count: int, size: int, stored: dict[int, _Batch]) -> list[tuple[int, i
         plan.append((first, last))
         first = last
     return plan
-
-
-def _items(first: int, part: Sequence[tuple[int, ...]], loaded: Loaded) -> list[Item]:
-    """The items of which every file could be read."""
-    samples = dict(zip(loaded.indices, loaded.samples, strict=True))
-    return [
-        Item(number, group, tuple(samples[index] for index in group))
-        for number, group in enumerate(part, first)
-        if all(index in samples for index in group)
-    ]
 
 
 def _other(run: Run, path: str) -> OtherWork:

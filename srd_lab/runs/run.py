@@ -74,6 +74,10 @@ class Run(ABC):
             else:
                 self._close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
+    def interrupt(self) -> None:
+        """End it as one that is to be gone on with."""
+        self._close("KILLED")
+
     def _close(self, status: str) -> None:
         for child in self._children:
             child._close(status)

@@ -43,6 +43,11 @@ class Settings:
     batch_size : items at once, >= 1; None = by the size of the images.
     device : ``auto``, or a name that PyTorch knows.
     workers : processes that decode images; None = by data and cores, 0 = none.
+    executor : who does the work, ``local`` or ``ray`` (:mod:`srd_lab.runs.executors`).
+    ray_address : of the Ray cluster, HOST:PORT or ``auto``; None = that of the environment, else one is started here.
+    workers_per_gpu : batches that share an accelerator on a Ray cluster, >= 1.
+    threads : of PyTorch, in each process, >= 1; None = PyTorch's choice, and one on a Ray cluster. Sums are rounded by them.
+    share : ``I/N`` = the I-th of N shares of the batches alone (:mod:`srd_lab.runs.shares`); None = all.
     figure_formats : what figures are stored as: ``png``, ``pdf``, ``svg``; PNG is always among them.
     resumed : whether there may be batches of an earlier session.
     """
@@ -58,6 +63,11 @@ class Settings:
     batch_size: int | None = None
     device: str = field(default="auto", metadata=FREE)
     workers: int | None = field(default=None, metadata=FREE)
+    executor: str = field(default="local", metadata=FREE)
+    ray_address: str | None = field(default=None, metadata=FREE)
+    workers_per_gpu: int = field(default=1, metadata=FREE)
+    threads: int | None = field(default=None, metadata=FREE)
+    share: str | None = field(default=None, metadata=FREE)
     figure_formats: tuple[str, ...] = field(default=("png",), metadata=FREE)
     resumed: bool = field(default=False, metadata=FREE)
 
