@@ -616,6 +616,7 @@ ODD: dict[str, tuple[Callable[[], Net], str | None]] = {
         r"forward\(x\) cannot be called with the images alone .*; wrap it in a module whose",
     ),
     "flattened and restored": (over_maps(lambda y: y.flatten(1).view_as(y)), None),
+    "shifted when flat": (over_maps(lambda y: (y.flatten() + 0.1).view_as(y)), None),
     "activated when flat": (over_maps(lambda y: F.silu(y.flatten(0, 2)).view_as(y)), None),
 }
 

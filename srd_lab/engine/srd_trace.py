@@ -221,7 +221,7 @@ class SRDTrace(Decomposed):
             out = super().on_maps(function, args, kwargs).unsqueeze(1).clone()
             return self.share_bias(out, x.unsqueeze(1), shift.unsqueeze(1)).squeeze(1)
         out = super().on_maps(function, args, kwargs)
-        if out.dim() > x.dim():
+        if out.dim() > x.dim() or x.dim() < 2:
             return self.absorb(out, shift)
         return self.share_bias(out, vectors.expand(out.shape), shift.movedim(axis, 1), axis=axis)
 
