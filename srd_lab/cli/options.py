@@ -312,6 +312,12 @@ figure_format_option = click.option(
     help="Of the figures; repeatable. PNG, which pages show, is always among them; pdf and svg hold text as text.",
 )
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+
+tracking_uri_option = click.option(
+    "--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"
+)
+
 run_options = (
     figure_format_option,
     click.option(
@@ -326,7 +332,7 @@ run_options = (
         "--json", "as_json", is_flag=True, help="Print everything that was found as JSON, and no table."
     ),
     click.option("--track/--no-track", default=True, show_default=True, help="Log to MLflow."),
-    click.option("--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"),
+    tracking_uri_option,
     click.option(
         "--out",
         type=click.Path(file_okay=False, path_type=Path),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from srd_lab.cli.errors import command_errors
-from srd_lab.cli.options import figure_format_option, whole
+from srd_lab.cli.options import figure_format_option, tracking_uri_option, whole
 from srd_lab.runs.report import text_table
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ _HEADLINES = (
     "zeros_apop_top1",
     "top1",
 )  # the score that the list shows, the first that there is
-tracking_uri_option = click.option(
-    "--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"
-)
 out_option = click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write; none is overwritten."
 )

@@ -23,6 +23,7 @@ from srd_lab.cli.config import OUTSIDE, as_given, config_text, options_of
 from srd_lab.cli.errors import Notes
 from srd_lab.errors import BadValue, OtherWork
 from srd_lab.parts import code_in, code_of
+from srd_lab.runs.addresses import shown
 from srd_lab.runs.label import Drawn, Label, label_of
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
@@ -119,7 +120,24 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
         except (Exception, KeyboardInterrupt) as error:
             error.add_note(_what_is_left(ctx, command, run))
             raise
-    click.echo(found if as_json else f"\n{run.where}")
+    click.echo(found if as_json else "\n".join(["", run.where, *_entries(ctx, run)]))
+
+
+def _entries(ctx: click.Context, run: Any) -> list[str]:
+    """Where the entries of a run are, and what takes them; nothing where it has none."""
+    if not run.id or run.params.get("entries") != "True":
+        return []
+    uri, out = ctx.params["tracking_uri"], ctx.params["out"]
+    place = shlex.quote(str(out)) if out else run.id[:8] if ctx.params["track"] else shlex.quote(run.id)
+    store = f" --tracking-uri {shlex.quote(shown(uri))}" if uri and not out else ""
+    files = (
+        f"{place}/*/entry.json" if out or not ctx.params["track"] else "--out DIR puts their files into DIR"
+    )
+    own = " --run-code" if any(code_in(run.params.get(name, "")) for name in _NAMES) else ""
+    return [
+        f"its entries: `srd-lab verify {place}{own}{store}` recomputes them, "
+        f"`srd-lab leaderboard {place}{store}` makes a table of them ({files})"
+    ]
 
 
 def _found(run: Any) -> str:
@@ -265,8 +283,6 @@ def _note_what_changed(run: Any, study: Study, notes: Notes) -> None:
 def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
     if not run.id:
         return str(run.where)
-    from srd_lab.runs.addresses import shown
-
     uri = ctx.params["tracking_uri"]
     place = f" --tracking-uri {shlex.quote(shown(uri))}" if uri else ""
     untracked = "" if ctx.params["track"] else " --no-track"
