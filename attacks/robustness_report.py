@@ -133,7 +133,8 @@ class Report:
         seconds = sum(float(s.table["seconds"]) for s in subjects)
         images = [str(name) for name in subjects[0].table["original"]]
         scored = {s.name: _scores(s.table) for s in subjects}
-        publish(run, Outcome(self.document(subjects, differences, left_out), seconds, images, scored))
+        document, first = self.document(subjects, differences, left_out), _ranked(subjects)[0].name
+        publish(run, Outcome(document, seconds, images, scored, first))
 
     def _certificates(self, run: Run, subjects: Sequence[Subject]) -> None:
         """One figure with both sides: what an attack leaves, and what is certified."""

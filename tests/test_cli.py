@@ -120,7 +120,8 @@ def test_a_run_holds_settings_scores_pairs_and_figures(store: str, finished: str
         rows = pair_rows(store, child.info.run_id)
         assert [int(row["pair"]) for row in rows] == [0, 1, 2, 3]
         for name in ("ssim", "pcc", "ssim_target", "pcc_target", "mse", "linf"):
-            assert metrics[name] == pytest.approx(np.mean([float(row[name]) for row in rows]), rel=1e-5)
+            known_as = f"eq10_{name}" if name.startswith(("pcc", "ssim")) else name
+            assert metrics[known_as] == pytest.approx(np.mean([float(row[name]) for row in rows]), rel=1e-5)
         assert metrics["prediction_kept"] == np.mean([row["prediction_kept"] == "True" for row in rows])
         assert 0 < metrics["mse"] < 1e-3
         assert len(client.get_metric_history(child.info.run_id, "over_steps/loss")) == 3

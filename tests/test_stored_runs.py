@@ -116,7 +116,10 @@ def test_the_store_shows_what_a_run_is_of(here: dict[str, str]) -> None:
     assert run.data.metrics["srd/pcc"] == pytest.approx(scores(0, 1.0).mean())
     assert "pcc" not in run.data.metrics  # there is no single one
     single = client.get_run(here["srd"]).data.metrics
-    assert set(single) == {"pcc", "seconds"}
+    assert set(single) == {"pcc", "srd/pcc", "srd/over_images/pcc", "seconds"}
+    assert run.data.tags["headline"] == f"srd pcc {scores(0, 1.0).mean():.3f} (and 1 other)"
+    curve = client.get_metric_history(here["both"], "lrp/over_images/ssim")
+    assert [point.step for point in curve] == list(range(1, 13))
     assert run.data.tags["mlflow.note.content"].startswith("### What was found\n\n| method | pcc |")
     assert run.data.tags["model"] == "vgg16"
     data = run.inputs.dataset_inputs[0]
@@ -321,6 +324,43 @@ def test_a_folder_is_a_run_too(here: dict[str, str], tmp_path: Path) -> None:
     assert one.same
     with pytest.raises(BadRun):
         find_run(str(tmp_path))
+
+
+def test_the_copy_of_a_tracked_run_is_that_run(here: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    with open_run("attack", "srd · vgg16", {"data": "scenes"}, out=out) as run:
+        run.describe(Label("srd · vgg16", {"model": "vgg16"}, {}, Drawn("scenes", 12, 2000, "ab")))
+        run.save_text("command.txt", "srd-lab attack --pairs 12\n")
+        publish(run, Outcome(Document("Found", []), 0.0, IMAGES, {"srd": {"pcc": scores(1)}}))
+    tracked, copy = find_run(run.id), find_run(str(out))
+    assert (copy.name, copy.command, copy.status) == ("srd · vgg16", "attack", "FINISHED")
+    assert (copy.started, copy.tags["model"]) == (tracked.started, "vgg16")
+    cli("report", str(out), "--out", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "How to read it" in page
+    assert "srd-lab attack;" in page
+    about = json.loads((out / "run.json").read_text())  # as older versions wrote it
+    (out / "run.json").write_text(json.dumps({k: about[k] for k in ("run", "params", "metrics")}))
+    assert find_run(str(out)).command == "attack"
+
+
+def test_the_list_shows_the_first_ranked_and_of_older_runs_the_first_asked_for(
+    here: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {"sobel": {"worst_pcc": np.ones(12)}, "srd": {"worst_pcc": np.full(12, 0.5)}}
+    with open_run("robustness", "new", {"methods": "sobel,srd"}) as run:
+        publish(run, Outcome(Document("Found", []), 0.0, IMAGES, found, "srd"))
+    with open_run("robustness", "old", {"methods": "srd,sobel"}) as run:
+        run.log_metrics({"sobel/worst_pcc": 1.0, "srd_ones/worst_pcc": 0.4})
+    said = cli("runs")
+    assert "srd worst_pcc 0.500 (and 1 other)" in said
+    assert "srd_ones worst_pcc 0.400 (and 1 other)" in said
+
+
+def test_the_published_attack_has_one_name_whoever_made_it(here: dict[str, str]) -> None:
+    old = make({"srd": {"pcc": scores(0), "pcc_target": scores(1), "noise_pcc": scores(2)}})
+    assert list(find_run(old).scores()[1]["srd"]) == ["eq10_pcc", "eq10_pcc_target", "noise_pcc"]
 
 
 # options in a file -----------------------------------------------------------------------------------

@@ -11,18 +11,13 @@ import click
 
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import figure_format_option, tracking_uri_option, whole
+from srd_lab.runs.label import HEADLINES
 from srd_lab.runs.report import text_table
 
 if TYPE_CHECKING:
     from srd_lab.runs.reading import StoredRun
 
 FORMATS = {"csv": "csv", "json": "json", "latex": "tex", "markdown": "md"}
-_HEADLINES = (
-    "worst_pcc",
-    "pcc",
-    "zeros_apop_top1",
-    "top1",
-)  # the score that the list shows, the first that there is
 out_option = click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write; none is overwritten."
 )
@@ -75,12 +70,25 @@ def _row(run: StoredRun) -> dict[str, Any]:
 
 
 def _headline(run: StoredRun) -> str:
-    for score in (*_HEADLINES, *run.params.get("metrics", "").split(",")):
+    """The score that stands for a run: the one stored as such; of an older version that of the method asked for first."""
+    if said := run.tags.get("headline"):
+        return said
+    asked = run.params.get("methods", "").split(",")
+    for score in (*HEADLINES, *run.params.get("metrics", "").split(",")):
         if score in run.metrics:
             return f"{score} {run.metrics[score]:.3f}"
-        if own := {k: v for k, v in run.metrics.items() if k.endswith(f"/{score}")}:
-            best = max(own, key=lambda name: own[name])
-            return f"{score} {best.rpartition('/')[0]} {own[best]:.3f} (highest of {len(own)})"
+        own = [
+            name.rpartition("/")[0]
+            for name in run.metrics
+            if name.endswith(f"/{score}") and "/over_" not in name
+        ]
+        if own:
+            place = {
+                name: k for name in own for k, method in enumerate(asked[::-1], 1) if name.startswith(method)
+            }
+            first, n = max(own, key=lambda name: place.get(name, 0)), len(own) - 1
+            more = f" (and {n} other{'s' if n > 1 else ''})" if n else ""
+            return f"{first} {score} {run.metrics[f'{first}/{score}']:.3f}{more}"
     return "-"
 
 
@@ -214,10 +222,20 @@ def export(reference: str, kind: str, out: Path | None, tracking_uri: str | None
 @click.command()
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--host", default="127.0.0.1", show_default=True)
+@click.option(
+    "--open/--no-open",
+    "browse",
+    default=True,
+    show_default=True,
+    help="Open a browser, where there is a screen.",
+)
 @tracking_uri_option
 @command_errors
-def ui(port: int, host: str, tracking_uri: str | None) -> None:
-    """Open the MLflow UI on the runs made here, at the command that was run last."""
+def ui(port: int, host: str, browse: bool, tracking_uri: str | None) -> None:
+    """Open MLflow's page on the runs made here.
+
+    It shows the command that was run last, with scores and settings as columns of the list.
+    """
     from srd_lab.runs.page import launch_ui
 
-    launch_ui(tracking_uri, port, host)
+    launch_ui(tracking_uri, port, host, browse=browse)

@@ -69,17 +69,23 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --paper: #16181b; --faint: #a3a9b2; --line: #3a3f46; --fill: #20242a; --link: #79b8f3 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 66rem; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1rem }
 h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.5rem 0 .75rem; border-top: 1px solid var(--line); padding-top: 1.25rem }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 a { color: var(--link) }
 .faint, figcaption { color: var(--faint); font-size: .9rem }
-.wide { overflow-x: auto }
+/* a shadow at the side to which a table that is wider than the page can be moved */
+.wide { overflow-x: auto; background:
+  linear-gradient(90deg, var(--paper) 2rem, transparent) left / 4rem 100% no-repeat local,
+  linear-gradient(270deg, var(--paper) 2rem, transparent) right / 4rem 100% no-repeat local,
+  linear-gradient(90deg, #8889, transparent) left / .9rem 100% no-repeat scroll,
+  linear-gradient(270deg, #8889, transparent) right / .9rem 100% no-repeat scroll }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
-th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
-  vertical-align: top }
+th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: normal }
+th { vertical-align: bottom } .whole, td:not(:has(.whole)):not(:last-child) { white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 table.about td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 figure { margin: 1rem 0 1.5rem }

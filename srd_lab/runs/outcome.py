@@ -16,12 +16,15 @@ import numpy as np
 from srd_lab.errors import BadRun
 from srd_lab.render.score_page import score_page
 from srd_lab.runs.document import Document
+from srd_lab.runs.label import HEADLINES
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import Run, Traces
 
 REPORT, SUMMARY, MARKDOWN, SCORES = "report.json", "summary.txt", "summary.md", "scores.csv"
 POINTS = "scores.html"  # the same to point at
+NARROW = 100  # characters of a line of the summary, which MLflow's page does not wrap
 _POINTS = 50  # of a curve over the images
+_CURVES = 2  # scores of a subject whose curves the run itself has; its part has those of all
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # subject -> score -> (N,), NaN = not scored
 
@@ -32,20 +35,23 @@ class Outcome:
 
     document : the report. seconds : that its batches took, in all sessions.
     images : (N,) names of what was scored, each once.
-    scores : subject (a method, or a network) -> score -> (N,).
+    scores : subject (a method, or a network) -> score -> (N,). first : the subject that stands for the run in lists: the
+        best of those that are ranked, or the one that was asked for first; "" = the first of the scores.
     """
 
     document: Document
     seconds: float
     images: Sequence[str] = ()
     scores: Scores = field(default_factory=dict)
+    first: str = ""
 
 
 def publish(run: Run, outcome: Outcome) -> None:
     """Print a study's report, and store it with the scores and their means.
 
-    The means are metrics of the run: ``SUBJECT/SCORE``, or ``SCORE`` alone where there is one subject, so that runs of one
-    method each stand side by side in a chart.
+    The means are metrics of the run, ``SUBJECT/SCORE``; where there is one subject also ``SCORE``, so that runs of one
+    method each stand side by side in a chart. Curves ``SUBJECT/over_images/SCORE`` are those of its first two scores. The
+    tag ``headline`` says the score that stands for the run.
     """
     document = outcome.document
     run.save_text(REPORT, document.to_json())
@@ -54,15 +60,33 @@ def publish(run: Run, outcome: Outcome) -> None:
         run.save_text(POINTS, score_page(outcome.images, outcome.scores, document.title))
     run.save_text(MARKDOWN, document.markdown() + "\n")
     run.note(document.markdown())
-    run.save_text(SUMMARY, document.text() + "\n")
-    many = len(outcome.scores) > 1
+    run.save_text(SUMMARY, document.text(NARROW) + "\n")
     means = {
-        f"{subject}/{name}" if many else name: _mean(values)
+        f"{subject}/{name}": _mean(values)
         for subject, own in outcome.scores.items()
         for name, values in own.items()
     }
+    if len(outcome.scores) == 1:
+        means |= {name.rpartition("/")[2]: mean for name, mean in means.items()}
     run.log_metrics(means | {"seconds": outcome.seconds})
+    for subject, own in outcome.scores.items():
+        shown = {name: own[name] for name in list(own)[:_CURVES]}
+        run.log_traces({f"{subject}/{name}": curve for name, curve in over_images(shown).items()})
+    if said := _headline(outcome):
+        run.tag({"headline": said})
     click.echo(document.text())
+
+
+def _headline(outcome: Outcome) -> str:
+    """``srd worst_pcc 0.398``, and of how many subjects it is one; empty where there are no scores."""
+    if not outcome.scores:
+        return ""
+    subject = outcome.first or next(iter(outcome.scores))
+    own = outcome.scores[subject]
+    score = next((name for name in (*HEADLINES, *own) if name in own), "")
+    others = len(outcome.scores) - 1
+    more = f" (and {others} other{'s' if others > 1 else ''})" if others else ""
+    return f"{subject} {score} {_mean(own[score]):.3f}{more}" if score else ""
 
 
 def over_images(scores: Mapping[str, np.ndarray]) -> Traces:
