@@ -234,7 +234,8 @@ class Report:
         one = [
             d for d in differences if d.score == differences[0].score
         ]  # each score has a correction of its own
-        note = unsettled_note([d.n for d in one], [d.p_corrected for d in differences])
+        by = " by one score" if len(one) < len(differences) else ""
+        note = unsettled_note([d.n for d in one], [d.p_corrected for d in differences], by)
         return [title, Table(["method", "score", "difference", "p", "verdict"], rows), note]
 
 

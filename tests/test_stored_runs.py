@@ -247,6 +247,10 @@ def test_a_comparison_is_a_run_with_table_figure_and_report(here: dict[str, str]
     assert "the reference is srd" in said
     made = list_runs(command="compare")[0]
     assert {"comparison.png", "comparisons.csv", "report.json", "summary.txt"} <= set(made.top_files)
+    assert made.name == "srd against gradcam · vgg16 · scenes · 12 images"
+    assert made.load_text("command.txt").startswith(
+        f"srd-lab compare {here['srd'][:10]} {here['gradcam'][:10]}"
+    )
     assert made.params["runs"] == f"{here['srd']},{here['gradcam']}"
     assert Path("compared/summary.txt").read_text() == made.load_text("summary.txt")
 
@@ -296,6 +300,45 @@ def test_several_runs_share_a_page_and_none_is_overwritten(here: dict[str, str])
     assert name == f"report-{here['srd'][:8]}-{here['elsewhere'][:8]}.html"
     assert cli("report", here["srd"], here["elsewhere"]).split()[-1] == name.replace(".html", "-2.html")
     assert "would be overwritten" in refused("report", here["srd"], "--out", name)
+
+
+def test_a_page_of_several_runs_begins_with_how_they_compare(here: dict[str, str]) -> None:
+    cli("report", here["srd"], here["gradcam"], "--out", "joint.html")
+    page = Path("joint.html").read_text(encoding="utf-8")
+    assert "<h1>2 runs compared</h1>" in page
+    first = page.index("<section")
+    assert page.index("the reference is srd") < first
+    assert page.index("data:image/png") < first
+    assert page.count("What was found") == 2
+    assert "<h1>Mine</h1>" in _page_of(
+        "report", here["srd"], here["gradcam"], "--title", "Mine", "--out", "m.html"
+    )
+
+
+def test_runs_that_share_no_score_are_reported_without_a_comparison(here: dict[str, str]) -> None:
+    other = make({"srd": {"top1": scores(4)}})
+    done = CliRunner().invoke(main, ["report", here["srd"], other, "--out", "apart.html"])
+    assert done.exit_code == 0, done.output
+    assert "the runs are not compared: the runs have no score in common" in done.stderr
+
+
+def _page_of(*args: str) -> str:
+    cli(*args)
+    return Path(args[-1]).read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_its_words_mean_and_no_others(here: dict[str, str]) -> None:
+    page = _page_of("report", here["both"], "--out", "words.html")
+    words = page[page.index('id="words"') :]
+    assert "<dt>PCC</dt><dd>Pearson" in words
+    assert "<dt>SRD</dt>" in words
+    assert "insertion" not in words
+
+
+def test_the_options_of_a_run_are_printed_for_config(here: dict[str, str], tmp_path: Path) -> None:
+    with open_run("attack", "x", {}, track=False, out=tmp_path / "run") as run:
+        run.save_text("run.toml", 'command = "attack"\n')
+    assert cli("export", str(tmp_path / "run"), "--to", "config") == 'command = "attack"\n'
 
 
 def test_exports_hold_what_was_found(here: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,16 @@ import click
 
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import figure_format_option, tracking_uri_option, whole
+from srd_lab.cli.tracked import command_line
+from srd_lab.errors import BadRun
 from srd_lab.runs.label import HEADLINES
 from srd_lab.runs.report import text_table
 
 if TYPE_CHECKING:
+    from srd_lab.runs.html_report import Joint
     from srd_lab.runs.reading import StoredRun
 
-FORMATS = {"csv": "csv", "json": "json", "latex": "tex", "markdown": "md"}
+FORMATS = ("csv", "json", "latex", "markdown", "config")
 out_option = click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write; none is overwritten."
 )
@@ -142,8 +145,9 @@ def compare(
         "seed": seed,
     }
     with open_run(
-        "compare", comparing.title, settings, track=track, tracking_uri=tracking_uri, out=out
+        "compare", comparing.name, settings, track=track, tracking_uri=tracking_uri, out=out
     ) as run:
+        run.save_text("command.txt", f"{command_line(click.get_current_context(), 'compare', references)}\n")
         run.store_figures_as(figure_formats)
         comparing.run(run)
     click.echo(f"\n{run.where}")
@@ -156,9 +160,10 @@ def compare(
 @tracking_uri_option
 @command_errors
 def report(references: tuple[str, ...], out: Path | None, title: str, tracking_uri: str | None) -> None:
-    """Write one HTML file about RUNs that can be sent and printed: tables, figures, settings, how to read it.
+    """Write one HTML file to send and print.
 
-    Of a single run it is stored with the run as well, where the MLflow UI shows it (Artifacts, report.html).
+    Tables, figures, settings, how to read it, what the words mean; of several runs first how they compare. Of a single run
+    it is stored with the run as well, where the MLflow UI shows it (Artifacts, report.html).
     """
     from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
     from srd_lab.runs.html_report import html_report
@@ -167,7 +172,7 @@ def report(references: tuple[str, ...], out: Path | None, title: str, tracking_u
     if out is not None:
         refuse_taken([out])
     found = [find_run(name, tracking_uri) for name in references]
-    page = html_report(found, title).encode()
+    page = html_report(found, title, _joint(found)).encode()
     file = out or _html(
         first_free(f"report-{'-'.join(_file_name(run) for run in found)}"[:80], lambda p: [_html(p)])
     )
@@ -175,6 +180,22 @@ def report(references: tuple[str, ...], out: Path | None, title: str, tracking_u
     if len(found) == 1:
         found[0].files.write("report.html", page)
     click.echo(f"written: {file}")
+
+
+def _joint(runs: Sequence[StoredRun]) -> Joint | None:
+    """How several runs compare; None of one, and where they cannot be compared, which is said."""
+    from srd_lab.evaluation.comparing import Comparing
+    from srd_lab.render import figure_bytes
+    from srd_lab.runs.html_report import Joint
+
+    if len(runs) < 2:
+        return None
+    try:
+        comparing = Comparing(runs)
+        return Joint(comparing.document(comparing.held()), figure_bytes(comparing.figure()))
+    except BadRun as error:
+        click.echo(f"Note: the runs are not compared: {error}", err=True)
+        return None
 
 
 def _html(place: Path) -> Path:
@@ -191,8 +212,8 @@ def _file_name(run: StoredRun) -> str:
     "--to",
     "kind",
     required=True,
-    type=click.Choice(list(FORMATS)),
-    help="csv: the scores of every image; latex, markdown: the report; json: everything.",
+    type=click.Choice(FORMATS),
+    help="csv: the scores of every image; latex, markdown: the report; json: everything; config: its options, for --config.",
 )
 @out_option
 @tracking_uri_option
@@ -210,6 +231,8 @@ def export(reference: str, kind: str, out: Path | None, tracking_uri: str | None
         text = scores_text(*run.scores())
     elif kind == "json":
         text = json.dumps(as_json(run), indent=1, ensure_ascii=False) + "\n"
+    elif kind == "config":
+        text = run.load_text("run.toml")
     else:
         text = (run.document().latex() if kind == "latex" else run.document().markdown()) + "\n"
     if out is None:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,9 +148,12 @@ def _found(run: Any) -> str:
     return json.dumps(about | content(run.list(), run.load_text), indent=1, ensure_ascii=False)
 
 
-def command_line(ctx: click.Context, command: str) -> str:
-    """The command to be run again: what was typed, or stands in a file of options and is no default."""
-    parts = ["srd-lab", *command.split()]
+def command_line(ctx: click.Context, command: str, arguments: Sequence[str] = ()) -> str:
+    """The command to be run again: what was typed, or stands in a file of options and is no default.
+
+    arguments : that stand before the options.
+    """
+    parts = ["srd-lab", *command.split(), *arguments]
     for option in options_of(ctx.command):
         value, source = as_given(ctx, option), ctx.get_parameter_source(option.name or "")
         in_file = source is click.core.ParameterSource.DEFAULT_MAP and _differs(value, option.default)

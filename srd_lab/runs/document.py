@@ -176,8 +176,9 @@ class Document:
 
 def _filled(said: str, width: int) -> str:
     """A paragraph with its longer lines broken at spaces; what goes on is indented like the line, and a little more."""
-    lines = []
-    for line in said.splitlines():
+    lines: list[str] = []
+    wide = max(map(len, said.splitlines()), default=0) > width
+    for line in _lines(said) if wide else said.splitlines():
         indent = line[: len(line) - len(line.lstrip())]
         more = indent + ("  " if indent else "")
         wrapper = textwrap.TextWrapper(
