@@ -293,6 +293,19 @@ def test_models_prints_a_card_for_each_bundled_network() -> None:
         assert f"train_scenes.py {name}" in result.output
 
 
+def test_every_command_is_summed_up_in_a_line() -> None:
+    lines = call("--help").output.partition("Commands:")[2].splitlines()
+    assert len(lines) > 10
+    assert not [line for line in lines if line.endswith("...")]
+
+
+def test_lists_are_printed_as_json() -> None:
+    assert {card["name"] for card in json.loads(call("models", "--json").stdout)} >= {"vgg16", "vgg16_8x8"}
+    found = json.loads(call("methods", "--json").stdout)
+    assert found["methods"]["srd"]["resolution"] == "input"
+    assert found["metrics"]["deletion"]["better"] == "lower"
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys, srd_lab.cli; print(sorted({'torch', 'mlflow', 'numpy', 'matplotlib', 'scipy'} & set(sys.modules)))"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -299,8 +299,8 @@ def test_a_twin_is_left_out_of_the_tables_which_is_said(tmp_path: Path) -> None:
     methods = ("--methods", "srd,srd_low,srd_high", "--metrics", "sparseness", "--images", "7")
     text = succeed("evaluate", "--no-track", "--out", str(tmp_path / "out"), *methods, "--device", "cpu")
     assert "srd_high is left out: its maps and scores are those of srd_low here." in text
-    assert not [line for line in text.splitlines() if line.startswith("srd_high ")]
-    assert "Holm's correction for 1 tests" in text
+    assert not [line for line in text.splitlines() if line.startswith("srd_high  ")]
+    assert "Holm's correction for 1 test)" in text
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -422,6 +422,9 @@ def test_what_does_not_go_with_a_network_is_said_and_the_rest_is_done() -> None:
     ("arguments", "said"),
     [
         (("--methods", "gradient,nonsense"), "'nonsense' is not one of all, gradient"),
+        (("--methods", "gradcan"), "did you mean 'gradcam'?"),
+        (("--metrics", "sparsness"), "did you mean 'sparseness'?"),
+        (("--data", "imagefoldr:photos"), "no module imagefoldr; did you mean 'imagefolder'?"),
         (("--methods", "sobel,smoothed(nonsense,0.1)"), "unknown method 'nonsense'"),
         (("--methods", "smoothed(srd,0.1"), "cannot be read as a method"),
         (("--metrics", "beauty"), "'beauty' is not one of all, pointing_game"),
@@ -609,6 +612,10 @@ def test_a_wrong_target_among_several_is_one_line(pictures: list[Path], tmp_path
     result = call("explain", str(pictures[0]), *options)
     assert result.exit_code == 1
     assert "no class is called 'unicorn'" in result.output
+    near = call(
+        "explain", str(pictures[0]), "--target", "rign", "--out", str(tmp_path / "out"), "--device", "cpu"
+    )
+    assert "did you mean 'ring'?" in near.output
     assert not out.exists()
 
 

@@ -98,8 +98,8 @@ def accuracies(inputs: list[str]) -> dict[tuple[str, str], tuple[float, float, f
     return {(name, s): value for name in inputs for s, value in zip(settings, values, strict=True)}
 
 
-def curves(names: list[str], count: int) -> dict[str, dict[float, np.ndarray]]:
-    return {name: {size: NUMBERS.random(count) for size in (0.5, 1.0, 2.0, 4.0)} for name in names}
+def curves(names: list[str]) -> dict[str, dict[float, tuple[float, float, float]]]:
+    return {name: dict.fromkeys((0.5, 1.0, 2.0, 4.0), (0.5, 0.4, 0.7)) for name in names}
 
 
 def bands(names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -167,7 +167,7 @@ def of_scores() -> Iterator[Case]:
         n = len(names)
         yield f"box_plots-{n}", lambda m=names: render.box_plots(scores(m, 1.8), scores(m), TITLE)
         yield f"box_plots-alone-{n}", lambda m=names: render.box_plots(scores(m))
-        yield f"budget_curves-{n}", lambda m=names: render.budget_curves(curves(m, 3), "legacy", TITLE)
+        yield f"budget_curves-{n}", lambda m=names: render.budget_curves(curves(m), "legacy", TITLE)
         yield f"certificate-{n}", lambda m=names: certificate(m)
         yield (
             f"perturbation-{n}",

@@ -341,6 +341,12 @@ def test_the_options_of_a_run_are_printed_for_config(here: dict[str, str], tmp_p
     assert cli("export", str(tmp_path / "run"), "--to", "config") == 'command = "attack"\n'
 
 
+def test_a_comparison_is_printed_as_json(here: dict[str, str]) -> None:
+    found = json.loads(cli("compare", here["srd"], here["gradcam"], "--no-track", "--json"))
+    (one,) = found["comparisons"]
+    assert (one["subject"], one["reference"], one["n"]) == ("gradcam", "srd", 12)
+
+
 def test_exports_hold_what_was_found(here: dict[str, str]) -> None:
     images, found = read_scores(cli("export", here["both"], "--to", "csv"))
     assert images == IMAGES

@@ -67,11 +67,11 @@ entries_argument = click.argument("entries", nargs=-1, required=True, metavar="E
 @click.pass_context
 @command_errors
 def attack(ctx: click.Context, /, **_: Any) -> None:
-    """Attack the explanations of random images and score what is left of them.
+    """Attack the explanations of random images.
 
-    The worst case per image over several attacks, on images of 8 bits within the budget whose predicted class holds; beside
-    it, not counted, random noise of the same norm and the published attack (Eq. 10). With --manipulate-model the network
-    is changed instead of the images.
+    Scored is what is left of them: the worst case per image over several attacks, on images of 8 bits within the budget
+    whose predicted class holds; beside it, not counted, random noise of the same norm and the published attack (Eq.
+    10). With --manipulate-model the network is changed instead of the images.
     """
 
     def study(given: Given) -> Study:
@@ -131,10 +131,10 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
 @click.pass_context
 @command_errors
 def robustness(ctx: click.Context, /, **_: Any) -> None:
-    """The standard evaluation: methods under the whole ensemble, with gates, flags, ranking and entries.
+    """Rank methods by the standard evaluation of robustness.
 
-    SRD is ranked from its class-specific start; the class-agnostic one, which the paper attacks, stands beside it.
-    docs/robustness.md explains the protocol.
+    Under the whole ensemble of attacks, with gates, flags and entries. SRD is ranked from its class-specific start; the
+    class-agnostic one, which the paper attacks, stands beside it. docs/robustness.md explains the protocol.
     """
 
     def study(given: Given) -> Study:

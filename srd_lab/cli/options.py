@@ -14,6 +14,7 @@ import click
 
 from srd_lab.catalogue import BASELINES, METHODS, outer_parts
 from srd_lab.cli.config import read_config
+from srd_lab.errors import meant
 from srd_lab.parts import is_own
 from srd_lab.runs.settings import named_file
 
@@ -115,7 +116,7 @@ class Name(click.ParamType):  # type: ignore[type-arg]
             return text
         allowed = self.allowed()
         if text not in allowed and not self._read_later(text, allowed):
-            self.fail(f"{text!r} is not one of {', '.join(allowed)}", param, ctx)
+            self.fail(f"{text!r} is not one of {', '.join(allowed)}{meant(text, allowed)}", param, ctx)
         return text
 
     def _read_later(self, name: str, allowed: Sequence[str]) -> bool:

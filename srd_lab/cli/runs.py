@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from srd_lab.cli.errors import command_errors
-from srd_lab.cli.options import figure_format_option, tracking_uri_option, whole
+from srd_lab.cli.options import figure_format_option, json_option, tracking_uri_option, whole
 from srd_lab.cli.tracked import command_line
 from srd_lab.errors import BadRun
 from srd_lab.runs.label import HEADLINES
@@ -116,6 +119,7 @@ def _headline(run: StoredRun) -> str:
     help="Folder for table and figure too. [default: none]",
 )
 @figure_format_option
+@json_option
 @command_errors
 def compare(
     references: tuple[str, ...],
@@ -126,10 +130,12 @@ def compare(
     tracking_uri: str | None,
     out: Path | None,
     figure_formats: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Hold runs against each other: paired where they are of the same images, with intervals and corrected tests.
+    """Compare runs, paired where the images are the same.
 
-    RUN is an id, the beginning of one, or the folder of a run without tracking. One run of several methods compares these.
+    With intervals and corrected tests. RUN is an id, the beginning of one, or the folder of a run without tracking. One
+    run of several methods compares these.
     """
     from srd_lab.evaluation.comparing import Comparing
     from srd_lab.runs.reading import find_run
@@ -149,8 +155,17 @@ def compare(
     ) as run:
         run.save_text("command.txt", f"{command_line(click.get_current_context(), 'compare', references)}\n")
         run.store_figures_as(figure_formats)
-        comparing.run(run)
+        with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
+            held = comparing.run(run)
+    if as_json:
+        click.echo(json.dumps({"run": run.id, "comparisons": [_finite(vars(one)) for one in held]}, indent=1))
+        return
     click.echo(f"\n{run.where}")
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no NaN."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
 @click.command()
@@ -219,7 +234,7 @@ def _file_name(run: StoredRun) -> str:
 @tracking_uri_option
 @command_errors
 def export(reference: str, kind: str, out: Path | None, tracking_uri: str | None) -> None:
-    """Print what a RUN has found, or write it to a file, for another program or a paper."""
+    """Print what a RUN has found, for a program or a paper."""
     from srd_lab.evaluation.outputs import refuse_taken, write_new
     from srd_lab.runs.outcome import scores_text
     from srd_lab.runs.reading import as_json, find_run

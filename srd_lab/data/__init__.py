@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from srd_lab.data.loading import Loaded, load_batches
 from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
-from srd_lab.errors import BadInput, BadValue
+from srd_lab.errors import BadInput, BadValue, meant
 from srd_lab.parts import is_place, living
 from srd_lab.types import Dataset
 
@@ -43,6 +44,7 @@ SOURCES = (
     "path/file.py:factory",
 )
 
+_KINDS = [source.partition(":")[0] for source in SOURCES[:-2]]
 
 _FOLDERS = {  # source -> module and class of what is made of PATH, a side in pixels and how files are read
     "imagenet": "imagenet:ImageNetFolder",
@@ -111,19 +113,25 @@ def load_data(
     if source == "live" and hasattr(found := living(spec), "name") and hasattr(found, "classes"):
         ready: Dataset = found  # one of this package's kind
         return ready
+    near = meant(source, _KINDS) if "." not in source else ""
+    if near and source not in _KINDS and not Path(f"{source}.py").exists() and find_spec(source) is None:
+        raise BadValue(f"there is no data set {spec!r} and no module {source}{near}")
     if source == "live" or is_place(spec.partition("?")[0]):
         from srd_lab.data.own import OwnData
 
         own = living(spec) if source == "live" else None
         return OwnData(spec, own, side, crop=crop, interpolation=interpolation, limit=limit)
-    raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
+    raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}{near}")
 
 
 def check_place(spec: str) -> None:
     """Raises what :func:`load_data` raises where ``spec`` is no source, or names a file or folder that is not there; reads
     none that is."""
     source, _, place = spec.partition(":")
-    if spec == "scenes" or source in ("hf-dataset", "wds", "live") or is_place(spec.partition("?")[0]):
+    misspelt = "." not in source and meant(source, _KINDS) and source not in _KINDS
+    if spec == "scenes" or source in ("hf-dataset", "wds", "live"):
+        return
+    if is_place(spec.partition("?")[0]) and not misspelt:
         return
     if source not in (*_FOLDERS, "cifar10", "cifar100") or not place or not Path(place).exists():
         load_data(spec)

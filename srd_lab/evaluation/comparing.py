@@ -136,8 +136,8 @@ class Comparing:
         corrected = holm(np.array([one.p for one in found]))
         return [_judged(one, float(p)) for one, p in zip(found, corrected, strict=True)]
 
-    def run(self, run: Run) -> None:
-        """Print and store table, figure and comparisons."""
+    def run(self, run: Run) -> list[Held]:
+        """Print and store table, figure and comparisons, which it gives."""
         held = self.held()
         run.save_text("comparisons.csv", csv_text([vars(one) for one in held]))
         values = {s.name: {k: s.scores[k] for k in self.scores} for s in self.subjects}
@@ -145,6 +145,7 @@ class Comparing:
         means = {f"{name}/{k}": float(np.nanmean(v)) for name, own in values.items() for k, v in own.items()}
         run.log_metrics(means)
         publish(run, Outcome(self.document(held), 0.0))
+        return held
 
     def figure(self) -> Figure:
         """Means with intervals, a panel per score."""
@@ -222,7 +223,7 @@ class Comparing:
             for name, own in values.items()
             if len(set(own)) > 1
         ]
-        return ["The runs differ in\n" + "\n".join(f"- {line}" for line in differing)] if differing else []
+        return ["The runs differ in:\n" + "\n".join(f"  {line}" for line in differing)] if differing else []
 
 
 def said_score(score: str) -> str:

@@ -20,7 +20,7 @@ from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
 from srd_lab.data.labels import read_labels
 from srd_lab.data.pictures import SkippedFile, decode, fit, upright
-from srd_lab.errors import BadValue, Refused
+from srd_lab.errors import BadValue, Refused, meant
 from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 from srd_lab.evaluation.settings import ExplainSettings
 from srd_lab.logits import class_logits, probabilities
@@ -267,6 +267,7 @@ class Classes:
             if found
             else f"no class is called {wanted!r}; give an index 0..{len(self.names) - 1}, a name"
             + (", or a WordNet number such as n02123045" if self.wnids else "")
+            + meant(text, [name for name in lowered if not name.isdecimal()])
         )
 
 

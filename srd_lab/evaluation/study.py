@@ -41,7 +41,7 @@ MASKS = {
 LEGEND = """↑ higher is better, ↓ lower; ¹ best, ² second best{compared}.
 Maps divided by their largest |value|, stretched to the image, clamped to [-1, 1]."""
 COMPARED = """; + better, - worse than {reference} (Wilcoxon's signed-rank
-test on the same images, p < 0.05 after Holm's correction for {tests} tests)"""
+test on the same images, p < 0.05 after Holm's correction for {tests})"""
 
 
 class Evaluation:
@@ -196,7 +196,8 @@ class Evaluation:
             some = self.metrics[first : first + COLUMNS]
             parts.append(Table(*score_table(scores, some, against, seed)))
         tests = sum(np.isfinite(c.p) for c in against)
-        held = COMPARED.format(reference=self.settings.reference, tests=tests) if tests else ""
+        number = f"{tests} test{'' if tests == 1 else 's'}"
+        held = COMPARED.format(reference=self.settings.reference, tests=number) if tests else ""
         parts.append(LEGEND.format(compared=held))
         parts += ["Cost:", Table(*_cost_table(table, tuple(scores)))]
         parts += self._notes(table, scores)

@@ -72,5 +72,6 @@ def _align(panels: Mapping[str, Axes]) -> None:
         kinds.setdefault(_KIND.sub("", score), []).append(axes)
     for alike in kinds.values():
         ends = np.array([axes.get_xlim() for axes in alike])
+        low, high = ends[:, 0].min(), ends[:, 1].max()
         for axes in alike:
-            axes.set_xlim(ends[:, 0].min(), ends[:, 1].max())
+            axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))

@@ -12,13 +12,14 @@ import sqlite3
 from pathlib import Path
 
 from srd_lab.runs.label import HEADLINES
+from srd_lab.runs.sqlite_store import EXPERIMENT
 
 VIEW = "srd-lab"  # the name of the view in addresses
 _TAG = f"mlflow.sharedViewState.{VIEW}"
 _BESIDE = ("worst_ssim", "eq10_ssim", "ssim", "insertion", "randomization")  # ... and then these
 _SETTINGS = ("methods", "model", "models", "data", "pairs", "images", "attacks", "budget", "mode", "seed")
 _SCORES, _TOLD = 5, 4  # columns of scores and of settings at most
-_NAME = "attributes.`Run Name`"
+_NAME, _HEADLINE = "attributes.`Run Name`", "tags.`headline`"
 _WIDE, _MOST = 340, 230  # pixels of the runs' names, and of another column at most
 
 _OF_PARENTS = """FROM {table} AS of JOIN runs USING (run_uuid)
@@ -26,23 +27,25 @@ WHERE runs.experiment_id = ? AND runs.lifecycle_stage = 'active' AND NOT EXISTS 
   SELECT 1 FROM tags WHERE tags.run_uuid = runs.run_uuid AND tags.key = 'mlflow.parentRunId')"""
 
 
-def offer_view(file: Path, experiment: str) -> bool:
-    """Store the view of an experiment; whether there is one, which is not so for an experiment without scores.
+def offer_views(file: Path) -> set[str]:
+    """Store the view of every experiment of this package; the ids of those that have one: some run of theirs has scores.
 
-    file : the store, a database of SQLite. experiment : its id.
-
-    Raises sqlite3.Error where the file is no store.
+    file : the store, a database of SQLite. Raises sqlite3.Error where it is none.
     """
+    offered = set()
     with contextlib.closing(sqlite3.connect(file, timeout=60)) as database, database:
-        columns = _columns(database, experiment)
-        if columns:
-            widths = {_NAME: _WIDE} | {name: min(_MOST, max(90, 7 * len(name) - 24)) for name in columns}
-            state = {"selectedColumns": columns, "columnOrder": list(widths), "columnWidths": widths}
-            database.execute(
-                "INSERT OR REPLACE INTO experiment_tags (key, value, experiment_id) VALUES (?, ?, ?)",
-                (_TAG, json.dumps(state), experiment),
-            )
-    return bool(columns)
+        query = "SELECT experiment_id FROM experiments WHERE name = ? OR name LIKE ?"
+        for (number,) in database.execute(query, (EXPERIMENT, f"{EXPERIMENT} %")).fetchall():
+            if columns := _columns(database, str(number)):
+                widths = {name: min(_MOST, max(90, 7 * len(name) - 24)) for name in columns}
+                widths = {_NAME: _WIDE} | widths | {_HEADLINE: _MOST}
+                state = {"selectedColumns": columns, "columnOrder": list(widths), "columnWidths": widths}
+                database.execute(
+                    "INSERT OR REPLACE INTO experiment_tags (key, value, experiment_id) VALUES (?, ?, ?)",
+                    (_TAG, json.dumps(state), number),
+                )
+                offered.add(str(number))
+    return offered
 
 
 def _columns(database: sqlite3.Connection, experiment: str) -> list[str]:
@@ -68,7 +71,7 @@ def _columns(database: sqlite3.Connection, experiment: str) -> list[str]:
     told = [name for name in _SETTINGS if name in differing]
     if not scores:
         return []
-    shown = ["tags.`headline`", *(f"metrics.`{key}`" for key in scores[:_SCORES])]
+    shown = [_HEADLINE, *(f"metrics.`{key}`" for key in scores[:_SCORES])]
     return shown + [f"params.`{name}`" for name in told[:_TOLD]]
 
 

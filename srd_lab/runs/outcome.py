@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import numpy as np
 
+from srd_lab.catalogue import METRICS
 from srd_lab.errors import BadRun
 from srd_lab.render.score_page import score_page
 from srd_lab.runs.document import Document
@@ -22,6 +24,7 @@ from srd_lab.runs.tracking import Run, Traces
 
 REPORT, SUMMARY, MARKDOWN, SCORES = "report.json", "summary.txt", "summary.md", "scores.csv"
 POINTS = "scores.html"  # the same to point at
+_INTERVAL = re.compile(r"[,.;]? ?\b[Mm]ean \[95 % interval\]")
 NARROW = 100  # characters of a line of the summary, which MLflow's page does not wrap
 _POINTS = 50  # of a curve over the images
 _CURVES = 2  # scores of a subject whose curves the run itself has; its part has those of all
@@ -57,7 +60,10 @@ def publish(run: Run, outcome: Outcome) -> None:
     run.save_text(REPORT, document.to_json())
     if outcome.scores:
         run.save_text(SCORES, scores_text(outcome.images, outcome.scores))
-        run.save_text(POINTS, score_page(outcome.images, outcome.scores, document.title))
+        title = _INTERVAL.sub("", document.title)  # there are points and means on the page
+        names = dict.fromkeys(name for own in outcome.scores.values() for name in own)
+        about = {name: _direction(name) for name in names}
+        run.save_text(POINTS, score_page(outcome.images, outcome.scores, title, about))
     run.save_text(MARKDOWN, document.markdown() + "\n")
     run.note(document.markdown())
     run.save_text(SUMMARY, document.text(NARROW) + "\n")
@@ -75,6 +81,15 @@ def publish(run: Run, outcome: Outcome) -> None:
     if said := _headline(outcome):
         run.tag({"headline": said})
     click.echo(document.text())
+
+
+def _direction(score: str) -> str:
+    """What the values of a score mean, in a few words; empty where that is not known."""
+    if score in METRICS:
+        return f"{METRICS[score].better} is better"
+    if re.match(r"(worst|noise|eq10)_", score):
+        return "1 = the target's map" if score.endswith("_target") else "1 = the map has not moved"
+    return "1 = right, 0 = wrong" if score.endswith(("top1", "top5")) else ""
 
 
 def _headline(outcome: Outcome) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from srd_lab.errors import BadValue, StoreTrouble
 from srd_lab.runs.addresses import database_of, existing_store, shown
 from srd_lab.runs.guard import guarded
-from srd_lab.runs.list_view import VIEW, offer_view
+from srd_lab.runs.list_view import VIEW, offer_views
 from srd_lab.runs.sqlite_store import follow_move
 from srd_lab.runs.store import quiet_mlflow
 
@@ -97,7 +97,7 @@ def _page(host: str, port: int, file: Path | None) -> str:
     models first."""
     try:
         number = follow_move(file) if file else ""
-        view = f"&viewStateShareKey={VIEW}" if file and number and offer_view(file, number) else ""
+        view = f"&viewStateShareKey={VIEW}" if file and number in offer_views(file) else ""
     except sqlite3.Error as error:
         raise StoreTrouble(f"{file} is not an MLflow store ({error}); see --tracking-uri") from None
     path = f"/#/experiments/{number}/runs?workflowType=machine_learning{view}" if number else ""
