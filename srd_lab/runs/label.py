@@ -61,7 +61,9 @@ def label_of(settings: Settings, device: object = "", drawn: Drawn | None = None
     >>> label_of(RobustnessSettings(methods=("srd", "gradcam"), pairs=20)).name
     'srd + gradcam · vgg16 · scenes · 20 pairs · seed 0'
     """
-    own = vars(settings)
+    own = dict(vars(settings))
+    if hasattr(settings, "effective_budget"):
+        own["budget"] = f"{settings.effective_budget:g}"
     models = own.get("models") or (own.get("model", ""),)
     methods, number = own.get("methods", ()), own.get("pairs", own.get("images", ""))
     unit = "pairs" if "pairs" in own else "images"
@@ -88,9 +90,9 @@ def label_of(settings: Settings, device: object = "", drawn: Drawn | None = None
 
 
 def _some(names: Sequence[str]) -> str:
-    """One or two names; of more the first, and how many others."""
+    """Up to three names; of more the first two, and how many others."""
     shown = [_short(name) for name in names if name]
-    return " + ".join(shown) if len(shown) < 3 else f"{shown[0]} + {len(shown) - 1} more"
+    return " + ".join(shown if len(shown) < 4 else [*shown[:2], f"{len(shown) - 2} more"])
 
 
 def _short(name: str) -> str:
