@@ -116,6 +116,7 @@ def test_a_run_holds_settings_scores_pairs_and_figures(store: str, finished: str
         "summary.txt",
     }
     for child in children(store, finished).values():
+        assert child.data.params["weights_sha256"] == params["weights_sha256"]
         metrics = child.data.metrics
         rows = pair_rows(store, child.info.run_id)
         assert [int(row["pair"]) for row in rows] == [0, 1, 2, 3]

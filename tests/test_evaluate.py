@@ -545,6 +545,19 @@ def test_explain_splits_the_sheet_of_many_pictures(
     assert titles == [f"vgg16_8x8: 31 pictures, sheet {k} of 2" for k in (1, 2)]
 
 
+def test_the_sheet_has_the_probability_of_every_target(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = []
+    monkeypatch.setattr(render, "explanation", lambda *given: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(
+        render, "method_sheet", lambda page, title: rows.extend(page) or Figure(figsize=(1, 1))
+    )
+    options = ("--target", "ring", "--target", "star", "--out", str(tmp_path / "out"), "--device", "cpu")
+    succeed("explain", str(pictures[0]), *options)
+    assert re.fullmatch(r"photo\.png\nring: 0\.\d{3}\nstar: [01]\.\d{3}", rows[0].label)
+
+
 def test_explain_computes_in_full_precision(
     pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

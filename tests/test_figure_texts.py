@@ -231,6 +231,25 @@ def test_what_covers_another_text_or_leaves_the_page_is_noticed() -> None:
         check(figure)
 
 
+def test_names_of_columns_stand_upright_in_lines_where_they_fit() -> None:
+    wide = render.method_sheet(sheet_rows(1, ["SRD, input: ring", "Grad-CAM: star"]), "t")
+    names = [text for text in wide.texts if ":" in text.get_text() and "ring" in text.get_text()]
+    assert [text.get_rotation() for text in names] == [0]
+    slanted = render.method_sheet(sheet_rows(1, NAMES), "t")
+    assert {text.get_rotation() for text in slanted.texts} == {0, 35}
+
+
+def test_panels_of_one_kind_of_score_have_one_axis() -> None:
+    found = {
+        "worst PCC": {"a": (0.5, 0.4, 0.6), "b": (0.0, -0.1, 0.1)},
+        "noise PCC": {"a": (0.99, 0.98, 1.0), "b": (1.0, 1.0, 1.0)},
+        "sparseness": {"a": (0.3, 0.2, 0.4), "b": (0.3, 0.2, 0.4)},
+    }
+    worst, noise, other = render.score_intervals(found, "a").axes[:3]
+    assert worst.get_xlim() == noise.get_xlim()
+    assert other.get_xlim()[0] > worst.get_xlim()[0]
+
+
 def test_every_figure_function_is_tried() -> None:
     """A function that returns a figure has cases above, or is no figure function."""
     drawing = {

@@ -127,7 +127,7 @@ def test_entries_are_where_the_next_commands_look_for_them(name: str) -> None:
         words[words.index("--out") + 1] for words in shown if words[0] == "robustness" and "--out" in words
     )
     for verb in ("verify", "leaderboard"):
-        assert [words[1] for words in shown if words[0] == verb and len(words) > 1][0] == made
+        assert next(words[1] for words in shown if words[0] == verb and len(words) > 1) == made
 
 
 def test_printed_tables_are_no_wider_than_the_styles_know() -> None:

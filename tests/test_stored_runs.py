@@ -120,7 +120,9 @@ def test_the_store_shows_what_a_run_is_of(here: dict[str, str]) -> None:
     assert run.data.tags["headline"] == f"srd pcc {scores(0, 1.0).mean():.3f} (and 1 other)"
     curve = client.get_metric_history(here["both"], "lrp/over_images/ssim")
     assert [point.step for point in curve] == list(range(1, 13))
-    assert run.data.tags["mlflow.note.content"].startswith("### What was found\n\n| method | pcc |")
+    assert run.data.tags["mlflow.note.content"].startswith(
+        "### What was found\n\n| method&nbsp;&nbsp; | &nbsp;pcc |\n| --- | ---: |\n"
+    )
     assert run.data.tags["model"] == "vgg16"
     data = run.inputs.dataset_inputs[0]
     assert (data.dataset.name, data.dataset.digest) == ("scenes", "ab")

@@ -175,7 +175,11 @@ def _differs(value: Any, default: Any) -> bool:
 
 
 def _label(study: Study) -> Label:
-    return label_of(study.settings, study.device, study.drawn)
+    label = label_of(study.settings, study.device, study.drawn)
+    weights = {
+        "weights_sha256": as_text(study.weights_sha256)
+    }  # the device, which may change on resume, is a tag
+    return dataclasses.replace(label, settings=label.settings | weights)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ TOP = 5
 OUT = "explanations"
 SHEET = "contact_sheet"
 LONGEST_LABEL = 60
+_TOLD = 6  # classes whose probabilities stand beside a picture
 
 
 class Explaining:
@@ -167,7 +168,9 @@ class Explaining:
         if not shown:
             raise Refused(f"none of the methods explains {file}; see above, and `srd-lab methods`")
         label = file.name
-        if len(targets) == 1:
+        if len(targets) > 1:
+            label += "".join(f"\n{self.classes.label(t)}: {float(likely[t]):.3f}" for t in targets[:_TOLD])
+        else:
             label += (
                 f"\n{_short(self.classes.names[targets[0]])}\nprobability {float(likely[targets[0]]):.3f}"
             )

@@ -65,7 +65,7 @@ def publish(run: Run, outcome: Outcome) -> None:
         about = {name: _direction(name) for name in names}
         run.save_text(POINTS, score_page(outcome.images, outcome.scores, title, about))
     run.save_text(MARKDOWN, document.markdown() + "\n")
-    run.note(document.markdown())
+    run.note(_spaced(document.markdown()))
     run.save_text(SUMMARY, document.text(NARROW) + "\n")
     means = {
         f"{subject}/{name}": _mean(values)
@@ -81,6 +81,13 @@ def publish(run: Run, outcome: Outcome) -> None:
     if said := _headline(outcome):
         run.tag({"headline": said})
     click.echo(document.text())
+
+
+def _spaced(markdown: str) -> str:
+    """Markdown with room between the columns of its tables, which MLflow's page leaves none."""
+    rows = (line.startswith("| ") and not line.startswith("| ---") for line in markdown.splitlines())
+    lines = zip(markdown.splitlines(), rows, strict=True)
+    return "\n".join(line.replace(" | ", "&nbsp;&nbsp; | &nbsp;") if row else line for line, row in lines)
 
 
 def _direction(score: str) -> str:
