@@ -28,7 +28,7 @@ WHERE runs.experiment_id = ? AND runs.lifecycle_stage = 'active' AND NOT EXISTS 
 
 
 def offer_views(file: Path) -> set[str]:
-    """Store the view of every experiment of this package; the ids of those that have one: some run of theirs has scores.
+    """Store the view of every experiment of this package; their ids.
 
     file : the store, a database of SQLite. Raises sqlite3.Error where it is none.
     """
@@ -36,15 +36,15 @@ def offer_views(file: Path) -> set[str]:
     with contextlib.closing(sqlite3.connect(file, timeout=60)) as database, database:
         query = "SELECT experiment_id FROM experiments WHERE name = ? OR name LIKE ?"
         for (number,) in database.execute(query, (EXPERIMENT, f"{EXPERIMENT} %")).fetchall():
-            if columns := _columns(database, str(number)):
-                widths = {name: min(_MOST, max(90, 7 * len(name) - 24)) for name in columns}
-                widths = {_NAME: _WIDE} | widths | {_HEADLINE: _MOST}
-                state = {"selectedColumns": columns, "columnOrder": list(widths), "columnWidths": widths}
-                database.execute(
-                    "INSERT OR REPLACE INTO experiment_tags (key, value, experiment_id) VALUES (?, ?, ?)",
-                    (_TAG, json.dumps(state), number),
-                )
-                offered.add(str(number))
+            columns = _columns(database, str(number))
+            widths = {name: min(_MOST, max(90, 7 * len(name) - 24)) for name in columns}
+            widths = {_NAME: _WIDE} | widths | {_HEADLINE: _MOST}
+            state = {"selectedColumns": columns, "columnOrder": list(widths), "columnWidths": widths}
+            database.execute(
+                "INSERT OR REPLACE INTO experiment_tags (key, value, experiment_id) VALUES (?, ?, ?)",
+                (_TAG, json.dumps(state), number),
+            )
+            offered.add(str(number))
     return offered
 
 
@@ -69,8 +69,6 @@ def _columns(database: sqlite3.Connection, experiment: str) -> list[str]:
         if values > 1
     }
     told = [name for name in _SETTINGS if name in differing]
-    if not scores:
-        return []
     shown = [_HEADLINE, *(f"metrics.`{key}`" for key in scores[:_SCORES])]
     return shown + [f"params.`{name}`" for name in told[:_TOLD]]
 

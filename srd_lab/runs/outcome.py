@@ -25,7 +25,7 @@ from srd_lab.runs.tracking import Run, Traces
 REPORT, SUMMARY, MARKDOWN, SCORES = "report.json", "summary.txt", "summary.md", "scores.csv"
 POINTS = "scores.html"  # the same to point at
 _INTERVAL = re.compile(r"[,.;]? ?\b[Mm]ean \[95 % interval\]")
-NARROW = 100  # characters of a line of the summary, which MLflow's page does not wrap
+NARROW = 80  # characters of a line of the summary, which MLflow's page does not wrap
 _POINTS = 50  # of a curve over the images
 _CURVES = 2  # scores of a subject whose curves the run itself has; its part has those of all
 
