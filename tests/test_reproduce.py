@@ -44,7 +44,7 @@ from srd_lab.reproduce.paper import (
 )
 from srd_lab.reproduce.patterns import Figure6
 from srd_lab.runs import batches
-from srd_lab.runs.document import Table
+from srd_lab.runs.document import Document, Table
 from srd_lab.runs.settings import Settings
 
 SHARED = Path(__file__).parents[2] / "shared"
