@@ -36,10 +36,9 @@ circle {{ fill-opacity: .5 }} circle.same {{ fill-opacity: 1; stroke: var(--ink)
 _SCRIPT = r"""
 const {images, panels, colours} = JSON.parse(document.getElementById("data").textContent);
 const said = document.getElementById("said"), rest = said.textContent;
-const WIDTH = Math.max(300, Math.min(760, document.body.clientWidth - 32)); // a letter is as large on a small screen
-const LEFT = Math.min(200, .36 * WIDTH), RIGHT = 25, ROW = 34, LETTERS = Math.floor(LEFT / 7.6);
-function ticks(low, high) {
-  const rough = (high - low) / (WIDTH < 500 ? 3 : 5), power = 10 ** Math.floor(Math.log10(rough));
+const RIGHT = 25, ROW = 34;
+function ticks(low, high, count) {
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find(one => one * power >= rough), first = Math.ceil(low / step - 1e-9);
   return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, k) => +((first + k) * step).toPrecision(6));
 }
@@ -51,6 +50,8 @@ function part(kind, into, attributes, text) {
   return made;
 }
 function show(panel, into) {
+  const WIDTH = Math.max(300, Math.min(760, document.body.clientWidth - 32)); // a letter is as large on a small screen
+  const LEFT = Math.min(200, .36 * WIDTH), LETTERS = Math.floor(LEFT / 7.6);
   const known = panel.rows.flatMap(row => row.values).filter(value => value !== null);
   const low = known.length ? Math.min(...known) : 0, high = known.length ? Math.max(...known, low + 1e-9) : 1;
   const across = value => LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT);
@@ -77,7 +78,7 @@ function show(panel, into) {
     if (row.mean !== null) part("line", svg,
       {class: "mean", x1: across(row.mean), x2: across(row.mean), y1: y - 14, y2: y + 14});
   });
-  for (const value of ticks(low, high)) {
+  for (const value of ticks(low, high, WIDTH < 500 ? 3 : 5)) {
     part("line", svg, {class: "axis", x1: across(value), x2: across(value), y1: 0, y2: height - 22});
     part("text", svg, {x: across(value), y: height - 8, "text-anchor": "middle"}, `${value}`);
   }
@@ -89,6 +90,10 @@ panels.forEach((panel, k) => {
   box.addEventListener("toggle", () => { if (box.open && box.childElementCount < 2) show(panel, box); });
   document.body.append(box);
   box.open = k === 0;
+  window.addEventListener("resize", () => {
+    box.querySelector("svg")?.remove();
+    if (box.open) show(panel, box);
+  });
 });
 """
 

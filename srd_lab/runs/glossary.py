@@ -3,7 +3,7 @@
 Example
 -------
 >>> [term for term, _ in explained("srd  0.398  SSIM 0.4")]
-['SRD', 'SSIM']
+['SSIM', 'SRD']
 """
 
 from __future__ import annotations
