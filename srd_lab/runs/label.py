@@ -12,7 +12,7 @@ from typing import Any
 from srd_lab.runs.settings import PACE, Settings, as_text
 
 # scores that stand for a run: the first of them that it has
-HEADLINES = ("worst_pcc", "eq10_pcc", "pcc", "zeros_apop_top1", "pointing_game", "top1")
+HEADLINES = ("worst_pcc", "eq10_pcc", "zeros_apop_top1", "pointing_game", "insertion", "pcc", "top1")
 _LONGEST = 40  # characters of one part of a name
 # settings that the list shows as tags, by the tag's name
 _TAGS = {"attack": "attacks", "norm": "norm", "budget": "budget", "mode": "mode", "start": "starts"}

@@ -16,7 +16,7 @@ from srd_lab.runs.sqlite_store import EXPERIMENT
 
 VIEW = "srd-lab"  # the name of the view in addresses
 _TAG = f"mlflow.sharedViewState.{VIEW}"
-_BESIDE = ("worst_ssim", "eq10_ssim", "ssim", "insertion", "randomization")  # ... and then these
+_BESIDE = ("worst_ssim", "eq10_ssim", "randomization", "ssim")  # ... and then these
 _SETTINGS = ("methods", "model", "models", "data", "pairs", "images", "attacks", "budget", "mode", "seed")
 _SCORES, _TOLD = 5, 4  # columns of scores and of settings at most
 _NAME, _HEADLINE = "attributes.`Run Name`", "tags.`headline`"
