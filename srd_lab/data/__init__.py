@@ -113,25 +113,33 @@ def load_data(
     if source == "live" and hasattr(found := living(spec), "name") and hasattr(found, "classes"):
         ready: Dataset = found  # one of this package's kind
         return ready
-    near = meant(source, _KINDS) if "." not in source else ""
-    if near and source not in _KINDS and not Path(f"{source}.py").exists() and find_spec(source) is None:
-        raise BadValue(f"there is no data set {spec!r} and no module {source}{near}")
+    _refuse_misspelt(spec, source)
     if source == "live" or is_place(spec.partition("?")[0]):
         from srd_lab.data.own import OwnData
 
         own = living(spec) if source == "live" else None
         return OwnData(spec, own, side, crop=crop, interpolation=interpolation, limit=limit)
-    raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}{near}")
+    raise BadValue(
+        f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}{meant(source, _KINDS)}"
+    )
+
+
+def _refuse_misspelt(spec: str, source: str) -> None:
+    """Refuse (BadValue) a source that looks like a known one, where no module is called so either."""
+    if "." in source or source in _KINDS or not (near := meant(source, _KINDS)):
+        return
+    if not Path(f"{source}.py").exists() and find_spec(source) is None:
+        raise BadValue(f"there is no data set {spec!r} and no module {source}{near}")
 
 
 def check_place(spec: str) -> None:
     """Raises what :func:`load_data` raises where ``spec`` is no source, or names a file or folder that is not there; reads
     none that is."""
     source, _, place = spec.partition(":")
-    misspelt = "." not in source and meant(source, _KINDS) and source not in _KINDS
     if spec == "scenes" or source in ("hf-dataset", "wds", "live"):
         return
-    if is_place(spec.partition("?")[0]) and not misspelt:
+    _refuse_misspelt(spec, source)
+    if is_place(spec.partition("?")[0]):
         return
     if source not in (*_FOLDERS, "cifar10", "cifar100") or not place or not Path(place).exists():
         load_data(spec)
