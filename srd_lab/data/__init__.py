@@ -119,9 +119,7 @@ def load_data(
 
         own = living(spec) if source == "live" else None
         return OwnData(spec, own, side, crop=crop, interpolation=interpolation, limit=limit)
-    raise BadValue(
-        f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}{meant(source, _KINDS)}"
-    )
+    raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 
 def _refuse_misspelt(spec: str, source: str) -> None:
