@@ -19,6 +19,7 @@ from srd_lab import render
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.normalise import split_normalisation
+from srd_lab.parts import spoken
 from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import checked_networks, data_and_network, preprocessing_for
@@ -74,7 +75,7 @@ class Survey:
         self.indices = draw_images(self.dataset, settings.images, settings.seed)
         self.drawn = drawn_from(settings, self.dataset, self.indices)
         self.seconds = 0.0
-        source = settings.source
+        source = settings.shown_source
         self.about = f"{source}, {len(self.indices)} of {len(self.dataset)} images"
 
     def stages(self, run: Run) -> Iterator[Stage]:
@@ -138,7 +139,7 @@ class Survey:
         self._draw(name, child, hits)
 
     def _draw(self, name: str, child: Run, hits: Hits) -> None:
-        title = f"{name} on {self.about}"
+        title = f"{spoken(name)} on {self.about}"
         original, chance = hits.interval("top1/original").accuracy, 1 / len(self.dataset.classes)
         bars = {
             (kind, setting): _with_ends(hits.interval(f"top1/{kind}/{setting}"))
@@ -182,7 +183,7 @@ def table_3(results: dict[str, Hits], experiment: Experiment) -> tuple[list[str]
     lines = []
     for model, hits in results.items():
         for i, kind in enumerate(experiment.inputs):
-            cells = [model if i == 0 else "", kind]
+            cells = [spoken(model) if i == 0 else "", kind]
             for top in ("top1", "top5"):
                 cells.append(_cell(hits.interval(f"{top}/original")) if i == 0 else "")
                 cells += [_cell(hits.interval(f"{top}/{kind}/{s}")) for s in ("apop", "apop_relu")]
@@ -217,7 +218,9 @@ def _curve(model: str, hits: Hits) -> list[Block]:
         [layer, f"{one.accuracy:.3f}", f"[{one.low:.3f}, {one.high:.3f}]", f"{five.accuracy:.3f}"]
         for layer, one, five in zip(hits.layers, hits.curve(), hits.curve(TOP_5), strict=True)
     ]
-    title = f"{model}: one activation call binarised, all else as it is (untouched: {original:.3f} top-1)"
+    title = (
+        f"{spoken(model)}: one activation call binarised, all else as it is (untouched: {original:.3f} top-1)"
+    )
     return [title, Table(["Activation call", "Top-1", "95 % interval", "Top-5"], lines)]
 
 

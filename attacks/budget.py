@@ -30,11 +30,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from attacks.settings import DEFAULT_SIZES
 from srd_lab.errors import BadValue
 
 NORMS = ("legacy", "l2", "linf")
 LEGACY_MSE, LEGACY_LINF = 1e-3, 8.0
-DEFAULTS = {"l2": 2.0, "linf": 8.0}  # units of 0..255
 
 
 def default_size(norm: str) -> float:
@@ -42,7 +42,7 @@ def default_size(norm: str) -> float:
 
     norm : one of ``NORMS``.
     """
-    return DEFAULTS.get(norm, 1.0)
+    return DEFAULT_SIZES.get(norm, 1.0)
 
 
 _NEWTON = 1000  # it ends by itself, after one step for each pixel size at the most
@@ -106,7 +106,7 @@ class Budget:
         if norm == "legacy":
             factor = 1.0 if size is None else size
             return cls(linf=min(255.0, LEGACY_LINF * factor), mse=LEGACY_MSE * factor**2)
-        value = DEFAULTS[norm] if size is None else size
+        value = DEFAULT_SIZES[norm] if size is None else size
         return cls(linf=None, rms=value) if norm == "l2" else cls(linf=value)
 
     def __str__(self) -> str:

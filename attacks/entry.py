@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from attacks.robustness_study import RobustnessStudy
 
 VERSION = 1
-IMAGES = "adversarial.npz"
+ENTRY, IMAGES = "entry.json", "adversarial.npz"
 _LARGEST = 1e300
 _LONGEST = 4000  # characters
 _FIGURES = ("worst_{}", "worst_{}_low", "worst_{}_high", "rer_{}", "noise_{}")
@@ -95,7 +95,7 @@ def write_entry(study: RobustnessStudy, subject: Subject, figures: Mapping[str, 
         "gates": asdict(subject.gates) | {"passed": subject.gates.passed} if subject.gates else None,
         "environment": environment() | {"hardware": device_name(study.device)},
     }
-    subject.child.save_text("entry.json", json.dumps(entry, indent=1) + "\n")
+    subject.child.save_text(ENTRY, json.dumps(entry, indent=1) + "\n")
 
 
 def _arrays(subject: Subject) -> dict[str, np.ndarray]:

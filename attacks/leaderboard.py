@@ -31,6 +31,27 @@ HEADER = (
     "flags",
     "not ranked because",
 )
+EXPLAINED = {
+    "rank": "By the worst PCC, of methods that pass all gates and carry no flag that makes their figure unreliable.",
+    "PCC, SSIM": "Similarity of the map before and after the attack that moved it most, mean over the images "
+    "[95 % interval]: 1 = unmoved, 0 = unrelated.",
+    "top-10 %, local": "The share of the strongest tenth of the pixels that stays; local: one place further counts, too.",
+    "RER": "The share of images whose map survives: its PCC stays above what JPEG compression or a shift by one pixel "
+    "leave.",
+    "noise PCC": "The same after random noise of the same size, which does not aim at the map.",
+    "gates": "A map that ignores the network is perfectly robust. Gate class: the maps of two classes differ; gate weights: "
+    "the map changes with new weights; gate faithful: it is more faithful than plain edges and than random numbers.",
+    "flags": "Signs that the attack failed, not that the method is robust; docs/robustness.md lists them.",
+}
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1d1f; --paper: #fff; --line: #d6d9de }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #16181b; --line: #3a3f46 } }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; padding: 0 1em; max-width: 75rem; color: var(--ink);
+  background: var(--paper) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3em .6em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem } dt { font-weight: 600 } dd { margin: 0 0 .4em 1.2em }
+"""
 SAME = {
     "network": lambda e: (e["model"], e["weights_sha256"]),
     "images": lambda e: e["images"]["originals_sha256"],
@@ -74,15 +95,14 @@ class Leaderboard:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
         body = "\n".join(row("td", cells) for cells in self.rows)
-        style = (
-            "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
-            "td,th{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:left}"
-        )
         title = escape(self.title)
+        words = "".join(f"<dt>{escape(word)}</dt><dd>{escape(said)}</dd>" for word, said in EXPLAINED.items())
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f"<style>{style}</style></head>\n<body><h1>{title}</h1>\n<table><thead>{row('th', self.header)}</thead>\n"
-            f"<tbody>{body}</tbody></table></body></html>\n"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n"
+            f'<div class="wide"><table><thead>{row("th", self.header)}</thead>\n'
+            f"<tbody>{body}</tbody></table></div>\n<h2>How to read it</h2><dl>{words}</dl></body></html>\n"
         )
 
 
@@ -136,7 +156,7 @@ def reason(entry: dict[str, Any]) -> str:
 
 def _row(rank: str, entry: dict[str, Any], why: str) -> list[str]:
     s = entry["scores"]
-    name = entry["method"] + (f" ({entry['start']})" if entry["method"] == "srd" else "")
+    name = entry["method"] + (f"_{entry['start']}" if entry["method"] == "srd" else "")
 
     def interval(score: str) -> str:
         ends = (s[f"worst_{score}_{end}"] for end in ("low", "high"))

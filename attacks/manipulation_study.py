@@ -129,7 +129,7 @@ class ManipulationStudy(PairStudy):
         child.log_metrics({**metrics_of(table, self.settings.seed), "seconds": float(table["seconds"])})
         loss = _nanmean(table["loss"])
         child.log_traces({"over_steps/loss": (range(1, len(loss) + 1), loss)})
-        child.log_traces(over_images({name: table[name] for name in ("pcc", "ssim")}))
+        child.log_traces(over_images({f"eq10_{name}": table[name] for name in ("pcc", "ssim")}))
         child.save_figure("pictures.png", render.picture_grid(self.shown[name]))
 
     def _pictures(self, table: Arrays) -> list[render.PictureRow]:
@@ -155,10 +155,10 @@ class ManipulationStudy(PairStudy):
         publish(run, self.outcome(self.document(tables), tables))
 
     def outcome(self, document: Document, tables: dict[str, Arrays]) -> Outcome:
-        """A report with the scores of every pair."""
+        """A report with the scores of every pair, by the names that they have beside a worst case."""
         images = [str(name) for name in next(iter(tables.values()))["original"]]
         scores = {
-            method: {name: table[name] for name in ("pcc", "ssim", "pcc_target", "ssim_target")}
+            method: {f"eq10_{name}": table[name] for name in ("pcc", "ssim", "pcc_target", "ssim_target")}
             | {f"noise_{name}": table[f"{name}_noise"] for name in ("pcc", "ssim")}
             for method, table in tables.items()
         }
@@ -241,17 +241,18 @@ def metrics_of(table: Arrays, seed: int) -> dict[str, float]:
     for name in SCORES:
         summary = summarise(table[name], seed)
         metrics |= {
-            name: summary.mean,
-            f"{name}_median": summary.median,
-            f"{name}_low": summary.low,
-            f"{name}_high": summary.high,
+            f"eq10_{name}": summary.mean,
+            f"eq10_{name}_median": summary.median,
+            f"eq10_{name}_low": summary.low,
+            f"eq10_{name}_high": summary.high,
             f"noise_{name}": float(table[f"{name}_noise"].mean()),
-            f"{name}_best": float(table[f"{name}_best"].mean()),
+            f"eq10_{name}_best": float(table[f"{name}_best"].mean()),
         }
     surrogate = (f"{name}_surrogate" for name in SCORES[:2])
     before = (f"{name}_before" for name in SCORES[2:])
     for name in (*surrogate, *before, "prediction_kept", "mse", "linf", "steps", "beta", "diverged"):
-        metrics[name] = float(table[name].mean())
+        known_as = f"eq10_{name}" if name.startswith(SCORES[:2]) else name
+        metrics[known_as] = float(table[name].mean())
     return metrics
 
 

@@ -10,6 +10,7 @@ from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_pairs
 from srd_lab.errors import Refused
 from srd_lab.methods.smoothed import plain_name
+from srd_lab.parts import spoken
 from srd_lab.registry import refusals
 from srd_lab.runs.inputs import data_and_network, labelled, weights_sums
 from srd_lab.runs.label import drawn_from
@@ -50,7 +51,7 @@ class PairStudy:
         if not self.variants:
             raise Refused(f"no method goes with {name}: {next(iter(self.refused.values()))}")
         self.batcher = Batcher(settings.batch_size or pairs_at_once(side, self.device.type))
-        self.where = f"{name} on {settings.source}"
+        self.where = f"{spoken(name)} on {settings.shown_source}"
 
     def left_out(self) -> list[str]:
         """A line for each method that refuses the network, and one on files that could not be read."""

@@ -120,7 +120,7 @@ class Report:
             run.save_text("comparisons.csv", csv_text([vars(d) for d in differences]))
         run.save_figure("members.png", render.member_heat(*_heat(subjects), self.title))
         if any(s.curve for s in subjects):
-            curves = {s.name: s.curve for s in subjects if len(s.curve) > 1}
+            curves = {s.name: self._lowest(s.curve) for s in subjects if len(s.curve) > 1}
             run.save_figure("robustness.png", render.budget_curves(curves, self.settings.norm, self.title))
         if any(s.sides for s in subjects):
             self._certificates(run, subjects)
@@ -133,7 +133,15 @@ class Report:
         seconds = sum(float(s.table["seconds"]) for s in subjects)
         images = [str(name) for name in subjects[0].table["original"]]
         scored = {s.name: _scores(s.table) for s in subjects}
-        publish(run, Outcome(self.document(subjects, differences, left_out), seconds, images, scored))
+        document, first = self.document(subjects, differences, left_out), _ranked(subjects)[0].name
+        publish(run, Outcome(document, seconds, images, scored, first))
+
+    def _lowest(self, curve: Mapping[float, np.ndarray]) -> dict[float, tuple[float, float, float]]:
+        """Budget -> mean worst PCC and its interval; what a smaller budget reaches counts for a larger one too."""
+        sizes = sorted(curve)
+        lowest = np.minimum.accumulate(np.stack([curve[size] for size in sizes]), axis=0)
+        found = [summarise(scores, self.seed) for scores in lowest]
+        return {size: (s.mean, s.low, s.high) for size, s in zip(sizes, found, strict=True)}
 
     def _certificates(self, run: Run, subjects: Sequence[Subject]) -> None:
         """One figure with both sides: what an attack leaves, and what is certified."""
@@ -233,7 +241,8 @@ class Report:
         one = [
             d for d in differences if d.score == differences[0].score
         ]  # each score has a correction of its own
-        note = unsettled_note([d.n for d in one], [d.p_corrected for d in differences])
+        by = " by one score" if len(one) < len(differences) else ""
+        note = unsettled_note([d.n for d in one], [d.p_corrected for d in differences], by)
         return [title, Table(["method", "score", "difference", "p", "verdict"], rows), note]
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from srd_lab.runs.settings import Settings
 
+DEFAULT_SIZES = {"l2": 2.0, "linf": 8.0}  # of a budget, in units of 0..255; of legacy it is a factor of 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings(Settings):
@@ -72,6 +74,11 @@ class RobustnessSettings(ManipulationSettings):
     sigma: float = 0.1
     gates: bool = True
     entries: bool = True
+
+    @property
+    def effective_budget(self) -> float:
+        """The size of the budget, whether it was given or is the norm's default."""
+        return self.budget or DEFAULT_SIZES.get(self.norm, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
@@ -63,6 +64,8 @@ PROJECT = {
     "project/changelog": "CHANGELOG.md",
     "project/security": "SECURITY.md",
 }
+_RULE = re.compile(r"[- ]*---[- ]*")  # below the header of a printed table
+_NARROW = 118  # letters, which need no smaller ones
 _LINK = re.compile(r"\[([^]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -70,6 +73,16 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", _read)
     app.connect("env-get-outdated", _outdated)
     app.connect("autodoc-process-docstring", process)
+    app.connect("doctree-read", _sized)
+
+
+def _sized(app: Sphinx, tree: nodes.document) -> None:
+    """Tell the style sheet of printed tables that are wide: ``columns-145`` and ``columns-172`` are letters in a line."""
+    for block in tree.findall(nodes.literal_block):
+        rules = [line for line in block.astext().splitlines() if _RULE.fullmatch(line)]
+        widest = max(map(len, rules), default=0)
+        if widest > _NARROW:
+            block["classes"].append("columns-145" if widest <= 145 else "columns-172")
 
 
 def _read(app: Sphinx, docname: str, source: list[str]) -> None:

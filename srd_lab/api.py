@@ -252,7 +252,8 @@ def _result(command: str, study: Any) -> Result:
     ):
         run.store_figures_as(study.settings.figure_formats)
         study.run(run)
-    return _passing(Result((folder / "summary.txt").read_text(encoding="utf-8").rstrip(), folder), home)
+    said = Document.from_json((folder / REPORT).read_text(encoding="utf-8")).text()
+    return _passing(Result(said, folder), home)
 
 
 def _passing(result: Result, home: Path) -> Result:

@@ -29,6 +29,8 @@ refused - the model draws at random; call model.eval() first
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import ClassVar
 
 
@@ -113,6 +115,18 @@ class Unavailable(SrdLabError):
 
 class SrdLabWarning(UserWarning):
     """What a user should know of a result: one line, shown once."""
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What to add to an error about a name that is not known: the one that it looks like; empty where there is none.
+
+    Example
+    -------
+    >>> meant("gradcan", ["srd", "gradcam"]), meant("nothing", ["srd"])
+    ("; did you mean 'gradcam'?", '')
+    """
+    near = get_close_matches(name.casefold(), list(known), n=1, cutoff=0.75)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

@@ -124,13 +124,26 @@ _LOADED: dict[str, None] = {}  # names of the modules that parts came from
 @contextlib.contextmanager
 def live(part: Any) -> Iterator[str]:
     """Within: a name by which an object in hand is a part, for studies that take names."""
-    kind = type(part[0] if isinstance(part, tuple) else part).__name__
+    part_itself = part[0] if isinstance(part, tuple) else part
+    # of a wrapper that only adds a normalisation the network's own kind
+    kind = type(getattr(part_itself, "network", part_itself)).__name__
     name = f"live:{kind}-{len(_LIVE) + 1}"
     _LIVE[name] = part
     try:
         yield name
     finally:
         del _LIVE[name]
+
+
+def spoken(name: str) -> str:
+    """A name as titles have it: that of an object in hand without what only tells it from others.
+
+    Example
+    -------
+    >>> spoken("live:ResNet-1"), spoken("timm:resnet18")
+    ('ResNet', 'timm:resnet18')
+    """
+    return name.removeprefix("live:").rpartition("-")[0] if name.startswith("live:") else name
 
 
 def living(name: str) -> Any:

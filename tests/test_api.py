@@ -97,7 +97,7 @@ def test_a_live_data_set(model: nn.Module) -> None:
 
 def test_patterns_of_a_live_network(model: nn.Module) -> None:
     found = srd_lab.apop(model, images=6, device="cpu", binarize=False, inputs=("zeros",))
-    assert "live:Classifier-1" in found.summary
+    assert "live:" not in found.summary
     assert len(as_rows(found)) == 6
 
 
@@ -120,10 +120,10 @@ def test_an_attack_has_a_row_per_image(model: nn.Module) -> None:
 def test_a_result_shows_and_keeps_itself(model: nn.Module, tmp_path: Path) -> None:
     found = srd_lab.evaluate(model, methods=["gradient"], metrics=["sparseness"], **FEW)
     assert str(found) == found.summary
-    assert found._repr_html_().startswith("<h2>live:Classifier-1 on scenes, 5 of 2000 images")
+    assert found._repr_html_().startswith("<h2>SmallVGG on scenes, 5 of 2000 images")
     assert {file.name for file in found.plot()} >= {"pictures.png"}
     saved = found.save(tmp_path / "kept")
-    assert (saved / "summary.txt").read_text().rstrip() == found.summary
+    assert (saved / "summary.txt").read_text().split() == found.summary.split()
     with pytest.raises(BadValue, match="kept exists already; give the name of a new folder"):
         found.save(tmp_path / "kept")
     folder = found.folder

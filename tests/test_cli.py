@@ -116,11 +116,13 @@ def test_a_run_holds_settings_scores_pairs_and_figures(store: str, finished: str
         "summary.txt",
     }
     for child in children(store, finished).values():
+        assert child.data.params["weights_sha256"] == params["weights_sha256"]
         metrics = child.data.metrics
         rows = pair_rows(store, child.info.run_id)
         assert [int(row["pair"]) for row in rows] == [0, 1, 2, 3]
         for name in ("ssim", "pcc", "ssim_target", "pcc_target", "mse", "linf"):
-            assert metrics[name] == pytest.approx(np.mean([float(row[name]) for row in rows]), rel=1e-5)
+            known_as = f"eq10_{name}" if name.startswith(("pcc", "ssim")) else name
+            assert metrics[known_as] == pytest.approx(np.mean([float(row[name]) for row in rows]), rel=1e-5)
         assert metrics["prediction_kept"] == np.mean([row["prediction_kept"] == "True" for row in rows])
         assert 0 < metrics["mse"] < 1e-3
         assert len(client.get_metric_history(child.info.run_id, "over_steps/loss")) == 3
@@ -290,6 +292,19 @@ def test_models_prints_a_card_for_each_bundled_network() -> None:
     assert result.exit_code == 0
     for name in ("vgg16", "resnet18", "resnet50"):
         assert f"train_scenes.py {name}" in result.output
+
+
+def test_every_command_is_summed_up_in_a_line() -> None:
+    lines = call("--help").output.partition("Commands:")[2].splitlines()
+    assert len(lines) > 10
+    assert not [line for line in lines if line.endswith("...")]
+
+
+def test_lists_are_printed_as_json() -> None:
+    assert {card["name"] for card in json.loads(call("models", "--json").stdout)} >= {"vgg16", "vgg16_8x8"}
+    found = json.loads(call("methods", "--json").stdout)
+    assert found["methods"]["srd"]["resolution"] == "input"
+    assert found["metrics"]["deletion"]["better"] == "lower"
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -47,6 +47,29 @@ def test_text_is_title_tables_and_paragraphs_with_a_blank_line_between() -> None
     assert REPORT.text() == f"Two methods_x\n\n{TABLE}\n\na line that goes\non.\nsecond <line>\n\n{TABLE}"
 
 
+def test_a_narrow_text_has_every_cell_and_no_long_line() -> None:
+    header = ["rank", "method", *(f"score {k}" for k in range(9)), "flags"]
+    rows = [[str(k), f"method{k}", *["0.398 [0.198, 0.592]"] * 9, "2"] for k in (1, 2)]
+    said = "word " * 60 + "\n  indented: " + "more " * 40
+    text = Document("A title " * 20, [Table(header, rows), said]).text(100)
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("0.398 [0.198, 0.592]") == 18
+    parts = [line.split() for line in text.splitlines() if line.startswith("rank")]
+    assert all(part[:2] == ["rank", "method"] for part in parts)
+    assert parts[-1][-1] == "flags"
+    assert len(parts) > 1
+    assert REPORT.text(100) == REPORT.text()  # what is narrow stays as it is
+
+
+def test_html_breaks_a_cell_before_the_interval_alone() -> None:
+    page = Document("t", [Table(["m"], [["0.9 [0.8, 1.0]"]])]).html()
+    assert '<td>0.9 <span class="whole">[0.8, 1.0]</span></td>' in page
+
+
+def test_latex_says_what_it_needs() -> None:
+    assert REPORT.latex().startswith("% needs \\usepackage{booktabs} in the preamble\n% Two methods_x\n")
+
+
 def test_html_shows_every_cell_and_runs_nothing() -> None:
     page = REPORT.html()
     expected = [list(TABLE.header), *([cell.strip() for cell in row] for row in TABLE.rows)]

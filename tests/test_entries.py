@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,6 +325,71 @@ def test_a_leaderboard_of_two(run: Path, tmp_path: Path) -> None:
     for row in board.rows:
         assert row[2].startswith(f"{entries[row[1]]['scores']['worst_pcc']:.3f} [")
     assert leaderboard(files[::-1]).rows == board.rows
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same study with tracking: the folder with the store, and what the command printed."""
+    here = tmp_path_factory.mktemp("tracked")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(here)
+        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tiny_study(patched, gates=None)
+        methods = [part for name in METHODS for part in ("--method", name)]
+        result = command(
+            "robustness",
+            *methods,
+            "--pairs",
+            "2",
+            "--device",
+            "cpu",
+            "--no-curve",
+            "--no-eq10",
+            "--out",
+            "rob",
+        )
+    assert result.exit_code == 0, result.output
+    return here, result.output
+
+
+def test_verify_and_leaderboard_take_a_run_and_a_folder(
+    tracked: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, said = tracked
+    monkeypatch.chdir(here)
+    number = re.findall(r"^run ([0-9a-f]{32})", said, re.MULTILINE)[0]
+    for reference in (number[:8], "rob"):
+        result = command("verify", reference, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert result.output.count("entry.json verifies") == 2
+        board = json.loads(command("leaderboard", reference, "--json").stdout)
+        assert sorted(row["method"] for row in board["rows"]) == sorted(METHODS)
+        assert board["title"].endswith("2 images")
+
+
+def test_a_run_says_what_takes_its_entries(tracked: tuple[Path, str], run: Path) -> None:
+    line = next(line for line in tracked[1].splitlines() if line.startswith("its entries: "))
+    assert "`srd-lab verify rob`" in line
+    assert "`srd-lab leaderboard rob`" in line
+    assert "rob/*/entry.json" in line
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("nowhere", "there is no nowhere; give an entry.json, a folder that holds some, or a run"),
+        ("empty", "empty holds no entry.json; `srd-lab robustness` writes one for each method"),
+    ],
+)
+def test_where_no_entry_is_there_is_one_line(
+    reference: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for verb in ("verify", "leaderboard"):
+        result = command(verb, reference)
+        assert result.exit_code == 1
+        assert said in result.output
 
 
 def test_a_leaderboard_overwrites_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

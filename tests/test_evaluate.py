@@ -25,7 +25,7 @@ from srd_lab.errors import BadValue, SrdLabError
 from srd_lab.evaluation.experiment import Experiment
 from srd_lab.evaluation.explaining import Classes
 from srd_lab.evaluation.outputs import write_new
-from srd_lab.evaluation.study import PICTURES
+from srd_lab.evaluation.study import PICTURES, twins
 from srd_lab.evaluation.tables import comparisons, ranks, score_table, signed_rank
 from srd_lab.metrics.explained import Explained, Images
 from srd_lab.metrics.faithfulness import Fidelity
@@ -160,7 +160,7 @@ def test_its_scores_are_those_of_the_metrics(evaluated: tuple[str, Path]) -> Non
 def test_it_says_what_was_done(evaluated: tuple[str, Path]) -> None:
     text, out = evaluated
     assert text.startswith("resnet18 on scenes, 7 of 2000 images, their own class explained; accuracy ")
-    assert "Masks: outlines." in text
+    assert "Localisation is scored against the objects' outlines." in text
     assert "Fidelity sets pixels to the baseline black." in text
     assert "than srd" in text
     assert "Holm's correction for 15 tests" in text
@@ -273,8 +273,34 @@ def test_pictures_keep_their_labels_when_memory_runs_out(monkeypatch: pytest.Mon
     )
     data, (rows,) = load_data("scenes"), drawn
     assert len(rows) == PICTURES
-    labels = {(s := data[i]).image.numpy().tobytes(): data.classes[s.label] for i in range(len(data))}
+    labels = {
+        (s := data[i]).image.numpy().tobytes(): f"{s.name.rpartition('/')[2]}\n{data.classes[s.label]}"
+        for i in range(len(data))
+    }
     assert [row.label for row in rows] == [labels[np.asarray(row.image).tobytes()] for row in rows]
+
+
+def test_methods_that_give_the_same_maps_are_counted_once() -> None:
+    def table(*methods: str) -> dict[str, np.ndarray]:
+        chance = np.random.default_rng(0)
+        own = {"a": chance.random((2, 3, 3)), "b": chance.random((2, 3, 3))}
+        maps = {f"{m}/map": own[m[0]] for m in methods}
+        return maps | {f"{m}/x": np.array([0.1, np.nan if m[0] == "a" else 0.2]) for m in methods}
+
+    names = ("a1", "b1", "a2", "a3", "b2")
+    found = table(*names)
+    assert twins(found, names, ["x"], "srd") == {"a2": "a1", "a3": "a1", "b2": "b1"}
+    assert twins(found, names, ["x"], "a2") == {"a1": "a2", "a3": "a2", "b2": "b1"}
+    found["a3/x"] = np.array([0.1, 0.1])  # equal maps of the first images, other scores further on
+    assert twins(found, names, ["x"], "srd") == {"a2": "a1", "b2": "b1"}
+
+
+def test_a_twin_is_left_out_of_the_tables_which_is_said(tmp_path: Path) -> None:
+    methods = ("--methods", "srd,srd_low,srd_high", "--metrics", "sparseness", "--images", "7")
+    text = succeed("evaluate", "--no-track", "--out", str(tmp_path / "out"), *methods, "--device", "cpu")
+    assert "srd_high is left out: its maps and scores are those of srd_low here." in text
+    assert not [line for line in text.splitlines() if line.startswith("srd_high  ")]
+    assert "Holm's correction for 1 test)" in text
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -396,6 +422,9 @@ def test_what_does_not_go_with_a_network_is_said_and_the_rest_is_done() -> None:
     ("arguments", "said"),
     [
         (("--methods", "gradient,nonsense"), "'nonsense' is not one of all, gradient"),
+        (("--methods", "gradcan"), "did you mean 'gradcam'?"),
+        (("--metrics", "sparsness"), "did you mean 'sparseness'?"),
+        (("--data", "imagefoldr:photos"), "no module imagefoldr; did you mean 'imagefolder'?"),
         (("--methods", "sobel,smoothed(nonsense,0.1)"), "unknown method 'nonsense'"),
         (("--methods", "smoothed(srd,0.1"), "cannot be read as a method"),
         (("--metrics", "beauty"), "'beauty' is not one of all, pointing_game"),
@@ -443,7 +472,7 @@ def test_explain_writes_the_maps_of_the_methods(pictures: list[Path], tmp_path: 
     text = succeed(
         "explain", *map(str, pictures), "--methods", "srd,gradcam", "--out", str(out), "--device", "cpu"
     )
-    model, x = load_model("vgg16", device="cpu"), load_data("scenes")[0].image[None]
+    model, x = load_model("vgg16_8x8", device="cpu"), load_data("scenes")[0].image[None]
     for method in ("srd", "gradcam"):
         stored = np.load(out / "photo" / f"{method}.npy")
         np.testing.assert_allclose(stored, EXPLAINERS[method].explain(model, x)[0].numpy(), atol=1e-6)
@@ -482,7 +511,7 @@ def test_explain_says_in_every_figure_what_it_shows(
         "photo.png ring probability 0.",
         "SRD, input",
         "Grad-CAM",
-        "vgg16: 1 picture",
+        "vgg16_8x8: 1 picture",
         "for the class",
     ):
         assert part in words
@@ -513,7 +542,20 @@ def test_explain_splits_the_sheet_of_many_pictures(
     sheets = [f"contact_sheet{page}.{kind}" for page in ("", "-2") for kind in ("png", "svg")]
     assert f"written: {', '.join(str(out / sheet) for sheet in sheets)}, and" in text
     assert {file.name for file in out.iterdir() if file.is_file()} == set(sheets)
-    assert titles == [f"vgg16: 31 pictures, sheet {k} of 2" for k in (1, 2)]
+    assert titles == [f"vgg16_8x8: 31 pictures, sheet {k} of 2" for k in (1, 2)]
+
+
+def test_the_sheet_has_the_probability_of_every_target(
+    pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = []
+    monkeypatch.setattr(render, "explanation", lambda *given: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(
+        render, "method_sheet", lambda page, title: rows.extend(page) or Figure(figsize=(1, 1))
+    )
+    options = ("--target", "ring", "--target", "star", "--out", str(tmp_path / "out"), "--device", "cpu")
+    succeed("explain", str(pictures[0]), *options)
+    assert re.fullmatch(r"photo\.png\nring: 0\.\d{3}\nstar: [01]\.\d{3}", rows[0].label)
 
 
 def test_explain_computes_in_full_precision(
@@ -532,9 +574,9 @@ def test_explain_takes_a_class_by_name_or_number(pictures: list[Path], tmp_path:
         assert "explained for ring, probability" in text
         found.append(np.load(out / "photo" / "srd.npy"))
     assert np.array_equal(*found)
-    other = EXPLAINERS["srd"].explain(load_model("vgg16", device="cpu"), load_data("scenes")[0].image[None])[
-        0
-    ]
+    other = EXPLAINERS["srd"].explain(
+        load_model("vgg16_8x8", device="cpu"), load_data("scenes")[0].image[None]
+    )[0]
     assert not np.allclose(found[0], other.numpy())
 
 
@@ -583,6 +625,10 @@ def test_a_wrong_target_among_several_is_one_line(pictures: list[Path], tmp_path
     result = call("explain", str(pictures[0]), *options)
     assert result.exit_code == 1
     assert "no class is called 'unicorn'" in result.output
+    near = call(
+        "explain", str(pictures[0]), "--target", "rign", "--out", str(tmp_path / "out"), "--device", "cpu"
+    )
+    assert "did you mean 'ring'?" in near.output
     assert not out.exists()
 
 

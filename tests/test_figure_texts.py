@@ -98,8 +98,8 @@ def accuracies(inputs: list[str]) -> dict[tuple[str, str], tuple[float, float, f
     return {(name, s): value for name in inputs for s, value in zip(settings, values, strict=True)}
 
 
-def curves(names: list[str], count: int) -> dict[str, dict[float, np.ndarray]]:
-    return {name: {size: NUMBERS.random(count) for size in (0.5, 1.0, 2.0, 4.0)} for name in names}
+def curves(names: list[str]) -> dict[str, dict[float, tuple[float, float, float]]]:
+    return {name: dict.fromkeys((0.5, 1.0, 2.0, 4.0), (0.5, 0.4, 0.7)) for name in names}
 
 
 def bands(names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -167,7 +167,7 @@ def of_scores() -> Iterator[Case]:
         n = len(names)
         yield f"box_plots-{n}", lambda m=names: render.box_plots(scores(m, 1.8), scores(m), TITLE)
         yield f"box_plots-alone-{n}", lambda m=names: render.box_plots(scores(m))
-        yield f"budget_curves-{n}", lambda m=names: render.budget_curves(curves(m, 3), "legacy", TITLE)
+        yield f"budget_curves-{n}", lambda m=names: render.budget_curves(curves(m), "legacy", TITLE)
         yield f"certificate-{n}", lambda m=names: certificate(m)
         yield (
             f"perturbation-{n}",
@@ -229,6 +229,25 @@ def test_what_covers_another_text_or_leaves_the_page_is_noticed() -> None:
     other.set_position((0.9, 0.2))
     with pytest.raises(AssertionError, match="'there' leaves the page at the side"):
         check(figure)
+
+
+def test_names_of_columns_stand_upright_in_lines_where_they_fit() -> None:
+    wide = render.method_sheet(sheet_rows(1, ["SRD, input: ring", "Grad-CAM: star"]), "t")
+    names = [text for text in wide.texts if ":" in text.get_text() and "ring" in text.get_text()]
+    assert [text.get_rotation() for text in names] == [0]
+    slanted = render.method_sheet(sheet_rows(1, NAMES), "t")
+    assert {text.get_rotation() for text in slanted.texts} == {0, 35}
+
+
+def test_panels_of_one_kind_of_score_have_one_axis() -> None:
+    found = {
+        "worst PCC": {"a": (0.5, 0.4, 0.6), "b": (0.0, -0.1, 0.1)},
+        "noise PCC": {"a": (0.99, 0.98, 1.0), "b": (1.0, 1.0, 1.0)},
+        "sparseness": {"a": (0.3, 0.2, 0.4), "b": (0.3, 0.2, 0.4)},
+    }
+    worst, noise, other = render.score_intervals(found, "a").axes[:3]
+    assert worst.get_xlim() == noise.get_xlim()
+    assert other.get_xlim()[0] > worst.get_xlim()[0]
 
 
 def test_every_figure_function_is_tried() -> None:

@@ -170,12 +170,13 @@ def test_member_heat_has_a_cell_for_every_attack_that_ran() -> None:
     check_nothing_clipped(figure)
 
 
-def test_budget_curves_never_rise() -> None:
-    """What a smaller budget reaches is within a larger one."""
-    curves = {"srd": {1.0: np.array([0.5, 0.7]), 2.0: np.array([0.6, 0.3]), 0.5: np.array([0.9, 0.8])}}
+def test_budget_curves_have_the_interval_as_their_band() -> None:
+    curves = {"srd": {0.5: (0.85, 0.8, 0.9), 1.0: (0.6, 0.5, 0.7), 2.0: (0.4, 0.3, 0.5)}}
     figure = render.budget_curves(curves, "l2", "vgg16 on scenes")
     (line,) = [line for line in figure.axes[0].get_lines() if line.get_label() == "srd"]
     np.testing.assert_allclose(line.get_xydata(), [[0.5, 0.85], [1, 0.6], [2, 0.4]])
+    corners = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert {(1.0, 0.5), (1.0, 0.7)} <= set(map(tuple, np.asarray(corners).tolist()))
     check_nothing_clipped(figure)
 
 

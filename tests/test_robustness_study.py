@@ -51,6 +51,14 @@ def stored(uri: str, run: str, method: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+def test_what_a_smaller_budget_reaches_is_within_a_larger_one() -> None:
+    curve = {1.0: np.array([0.5, 0.7]), 2.0: np.array([0.6, 0.3]), 0.5: np.array([0.9, 0.8])}
+    found = Report(RobustnessSettings(), "", [])._lowest(curve)
+    assert list(found) == [0.5, 1.0, 2.0]
+    assert [mean for mean, *_ in found.values()] == pytest.approx([0.85, 0.6, 0.4])
+    assert found[1.0][1:] == (0.5, 0.7)
+
+
 def test_a_resumed_run_and_other_batches_end_with_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

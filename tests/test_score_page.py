@@ -23,17 +23,18 @@ def test_the_page_holds_every_score_and_the_mean_of_what_there_is() -> None:
         "srd": {"pcc": np.array([0.25, np.nan, 0.75]), "ssim": np.array([1.0, 1, 1])},
         "gradcam": {"pcc": np.array([-1.0, 0, 1 / 3])},
     }
-    page = score_page(["a.png", "b.png", "c.png"], scores, "vgg16 & <scenes>")
+    page = score_page(["a.png", "b.png", "c.png"], scores, "vgg16 & <scenes>", {"pcc": "1 = unmoved"})
     assert data_of(page)["images"] == ["a.png", "b.png", "c.png"]
     assert data_of(page)["panels"] == [
         {
             "score": "pcc",
+            "about": "1 = unmoved",
             "rows": [
                 {"subject": "srd", "mean": 0.5, "values": [0.25, None, 0.75]},
                 {"subject": "gradcam", "mean": -0.2222, "values": [-1.0, 0.0, 0.3333]},
             ],
         },
-        {"score": "ssim", "rows": [{"subject": "srd", "mean": 1.0, "values": [1.0, 1.0, 1.0]}]},
+        {"score": "ssim", "about": "", "rows": [{"subject": "srd", "mean": 1.0, "values": [1.0, 1.0, 1.0]}]},
     ]
     assert "<title>vgg16 &amp; &lt;scenes&gt;</title>" in page
     assert not re.search(r"(src|href)=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", page)

@@ -120,6 +120,27 @@ def test_commands_that_are_shown_exist(page: Path, tmp_path: Path, monkeypatch: 
             pytest.fail(f"{page.name}: {command}: {error.format_message()}")
 
 
+@pytest.mark.parametrize("name", ["robustness.md", "tasks/is_my_method_robust.md"])
+def test_entries_are_where_the_next_commands_look_for_them(name: str) -> None:
+    shown = [shlex.split(line, comments=True)[1:] for line in shown_commands(DOCS / name)]
+    made = next(
+        words[words.index("--out") + 1] for words in shown if words[0] == "robustness" and "--out" in words
+    )
+    for verb in ("verify", "leaderboard"):
+        assert next(words[1] for words in shown if words[0] == verb and len(words) > 1) == made
+
+
+def test_printed_tables_are_no_wider_than_the_styles_know() -> None:
+    widest = max(
+        len(line)
+        for page in DOCS.rglob("*.md")
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
+        for line in block.splitlines()
+        if re.fullmatch(r"[- ]*---[- ]*", line)
+    )
+    assert 145 < widest <= 172
+
+
 def test_notebooks_are_committed_without_output() -> None:
     cells = [
         cell

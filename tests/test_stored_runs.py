@@ -116,8 +116,13 @@ def test_the_store_shows_what_a_run_is_of(here: dict[str, str]) -> None:
     assert run.data.metrics["srd/pcc"] == pytest.approx(scores(0, 1.0).mean())
     assert "pcc" not in run.data.metrics  # there is no single one
     single = client.get_run(here["srd"]).data.metrics
-    assert set(single) == {"pcc", "seconds"}
-    assert run.data.tags["mlflow.note.content"].startswith("### What was found\n\n| method | pcc |")
+    assert set(single) == {"pcc", "srd/pcc", "srd/over_images/pcc", "seconds"}
+    assert run.data.tags["headline"] == f"srd pcc {scores(0, 1.0).mean():.3f} (and 1 other)"
+    curve = client.get_metric_history(here["both"], "lrp/over_images/ssim")
+    assert [point.step for point in curve] == list(range(1, 13))
+    assert run.data.tags["mlflow.note.content"].startswith(
+        "### What was found\n\n| method&nbsp;&nbsp; | &nbsp;pcc |\n| --- | ---: |\n"
+    )
     assert run.data.tags["model"] == "vgg16"
     data = run.inputs.dataset_inputs[0]
     assert (data.dataset.name, data.dataset.digest) == ("scenes", "ab")
@@ -244,6 +249,10 @@ def test_a_comparison_is_a_run_with_table_figure_and_report(here: dict[str, str]
     assert "the reference is srd" in said
     made = list_runs(command="compare")[0]
     assert {"comparison.png", "comparisons.csv", "report.json", "summary.txt"} <= set(made.top_files)
+    assert made.name == "srd against gradcam · vgg16 · scenes · 12 images"
+    assert made.load_text("command.txt").startswith(
+        f"srd-lab compare {here['srd'][:10]} {here['gradcam'][:10]}"
+    )
     assert made.params["runs"] == f"{here['srd']},{here['gradcam']}"
     assert Path("compared/summary.txt").read_text() == made.load_text("summary.txt")
 
@@ -295,6 +304,51 @@ def test_several_runs_share_a_page_and_none_is_overwritten(here: dict[str, str])
     assert "would be overwritten" in refused("report", here["srd"], "--out", name)
 
 
+def test_a_page_of_several_runs_begins_with_how_they_compare(here: dict[str, str]) -> None:
+    cli("report", here["srd"], here["gradcam"], "--out", "joint.html")
+    page = Path("joint.html").read_text(encoding="utf-8")
+    assert "<h1>2 runs compared</h1>" in page
+    first = page.index("<section")
+    assert page.index("the reference is srd") < first
+    assert page.index("data:image/png") < first
+    assert page.count("What was found") == 2
+    assert "<h1>Mine</h1>" in _page_of(
+        "report", here["srd"], here["gradcam"], "--title", "Mine", "--out", "m.html"
+    )
+
+
+def test_runs_that_share_no_score_are_reported_without_a_comparison(here: dict[str, str]) -> None:
+    other = make({"srd": {"top1": scores(4)}})
+    done = CliRunner().invoke(main, ["report", here["srd"], other, "--out", "apart.html"])
+    assert done.exit_code == 0, done.output
+    assert "the runs are not compared: the runs have no score in common" in done.stderr
+
+
+def _page_of(*args: str) -> str:
+    cli(*args)
+    return Path(args[-1]).read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_its_words_mean_and_no_others(here: dict[str, str]) -> None:
+    page = _page_of("report", here["both"], "--out", "words.html")
+    words = page[page.index('id="words"') :]
+    assert "<dt>PCC</dt><dd>Pearson" in words
+    assert "<dt>SRD</dt>" in words
+    assert "insertion" not in words
+
+
+def test_the_options_of_a_run_are_printed_for_config(here: dict[str, str], tmp_path: Path) -> None:
+    with open_run("attack", "x", {}, track=False, out=tmp_path / "run") as run:
+        run.save_text("run.toml", 'command = "attack"\n')
+    assert cli("export", str(tmp_path / "run"), "--to", "config") == 'command = "attack"\n'
+
+
+def test_a_comparison_is_printed_as_json(here: dict[str, str]) -> None:
+    found = json.loads(cli("compare", here["srd"], here["gradcam"], "--no-track", "--json"))
+    (one,) = found["comparisons"]
+    assert (one["subject"], one["reference"], one["n"]) == ("gradcam", "srd", 12)
+
+
 def test_exports_hold_what_was_found(here: dict[str, str]) -> None:
     images, found = read_scores(cli("export", here["both"], "--to", "csv"))
     assert images == IMAGES
@@ -321,6 +375,43 @@ def test_a_folder_is_a_run_too(here: dict[str, str], tmp_path: Path) -> None:
     assert one.same
     with pytest.raises(BadRun):
         find_run(str(tmp_path))
+
+
+def test_the_copy_of_a_tracked_run_is_that_run(here: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    with open_run("attack", "srd · vgg16", {"data": "scenes"}, out=out) as run:
+        run.describe(Label("srd · vgg16", {"model": "vgg16"}, {}, Drawn("scenes", 12, 2000, "ab")))
+        run.save_text("command.txt", "srd-lab attack --pairs 12\n")
+        publish(run, Outcome(Document("Found", []), 0.0, IMAGES, {"srd": {"pcc": scores(1)}}))
+    tracked, copy = find_run(run.id), find_run(str(out))
+    assert (copy.name, copy.command, copy.status) == ("srd · vgg16", "attack", "FINISHED")
+    assert (copy.started, copy.tags["model"]) == (tracked.started, "vgg16")
+    cli("report", str(out), "--out", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "How to read it" in page
+    assert "srd-lab attack;" in page
+    about = json.loads((out / "run.json").read_text())  # as older versions wrote it
+    (out / "run.json").write_text(json.dumps({k: about[k] for k in ("run", "params", "metrics")}))
+    assert find_run(str(out)).command == "attack"
+
+
+def test_the_list_shows_the_first_ranked_and_of_older_runs_the_first_asked_for(
+    here: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {"sobel": {"worst_pcc": np.ones(12)}, "srd": {"worst_pcc": np.full(12, 0.5)}}
+    with open_run("robustness", "new", {"methods": "sobel,srd"}) as run:
+        publish(run, Outcome(Document("Found", []), 0.0, IMAGES, found, "srd"))
+    with open_run("robustness", "old", {"methods": "srd,sobel"}) as run:
+        run.log_metrics({"sobel/worst_pcc": 1.0, "srd_ones/worst_pcc": 0.4})
+    said = cli("runs")
+    assert "srd worst_pcc 0.500 (and 1 other)" in said
+    assert "srd_ones worst_pcc 0.400 (and 1 other)" in said
+
+
+def test_the_published_attack_has_one_name_whoever_made_it(here: dict[str, str]) -> None:
+    old = make({"srd": {"pcc": scores(0), "pcc_target": scores(1), "noise_pcc": scores(2)}})
+    assert list(find_run(old).scores()[1]["srd"]) == ["eq10_pcc", "eq10_pcc_target", "noise_pcc"]
 
 
 # options in a file -----------------------------------------------------------------------------------

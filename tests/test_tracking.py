@@ -14,6 +14,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -553,6 +554,76 @@ def test_ui_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     page.launch_ui(port=_free_port())
     assert seen[0][seen[0].index("--backend-store-uri") + 1] == store_uri()
     assert "/#/experiments/1/runs?workflowType=machine_learning" in capsys.readouterr().out
+
+
+def test_the_address_shows_scores_and_settings_as_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for methods, pcc in (("srd", 0.4), ("gradcam", 0.2)):
+        with open_run("attack", methods, {"methods": methods, "pairs": 3}) as run:
+            run.log_metrics({f"{methods}/worst_pcc": pcc, f"{methods}/worst_ssim": pcc, "seconds": 1})
+            run.child("part", {"explainer.level": "low"}).log_metrics({"hidden": 1.0})
+    database = Path("mlflow.db").resolve()
+    assert page._page("127.0.0.1", 5000, database).endswith("&viewStateShareKey=srd-lab")
+    experiment = MlflowClient(store_uri()).get_experiment_by_name("srd-lab attack")
+    assert experiment is not None
+    view = json.loads(experiment.tags["mlflow.sharedViewState.srd-lab"])
+    assert view["selectedColumns"] == [
+        "tags.`headline`",
+        *(f"metrics.`{name}/worst_pcc`" for name in ("gradcam", "srd")),
+        *(f"metrics.`{name}/worst_ssim`" for name in ("gradcam", "srd")),
+        "params.`methods`",
+    ]
+    assert view["columnWidths"].keys() == {"attributes.`Run Name`", *view["selectedColumns"]}
+
+
+@pytest.mark.parametrize(
+    ("screen", "browse", "opened"), [(True, True, 1), (False, True, 0), (True, False, 0)]
+)
+def test_a_browser_is_opened_where_there_is_a_screen_and_may_fail(
+    screen: bool, browse: bool, opened: int, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run("attack", "x", {}):
+        pass
+    told, seen = threading.Event(), list[str]()
+
+    def show(address: str) -> None:
+        seen.append(address)
+        told.set()
+        raise OSError("no browser")
+
+    class Server:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.socket = socket.create_server(("127.0.0.1", port))
+
+        def wait(self) -> int:
+            told.wait(5 if opened else 0.3)
+            self.socket.close()
+            return 0
+
+    port = _free_port()
+    monkeypatch.setattr(page, "has_screen", lambda: screen)
+    monkeypatch.setattr("webbrowser.open", show)
+    monkeypatch.setattr(subprocess, "Popen", Server)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    page.launch_ui(port=port, browse=browse)
+    assert len(seen) == opened
+    assert all(address.startswith(f"http://127.0.0.1:{port}/#/experiments/1/runs") for address in seen)
+
+
+def test_no_browser_is_opened_over_a_remote_shell_or_into_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSH_CONNECTION", "SSH_TTY", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("sys.stdout", type("Terminal", (), {"isatty": lambda self: True})())
+    assert page.has_screen()
+    monkeypatch.setenv("SSH_CONNECTION", "1")
+    assert not page.has_screen()
+    monkeypatch.delenv("SSH_CONNECTION")
+    monkeypatch.setattr("sys.stdout", type("Pipe", (), {"isatty": lambda self: False})())
+    assert not page.has_screen()
 
 
 _GUARDED = """

@@ -3,6 +3,7 @@ method?"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from srd_lab.cli.errors import command_errors
 from srd_lab.cli.options import (
     batch_size_option,
     common_options,
+    json_option,
     methods_option,
     model_option,
     pairs_option,
+    tracking_uri_option,
     whole,
     with_options,
 )
@@ -30,6 +33,7 @@ from srd_lab.cli.tracked import Given, Study, tracked
 MEMBERS = ("dissimilarity", "combined", "top_k", "target", "mass_centre", "polish", "black_box", "transfer")
 ATTACKS = ("standard", *MEMBERS, "eq10")
 DEFAULT_ATTACKS = ("combined", "polish", "eq10")
+entries_argument = click.argument("entries", nargs=-1, required=True, metavar="ENTRY...")
 
 
 @click.command()
@@ -63,11 +67,11 @@ DEFAULT_ATTACKS = ("combined", "polish", "eq10")
 @click.pass_context
 @command_errors
 def attack(ctx: click.Context, /, **_: Any) -> None:
-    """Attack the explanations of random images and score what is left of them.
+    """Attack the explanations of random images.
 
-    The worst case per image over several attacks, on images of 8 bits within the budget whose predicted class holds; beside
-    it, not counted, random noise of the same norm and the published attack (Eq. 10). With --manipulate-model the network
-    is changed instead of the images.
+    Scored is what is left of them: the worst case per image over several attacks, on images of 8 bits within the budget
+    whose predicted class holds; beside it, not counted, random noise of the same norm and the published attack (Eq.
+    10). With --manipulate-model the network is changed instead of the images.
     """
 
     def study(given: Given) -> Study:
@@ -127,10 +131,10 @@ def attack(ctx: click.Context, /, **_: Any) -> None:
 @click.pass_context
 @command_errors
 def robustness(ctx: click.Context, /, **_: Any) -> None:
-    """The standard evaluation: methods under the whole ensemble, with gates, flags, ranking and entries.
+    """Rank methods by the standard evaluation of robustness.
 
-    SRD is ranked from its class-specific start; the class-agnostic one, which the paper attacks, stands beside it.
-    docs/robustness.md explains the protocol.
+    Under the whole ensemble of attacks, with gates, flags and entries. SRD is ranked from its class-specific start; the
+    class-agnostic one, which the paper attacks, stands beside it. docs/robustness.md explains the protocol.
     """
 
     def study(given: Given) -> Study:
@@ -142,7 +146,7 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
 
 
 @click.command()
-@click.argument("entry", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@entries_argument
 @click.option(
     "--weights",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -151,7 +155,7 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
 @click.option(
     "--run-code",
     is_flag=True,
-    help="Run the code that the entry names as its network or method, such as mine.py:net; read it first.",
+    help="Run the code that the entries name as network or method, such as mine.py:net; read it first.",
 )
 @click.option(
     "--device",
@@ -159,32 +163,57 @@ def robustness(ctx: click.Context, /, **_: Any) -> None:
     show_default=True,
     help="cpu, cuda, cuda:1, mps; auto takes the first it finds.",
 )
+@json_option
+@tracking_uri_option
 @command_errors
-def verify(entry: Path, weights: Path | None, run_code: bool, device: str) -> None:
-    """Recompute bounds, classes, maps and scores of ENTRY (an entry.json) from its images alone."""
+def verify(
+    entries: tuple[str, ...],
+    weights: Path | None,
+    run_code: bool,
+    device: str,
+    as_json: bool,
+    tracking_uri: str | None,
+) -> None:
+    """Recompute entries from their images alone.
+
+    Bounds, classes, maps, scores and gates of each ENTRY: an entry.json, a folder that holds some, or a run, whose parts
+    have one each.
+    """
+    from attacks.found_entries import entry_files
     from attacks.verification import verify as check
     from srd_lab.errors import BadEntry
 
-    problems = check(entry, weights, device, run_code=run_code)
-    for problem in problems:
-        click.echo(f"disagrees: {problem}")
-    if problems:
-        raise BadEntry(f"{entry} does not verify; see above")
-    click.echo(f"{entry} verifies: hashes, bounds, classes, maps, scores and gates agree")
+    found: dict[str, list[str]] = {}
+    with entry_files(entries, tracking_uri) as files:
+        for file in files:
+            found[str(file)] = problems = check(file, weights, device, run_code=run_code)
+            if not as_json:
+                click.echo(
+                    "\n".join(f"disagrees: {problem}" for problem in problems)
+                    or f"{file} verifies: hashes, bounds, classes, maps, scores and gates agree"
+                )
+    if as_json:
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+    if wrong := [name for name, problems in found.items() if problems]:
+        raise BadEntry(f"{', '.join(wrong)} {'does' if len(wrong) == 1 else 'do'} not verify; see above")
 
 
 @click.command()
-@click.argument(
-    "entries", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
+@entries_argument
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Where to write OUT.md and OUT.html; no file is overwritten. [default: leaderboard, else leaderboard-2, ...]",
 )
+@json_option
+@tracking_uri_option
 @command_errors
-def leaderboard(entries: tuple[Path, ...], out: Path | None) -> None:
-    """One table of ENTRIES (entry.json files) that measured the same thing."""
+def leaderboard(entries: tuple[str, ...], out: Path | None, as_json: bool, tracking_uri: str | None) -> None:
+    """One table of entries that measured the same thing.
+
+    ENTRY is an entry.json, a folder that holds some, or a run, whose parts have one each.
+    """
+    from attacks.found_entries import entry_files
     from attacks.leaderboard import leaderboard as table
     from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 
@@ -193,8 +222,13 @@ def leaderboard(entries: tuple[Path, ...], out: Path | None) -> None:
 
     markdown, html = files(out or first_free("leaderboard", files))
     refuse_taken((markdown, html))
-    found = table(entries)
+    with entry_files(entries, tracking_uri) as given:
+        found = table(given)
     write_new(markdown, found.markdown.encode())
     write_new(html, found.html.encode())
+    if as_json:
+        rows = [dict(zip(found.header, row, strict=True)) for row in found.rows]
+        click.echo(json.dumps({"title": found.title, "rows": rows}, indent=1, ensure_ascii=False))
+        return
     click.echo(found.markdown)
     click.echo(f"written: {markdown} and {html}")

@@ -22,7 +22,6 @@ from srd_lab.cli.options import (
     fine_model_option,
     images_option,
     methods_option,
-    model_option,
     names_option,
     preprocessing_options,
     with_options,
@@ -77,7 +76,7 @@ def evaluate(ctx: click.Context, /, **_: Any) -> None:
 @click.argument(
     "images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@model_option
+@fine_model_option
 @click.option(
     "--data",
     default="",
@@ -134,4 +133,6 @@ def explain(images: tuple[Path, ...], **settings: Any) -> None:
     """
     from srd_lab.evaluation.explaining import Explaining
 
+    if settings["model"] is None:
+        settings["model"] = FINE_MODEL if settings["data"] in ("", "scenes") else DEFAULT_MODEL
     Explaining(ExplainSettings(**settings)).run(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import click
@@ -10,7 +11,7 @@ from srd_lab.cli.apop import apop
 from srd_lab.cli.attacks import attack, leaderboard, robustness, verify
 from srd_lab.cli.errors import command_errors
 from srd_lab.cli.evaluation import evaluate, explain
-from srd_lab.cli.options import OWN_MODEL
+from srd_lab.cli.options import OWN_MODEL, json_option
 from srd_lab.cli.reproduce import reproduce
 from srd_lab.cli.runs import compare, export, list_, report, ui
 from srd_lab.cli.shares import merge
@@ -35,17 +36,22 @@ def main(debug: bool) -> None:
       srd-lab reproduce table3                   the paper's experiments, its numbers beside yours
       srd-lab merge DIR DIR                      make a run of shares that --shard I/N did apart
       srd-lab runs                               list what was run; compare, export and report take runs from there
-      srd-lab compare RUN RUN                    hold runs against each other, paired where the images are the same
+      srd-lab compare RUN RUN                    compare runs, paired where the images are the same
       srd-lab report RUN                         one HTML file to send
       srd-lab ui                                 look at the runs in MLflow
     """
 
 
 @main.command()
+@json_option
 @command_errors
-def models() -> None:
+def models(as_json: bool) -> None:
     """List the bundled networks and how each was made."""
     from srd_lab.catalogue import cards
+
+    if as_json:
+        click.echo(json.dumps(cards(), indent=1, ensure_ascii=False))
+        return
 
     rows = [
         [
@@ -81,10 +87,23 @@ def cluster(ray_address: str | None) -> None:
 
 
 @main.command()
+@json_option
 @command_errors
-def methods() -> None:
+def methods(as_json: bool) -> None:
     """List the explanation methods and the metrics."""
     from srd_lab.catalogue import METHODS, METRICS
+
+    if as_json:
+        told = ("title", "paper", "resolution", "attackable", "passes", "tested", "needs", "scores", "better")
+        found = {
+            kind: {
+                name: {k: getattr(entry, k) for k in told if hasattr(entry, k)}
+                for name, entry in known.items()
+            }
+            for kind, known in (("methods", METHODS), ("metrics", METRICS))
+        }
+        click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
 
     rows = [
         [name, m.title, m.paper, m.resolution, "yes" if m.attackable else "no", m.passes, m.tested, m.needs]

@@ -14,6 +14,7 @@ import click
 
 from srd_lab.catalogue import BASELINES, METHODS, outer_parts
 from srd_lab.cli.config import read_config
+from srd_lab.errors import meant
 from srd_lab.parts import FOLDERS, is_own
 from srd_lab.runs.settings import named_file
 
@@ -120,7 +121,7 @@ class Name(click.ParamType):  # type: ignore[type-arg]
             return text
         allowed = self.allowed()
         if text not in allowed and not self._read_later(text, allowed):
-            self.fail(f"{text!r} is not one of {', '.join(allowed)}", param, ctx)
+            self.fail(f"{text!r} is not one of {', '.join(allowed)}{meant(text, allowed)}", param, ctx)
         return text
 
     def _read_later(self, name: str, allowed: Sequence[str]) -> bool:
@@ -365,6 +366,12 @@ figure_format_option = click.option(
     help="Of the figures; repeatable. PNG, which pages show, is always among them; pdf and svg hold text as text.",
 )
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+
+tracking_uri_option = click.option(
+    "--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"
+)
+
 run_options = (
     figure_format_option,
     click.option(
@@ -379,7 +386,7 @@ run_options = (
         "--json", "as_json", is_flag=True, help="Print everything that was found as JSON, and no table."
     ),
     click.option("--track/--no-track", default=True, show_default=True, help="Log to MLflow."),
-    click.option("--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"),
+    tracking_uri_option,
     click.option(
         "--out",
         type=click.Path(file_okay=False, path_type=Path),

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from srd_lab.cli.errors import command_errors
-from srd_lab.cli.options import figure_format_option, whole
+from srd_lab.cli.options import figure_format_option, json_option, tracking_uri_option, whole
+from srd_lab.cli.tracked import command_line
+from srd_lab.errors import BadRun
+from srd_lab.runs.label import HEADLINES
 from srd_lab.runs.report import text_table
 
 if TYPE_CHECKING:
+    from srd_lab.runs.html_report import Joint
     from srd_lab.runs.reading import StoredRun
 
-FORMATS = {"csv": "csv", "json": "json", "latex": "tex", "markdown": "md"}
-_HEADLINES = (
-    "worst_pcc",
-    "pcc",
-    "zeros_apop_top1",
-    "top1",
-)  # the score that the list shows, the first that there is
-tracking_uri_option = click.option(
-    "--tracking-uri", help="MLflow store. [default: $MLFLOW_TRACKING_URI, else ./mlflow.db]"
-)
+FORMATS = ("csv", "json", "latex", "markdown", "config")
 out_option = click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write; none is overwritten."
 )
@@ -78,12 +76,25 @@ def _row(run: StoredRun) -> dict[str, Any]:
 
 
 def _headline(run: StoredRun) -> str:
-    for score in (*_HEADLINES, *run.params.get("metrics", "").split(",")):
+    """The score that stands for a run: the one stored as such; of an older version that of the method asked for first."""
+    if said := run.tags.get("headline"):
+        return said
+    asked = run.params.get("methods", "").split(",")
+    for score in (*HEADLINES, *run.params.get("metrics", "").split(",")):
         if score in run.metrics:
             return f"{score} {run.metrics[score]:.3f}"
-        if own := {k: v for k, v in run.metrics.items() if k.endswith(f"/{score}")}:
-            best = max(own, key=lambda name: own[name])
-            return f"{score} {best.rpartition('/')[0]} {own[best]:.3f} (highest of {len(own)})"
+        own = [
+            name.rpartition("/")[0]
+            for name in run.metrics
+            if name.endswith(f"/{score}") and "/over_" not in name
+        ]
+        if own:
+            place = {
+                name: k for name in own for k, method in enumerate(asked[::-1], 1) if name.startswith(method)
+            }
+            first, n = max(own, key=lambda name: place.get(name, 0)), len(own) - 1
+            more = f" (and {n} other{'s' if n > 1 else ''})" if n else ""
+            return f"{first} {score} {run.metrics[f'{first}/{score}']:.3f}{more}"
     return "-"
 
 
@@ -108,6 +119,7 @@ def _headline(run: StoredRun) -> str:
     help="Folder for table and figure too. [default: none]",
 )
 @figure_format_option
+@json_option
 @command_errors
 def compare(
     references: tuple[str, ...],
@@ -118,10 +130,12 @@ def compare(
     tracking_uri: str | None,
     out: Path | None,
     figure_formats: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Hold runs against each other: paired where they are of the same images, with intervals and corrected tests.
+    """Compare runs, paired where the images are the same.
 
-    RUN is an id, the beginning of one, or the folder of a run without tracking. One run of several methods compares these.
+    With intervals and corrected tests. RUN is an id, the beginning of one, or the folder of a run without tracking. One
+    run of several methods compares these.
     """
     from srd_lab.evaluation.comparing import Comparing
     from srd_lab.runs.reading import find_run
@@ -137,11 +151,21 @@ def compare(
         "seed": seed,
     }
     with open_run(
-        "compare", comparing.title, settings, track=track, tracking_uri=tracking_uri, out=out
+        "compare", comparing.name, settings, track=track, tracking_uri=tracking_uri, out=out
     ) as run:
+        run.save_text("command.txt", f"{command_line(click.get_current_context(), 'compare', references)}\n")
         run.store_figures_as(figure_formats)
-        comparing.run(run)
+        with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
+            held = comparing.run(run)
+    if as_json:
+        click.echo(json.dumps({"run": run.id, "comparisons": [_finite(vars(one)) for one in held]}, indent=1))
+        return
     click.echo(f"\n{run.where}")
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no NaN."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
 @click.command()
@@ -151,9 +175,10 @@ def compare(
 @tracking_uri_option
 @command_errors
 def report(references: tuple[str, ...], out: Path | None, title: str, tracking_uri: str | None) -> None:
-    """Write one HTML file about RUNs that can be sent and printed: tables, figures, settings, how to read it.
+    """Write one HTML file to send and print.
 
-    Of a single run it is stored with the run as well, where the MLflow UI shows it (Artifacts, report.html).
+    Tables, figures, settings, how to read it, what the words mean; of several runs first how they compare. Of a single run
+    it is stored with the run as well, where the MLflow UI shows it (Artifacts, report.html).
     """
     from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
     from srd_lab.runs.html_report import html_report
@@ -162,7 +187,7 @@ def report(references: tuple[str, ...], out: Path | None, title: str, tracking_u
     if out is not None:
         refuse_taken([out])
     found = [find_run(name, tracking_uri) for name in references]
-    page = html_report(found, title).encode()
+    page = html_report(found, title, _joint(found)).encode()
     file = out or _html(
         first_free(f"report-{'-'.join(_file_name(run) for run in found)}"[:80], lambda p: [_html(p)])
     )
@@ -170,6 +195,22 @@ def report(references: tuple[str, ...], out: Path | None, title: str, tracking_u
     if len(found) == 1:
         found[0].files.write("report.html", page)
     click.echo(f"written: {file}")
+
+
+def _joint(runs: Sequence[StoredRun]) -> Joint | None:
+    """How several runs compare; None of one, and where they cannot be compared, which is said."""
+    from srd_lab.evaluation.comparing import Comparing
+    from srd_lab.render import figure_bytes
+    from srd_lab.runs.html_report import Joint
+
+    if len(runs) < 2:
+        return None
+    try:
+        comparing = Comparing(runs)
+        return Joint(comparing.document(comparing.held()), figure_bytes(comparing.figure()))
+    except BadRun as error:
+        click.echo(f"Note: the runs are not compared: {error}", err=True)
+        return None
 
 
 def _html(place: Path) -> Path:
@@ -186,14 +227,14 @@ def _file_name(run: StoredRun) -> str:
     "--to",
     "kind",
     required=True,
-    type=click.Choice(list(FORMATS)),
-    help="csv: the scores of every image; latex, markdown: the report; json: everything.",
+    type=click.Choice(FORMATS),
+    help="csv: the scores of every image; latex, markdown: the report; json: everything; config: its options, for --config.",
 )
 @out_option
 @tracking_uri_option
 @command_errors
 def export(reference: str, kind: str, out: Path | None, tracking_uri: str | None) -> None:
-    """Print what a RUN has found, or write it to a file, for another program or a paper."""
+    """Print what a RUN has found, for a program or a paper."""
     from srd_lab.evaluation.outputs import refuse_taken, write_new
     from srd_lab.runs.outcome import scores_text
     from srd_lab.runs.reading import as_json, find_run
@@ -205,6 +246,8 @@ def export(reference: str, kind: str, out: Path | None, tracking_uri: str | None
         text = scores_text(*run.scores())
     elif kind == "json":
         text = json.dumps(as_json(run), indent=1, ensure_ascii=False) + "\n"
+    elif kind == "config":
+        text = run.load_text("run.toml")
     else:
         text = (run.document().latex() if kind == "latex" else run.document().markdown()) + "\n"
     if out is None:
@@ -217,10 +260,20 @@ def export(reference: str, kind: str, out: Path | None, tracking_uri: str | None
 @click.command()
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--host", default="127.0.0.1", show_default=True)
+@click.option(
+    "--open/--no-open",
+    "browse",
+    default=True,
+    show_default=True,
+    help="Open a browser, where there is a screen.",
+)
 @tracking_uri_option
 @command_errors
-def ui(port: int, host: str, tracking_uri: str | None) -> None:
-    """Open the MLflow UI on the runs made here, at the command that was run last."""
+def ui(port: int, host: str, browse: bool, tracking_uri: str | None) -> None:
+    """Open MLflow's page on the runs made here.
+
+    It shows the command that was run last, with scores and settings as columns of the list.
+    """
     from srd_lab.runs.page import launch_ui
 
-    launch_ui(tracking_uri, port, host)
+    launch_ui(tracking_uri, port, host, browse=browse)

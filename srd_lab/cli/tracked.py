@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from srd_lab.cli.config import OUTSIDE, as_given, config_text, options_of
 from srd_lab.cli.errors import Notes
 from srd_lab.errors import BadValue, OtherWork
 from srd_lab.parts import code_in, code_of
+from srd_lab.runs.addresses import shown
 from srd_lab.runs.label import Drawn, Label, label_of
 from srd_lab.runs.settings import PACE, S, Settings, as_text, read_stored
 
@@ -130,7 +131,24 @@ def tracked(ctx: click.Context, command: str, study_of: Callable[[Given], Study]
         except (Exception, KeyboardInterrupt) as error:
             error.add_note(_what_is_left(ctx, command, run))
             raise
-    click.echo(found if as_json else f"\n{run.where}")
+    click.echo(found if as_json else "\n".join(["", run.where, *_entries(ctx, run)]))
+
+
+def _entries(ctx: click.Context, run: Any) -> list[str]:
+    """Where the entries of a run are, and what takes them; nothing where it has none."""
+    if not run.id or run.params.get("entries") != "True":
+        return []
+    uri, out = ctx.params["tracking_uri"], ctx.params["out"]
+    place = shlex.quote(str(out)) if out else run.id[:8] if ctx.params["track"] else shlex.quote(run.id)
+    store = f" --tracking-uri {shlex.quote(shown(uri))}" if uri and not out else ""
+    files = (
+        f"{place}/*/entry.json" if out or not ctx.params["track"] else "--out DIR puts their files into DIR"
+    )
+    own = " --run-code" if any(code_in(run.params.get(name, "")) for name in _NAMES) else ""
+    return [
+        f"its entries: `srd-lab verify {place}{own}{store}` recomputes them, "
+        f"`srd-lab leaderboard {place}{store}` makes a table of them ({files})"
+    ]
 
 
 def _set_threads(count: int | None, executor: str) -> None:
@@ -172,9 +190,12 @@ def _found(run: Any) -> str:
     return json.dumps(about | content(run.list(), run.load_text), indent=1, ensure_ascii=False)
 
 
-def command_line(ctx: click.Context, command: str) -> str:
-    """The command to be run again: what was typed, or stands in a file of options and is no default."""
-    parts = ["srd-lab", *command.split()]
+def command_line(ctx: click.Context, command: str, arguments: Sequence[str] = ()) -> str:
+    """The command to be run again: what was typed, or stands in a file of options and is no default.
+
+    arguments : that stand before the options.
+    """
+    parts = ["srd-lab", *command.split(), *arguments]
     for option in options_of(ctx.command):
         value, source = as_given(ctx, option), ctx.get_parameter_source(option.name or "")
         in_file = source is click.core.ParameterSource.DEFAULT_MAP and _differs(value, option.default)
@@ -196,7 +217,11 @@ def _differs(value: Any, default: Any) -> bool:
 
 
 def _label(study: Study) -> Label:
-    return label_of(study.settings, study.device, study.drawn)
+    label = label_of(study.settings, study.device, study.drawn)
+    weights = {
+        "weights_sha256": as_text(study.weights_sha256)
+    }  # the device, which may change on resume, is a tag
+    return dataclasses.replace(label, settings=label.settings | weights)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -322,8 +347,6 @@ def _note_what_changed(run: Any, study: Study, notes: Notes) -> None:
 def _what_is_left(ctx: click.Context, command: str, run: Any) -> str:
     if not run.id:
         return str(run.where)
-    from srd_lab.runs.addresses import shown
-
     uri = ctx.params["tracking_uri"]
     place = f" --tracking-uri {shlex.quote(shown(uri))}" if uri else ""
     untracked = "" if ctx.params["track"] else " --no-track"

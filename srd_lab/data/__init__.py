@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from srd_lab.data.loading import Loaded, load_batches
 from srd_lab.data.pictures import NON_RGB, SkippedFile, skipped_report
-from srd_lab.errors import BadInput, BadValue
+from srd_lab.errors import BadInput, BadValue, meant
 from srd_lab.parts import FOLDERS, is_place, living
 from srd_lab.types import Dataset
 
@@ -40,6 +41,8 @@ SOURCES = (
     "package.module:factory",
     "path/file.py:factory",
 )
+
+_KINDS = [source.partition(":")[0] for source in SOURCES[:-2]]
 
 
 def load_data(
@@ -97,6 +100,7 @@ def load_data(
     if source == "live" and hasattr(found := living(spec), "name") and hasattr(found, "classes"):
         ready: Dataset = found  # one of this package's kind
         return ready
+    _refuse_misspelt(spec, source)
     if source == "live" or is_place(spec.partition("?")[0]):
         from srd_lab.data.own import OwnData
 
@@ -105,11 +109,22 @@ def load_data(
     raise BadValue(f"there is no data set {spec!r}; choose one of {', '.join(SOURCES)}")
 
 
+def _refuse_misspelt(spec: str, source: str) -> None:
+    """Refuse (BadValue) a source that looks like a known one, where no module is called so either."""
+    if "." in source or source in _KINDS or not (near := meant(source, _KINDS)):
+        return
+    if not Path(f"{source}.py").exists() and find_spec(source) is None:
+        raise BadValue(f"there is no data set {spec!r} and no module {source}{near}")
+
+
 def check_place(spec: str) -> None:
     """Raises what :func:`load_data` raises where ``spec`` is no source, or names a file or folder that is not there; reads
     none that is."""
     source, _, place = spec.partition(":")
-    if spec == "scenes" or source in ("hf-dataset", "wds", "live") or is_place(spec.partition("?")[0]):
+    if spec == "scenes" or source in ("hf-dataset", "wds", "live"):
+        return
+    _refuse_misspelt(spec, source)
+    if is_place(spec.partition("?")[0]):
         return
     if source not in (*FOLDERS, "cifar10", "cifar100") or not place or not Path(place).exists():
         load_data(spec)

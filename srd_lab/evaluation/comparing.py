@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import mannwhitneyu
@@ -20,13 +21,18 @@ from srd_lab.runs.reading import StoredRun
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.run import Run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RESAMPLES = 10_000
 # parameters that do not tell apart what was scored
 _NOT_TOLD = {"weights", "methods", "models", "model", "data", "reference", "batch_size", *SURROUNDINGS}
 LEGEND = """
-Differences: this - the reference, mean [95 % bootstrap interval]; p: two-sided, after Holm's correction for {tests} tests;
+Differences: this - the reference, mean [95 % bootstrap interval]; {p};
 same images: Wilcoxon's signed-rank test of the differences per image; different images: the rank sum test (Mann-Whitney),
 whose interval is wider, as what distinguishes the images does not cancel."""
+
+NO_P = "no p, which takes six pairs"
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,22 @@ class Comparing:
             kinds = "; ".join(f"{s.name}: {', '.join(s.scores) or 'none'}" for s in self.subjects)
             raise BadRun(f"the runs have no score in common ({kinds})")
         self.scores = [*scores] or shared
-        self.title = f"{len(self.subjects)} compared; the reference is {self.reference.name}"
+        of = [said for key in ("model", "data") if (said := self._shared(key))]
+        counts = {len(subject.images) for subject in self.subjects}
+        images = f"{counts.pop()} images" if len(counts) == 1 else ""
+        self.name = " · ".join(filter(None, [self._against(), *of, images]))
+        where = f" ({', '.join(filter(None, [*of, images]))})" if of or images else ""
+        self.title = f"{len(self.subjects)} compared{where}; the reference is {self.reference.name}"
+
+    def _shared(self, key: str) -> str:
+        """The network or the data of all runs; "" where they differ or do not say."""
+        found = {run.tags.get(key) or run.params.get(key, "") for run in self.runs}
+        return found.pop() if len(found) == 1 else ""
+
+    def _against(self) -> str:
+        """``srd against gradcam``, or against how many."""
+        others = [subject.name for subject in self.subjects if subject is not self.reference]
+        return f"{self.reference.name} against {others[0] if len(others) == 1 else f'{len(others)} others'}"
 
     def held(self) -> list[Held]:
         """Every subject against the reference, by every score."""
@@ -115,15 +136,20 @@ class Comparing:
         corrected = holm(np.array([one.p for one in found]))
         return [_judged(one, float(p)) for one, p in zip(found, corrected, strict=True)]
 
-    def run(self, run: Run) -> None:
-        """Print and store table, figure and comparisons."""
+    def run(self, run: Run) -> list[Held]:
+        """Print and store table, figure and comparisons, which it gives."""
         held = self.held()
         run.save_text("comparisons.csv", csv_text([vars(one) for one in held]))
         values = {s.name: {k: s.scores[k] for k in self.scores} for s in self.subjects}
-        run.save_figure("comparison.png", render.score_intervals(self._intervals(), self.reference.name))
+        run.save_figure("comparison.png", self.figure())
         means = {f"{name}/{k}": float(np.nanmean(v)) for name, own in values.items() for k, v in own.items()}
         run.log_metrics(means)
         publish(run, Outcome(self.document(held), 0.0))
+        return held
+
+    def figure(self) -> Figure:
+        """Means with intervals, a panel per score."""
+        return render.score_intervals(self._intervals(), self.reference.name, self.title)
 
     def document(self, held: Sequence[Held]) -> Document:
         """The report; held : of :meth:`held`."""
@@ -145,23 +171,36 @@ class Comparing:
         ]
         header = ["score", "subject", "mean", "reference", "difference", "p", "verdict", "images"]
         blocks.append(Table(header, rows))
-        blocks.append(LEGEND.format(tests=sum(np.isfinite(one.p) for one in held)))
+        tests = sum(np.isfinite(one.p) for one in held)
+        p = (
+            f"p: two-sided, after Holm's correction for {tests} test{'' if tests == 1 else 's'}"
+            if tests
+            else NO_P
+        )
+        blocks.append(LEGEND.format(p=p))
         if all(one.same for one in held):
             blocks.append(unsettled_note([one.n for one in held], [one.p_corrected for one in held]))
         else:
             blocks.append(
                 "Some of the runs are of different images: their differences may be of the images and not of the methods."
             )
-        partly = [
-            f"{one.subject} by {one.score}: on the {one.n} images that both have"
-            for one in held
-            if one.same and one.n < max(len(self.reference.images), self._count(one.subject))
-        ]
-        blocks += ["\n".join(partly), *self._notes()]
+        blocks += ["\n".join(self._partly(held)), *self._notes()]
         return Document(self.title, blocks)
 
-    def _count(self, name: str) -> int:
-        return next(len(subject.images) for subject in self.subjects if subject.name == name)
+    def _partly(self, held: Sequence[Held]) -> list[str]:
+        """A line per subject that is compared on some of the images alone; scores of other numbers of images are named."""
+        lines = []
+        for subject in self.subjects:
+            most = max(len(self.reference.images), len(subject.images))
+            counts: dict[int, list[str]] = {}
+            for one in held:
+                if one.subject == subject.name and one.same and one.n < most:
+                    counts.setdefault(one.n, []).append(one.score)
+            lines += [
+                f"{subject.name}{'' if len(counts) == 1 else ' by ' + ', '.join(scores)}: on the {n} images that both have"
+                for n, scores in counts.items()
+            ]
+        return lines
 
     def _overview(self) -> tuple[list[str], list[list[str]]]:
         rows = [[s.name, s.run.short, s.run.command, s.run.name, str(len(s.images))] for s in self.subjects]
@@ -172,7 +211,7 @@ class Comparing:
         for score in self.scores:
             for subject in self.subjects:
                 s = summarise(subject.scores[score], self.seed)
-                found.setdefault(score, {})[subject.name] = (s.mean, s.low, s.high)
+                found.setdefault(said_score(score), {})[subject.name] = (s.mean, s.low, s.high)
         return found
 
     def _notes(self) -> list[str]:
@@ -184,7 +223,19 @@ class Comparing:
             for name, own in values.items()
             if len(set(own)) > 1
         ]
-        return ["The runs differ in\n" + "\n".join(f"- {line}" for line in differing)] if differing else []
+        return ["The runs differ in:\n" + "\n".join(f"  {line}" for line in differing)] if differing else []
+
+
+def said_score(score: str) -> str:
+    """A score as figures have it.
+
+    Example
+    -------
+    >>> said_score("worst_pcc"), said_score("pointing_game")
+    ('worst PCC', 'pointing game')
+    """
+    words = ("PCC" if w == "pcc" else "SSIM" if w == "ssim" else w for w in score.split("_"))
+    return " ".join(words)
 
 
 def subjects_of(runs: Sequence[StoredRun]) -> list[Subject]:

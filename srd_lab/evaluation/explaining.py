@@ -20,7 +20,7 @@ from srd_lab import maps, render
 from srd_lab.catalogue import METHODS, title_of
 from srd_lab.data.labels import read_labels
 from srd_lab.data.pictures import SkippedFile, decode, fit, upright
-from srd_lab.errors import BadValue, Refused
+from srd_lab.errors import BadValue, Refused, meant
 from srd_lab.evaluation.outputs import first_free, refuse_taken, write_new
 from srd_lab.evaluation.settings import ExplainSettings
 from srd_lab.logits import class_logits, probabilities
@@ -38,6 +38,7 @@ TOP = 5
 OUT = "explanations"
 SHEET = "contact_sheet"
 LONGEST_LABEL = 60
+_TOLD = 6  # classes whose probabilities stand beside a picture
 
 
 class Explaining:
@@ -167,7 +168,9 @@ class Explaining:
         if not shown:
             raise Refused(f"none of the methods explains {file}; see above, and `srd-lab methods`")
         label = file.name
-        if len(targets) == 1:
+        if len(targets) > 1:
+            label += "".join(f"\n{self.classes.label(t)}: {float(likely[t]):.3f}" for t in targets[:_TOLD])
+        else:
             label += (
                 f"\n{_short(self.classes.names[targets[0]])}\nprobability {float(likely[targets[0]]):.3f}"
             )
@@ -267,6 +270,7 @@ class Classes:
             if found
             else f"no class is called {wanted!r}; give an index 0..{len(self.names) - 1}, a name"
             + (", or a WordNet number such as n02123045" if self.wnids else "")
+            + meant(text, [name for name in lowered if not name.isdecimal()])
         )
 
 

@@ -54,7 +54,7 @@ class ExplainSettings:
     figure_formats : as in :class:`srd_lab.runs.settings.Settings`.
     """
 
-    model: str = "vgg16"
+    model: str = "vgg16_8x8"
     data: str = ""
     weights: tuple[str, ...] = ()
     size: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from srd_lab.evaluation.settings import EvaluationSettings
 from srd_lab.evaluation.tables import Comparison, comparisons, ranks, score_table
 from srd_lab.metrics.faithfulness import Fidelity
 from srd_lab.metrics.summary import few_note, summarise, unsettled_note
+from srd_lab.parts import spoken
 from srd_lab.runs.batches import Stage, in_batches
 from srd_lab.runs.document import Block, Document, Table
 from srd_lab.runs.inputs import data_and_network, labelled, preprocessing_for, weights_sums
@@ -42,7 +43,7 @@ MASKS = {
 LEGEND = """↑ higher is better, ↓ lower; ¹ best, ² second best{compared}.
 Maps divided by their largest |value|, stretched to the image, clamped to [-1, 1]."""
 COMPARED = """; + better, - worse than {reference} (Wilcoxon's signed-rank
-test on the same images, p < 0.05 after Holm's correction for {tests} tests)"""
+test on the same images, p < 0.05 after Holm's correction for {tests})"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Evaluation:
         self.batcher = Batcher(settings.batch_size or _images_at_once(side))
         source = settings.source
         self.title = (
-            f"{name} on {source}, {len(self.indices)} of {len(self.dataset)} images, "
+            f"{spoken(name)} on {settings.shown_source}, {len(self.indices)} of {len(self.dataset)} images, "
             f"{'their own' if settings.target == 'label' and self.has_labels else 'the predicted'} class explained"
         )
         self.masks = MASKS.get(source, "")
@@ -139,7 +140,9 @@ class Evaluation:
 
     def report(self, run: Run, table: Arrays) -> None:
         """Print and store what compares the methods: a child run for each, tables, figures and the summary."""
+        self.twins = twins(table, self.experiment.methods, self.metrics, self.settings.reference)
         scores, seed = self.scores(table), self.settings.seed
+        scores = {method: own for method, own in scores.items() if method not in self.twins}
         against = comparisons(scores, self.settings.reference, seed)
         for method in scores:
             params = {"method": method, **explainer_params(self.experiment.methods[method])}
@@ -149,10 +152,11 @@ class Evaluation:
         run.save_text("images.csv", csv_text(self._rows(table)))
         if against:
             run.save_text("comparisons.csv", csv_text([vars(c) for c in against]))
-        self.figures(run, table)
+        self.figures(run, table, scores)
         images = [str(name) for name in table["name"]]
         document = self.document(table, scores, against)
-        publish(run, Outcome(document, float(table["seconds"]), images, scores))
+        first = self.settings.reference if self.settings.reference in scores else ""
+        publish(run, Outcome(document, float(table["seconds"]), images, scores, first))
 
     def _metrics(self, table: Arrays, own: dict[str, np.ndarray], method: str) -> dict[str, float]:
         found: dict[str, float] = {"seconds_per_image": float(table[f"{method}/seconds"].mean())}
@@ -171,9 +175,8 @@ class Evaluation:
             for i in range(len(table["name"]))
         ]
 
-    def figures(self, run: Run, table: Arrays) -> None:
-        """Store the chart of ranks, and the sheet of pictures."""
-        scores = self.scores(table)
+    def figures(self, run: Run, table: Arrays, scores: dict[str, dict[str, np.ndarray]]) -> None:
+        """Store the chart of ranks, and the sheet of pictures; scores : of the methods that they show."""
         if place := ranks(scores):
             run.save_figure("ranks.png", render.rank_chart(_titled(place), self.title))
         names, images = (
@@ -184,9 +187,9 @@ class Evaluation:
         outlines = masks[:PICTURES] if len(masks) >= len(images) else [None] * len(images)
         rows = [
             render.SheetRow(
-                names[int(table["label"][i])].split(",")[0],
+                _row_label(str(table["name"][i]), names[int(table["label"][i])]),
                 image,
-                {title_of(m): table[f"{m}/map"][i] for m in self.experiment.methods},
+                {title_of(m): table[f"{m}/map"][i] for m in scores},
                 outlines[i],
             )
             for i, image in enumerate(images)
@@ -208,9 +211,10 @@ class Evaluation:
             some = self.metrics[first : first + COLUMNS]
             parts.append(Table(*score_table(scores, some, against, seed)))
         tests = sum(np.isfinite(c.p) for c in against)
-        held = COMPARED.format(reference=self.settings.reference, tests=tests) if tests else ""
+        number = f"{tests} test{'' if tests == 1 else 's'}"
+        held = COMPARED.format(reference=self.settings.reference, tests=number) if tests else ""
         parts.append(LEGEND.format(compared=held))
-        parts += ["Cost:", Table(*_cost_table(table, tuple(self.experiment.methods)))]
+        parts += ["Cost:", Table(*_cost_table(table, tuple(scores)))]
         parts += self._notes(table, scores)
         parts += filter(None, [unsettled_note([c.n for c in against], [c.p_corrected for c in against])])
         return Document(f"{self.title}{accuracy}. Mean [95 % interval]", parts)
@@ -220,7 +224,8 @@ class Evaluation:
         notes = ["No masks: localisation is not scored."]
         if self.masked:
             notes = [
-                f"Masks: {self.masks or 'given'}{f', of {self.masked} images' if self.masked < count else ''}."
+                f"Localisation is scored against the objects' {self.masks or 'masks'}"
+                f"{f', on {self.masked} images' if self.masked < count else ''}."
             ]
         if "fidelity" in self.metrics:
             notes.append(f"Fidelity sets pixels to the baseline {self.settings.baseline}.")
@@ -235,9 +240,39 @@ class Evaluation:
             notes.append(f"Not scored, of {count} images: {said}.")
         if self.settings.reference not in scores and len(scores) > 1:
             notes.append(f"No comparisons: {self.settings.reference} is not among the methods.")
+        notes += [
+            f"{other} is left out: its maps and scores are those of {method} here."
+            for other, method in self.twins.items()
+        ]
         notes += [f"{title_of(m)} does not go with this network: {why}" for m, why in self.refused.items()]
         notes += [skipped_report(self.skipped)] if self.skipped else []
         return [*notes, *filter(None, [few_note(len(table["name"]), "images")])]
+
+
+def twins(table: Arrays, methods: Iterable[str], metrics: Sequence[str], reference: str) -> dict[str, str]:
+    """Method -> another one that gives the same maps of all images that were kept, and the same scores of all images.
+
+    table : as :meth:`Evaluation.evaluate` gives it. methods, metrics : names. reference : never counts as the second.
+
+    So two methods that read the same layer of a network are counted once, in ranks and in corrections.
+    """
+    found: dict[str, str] = {}
+    first = sorted(methods, key=lambda method: method != reference)
+    for k, method in enumerate(first):
+        for other in first[:k]:
+            keys = ("map", *metrics)
+            if other not in found and all(
+                np.array_equal(table[f"{method}/{key}"], table[f"{other}/{key}"], equal_nan=True)
+                for key in keys
+            ):
+                found[method] = other
+                break
+    return found
+
+
+def _row_label(file: str, class_: str) -> str:
+    """An image's file, without folders, and its class under it."""
+    return f"{file.rpartition('/')[2]}\n{class_.split(',')[0]}"
 
 
 def _seeded(scorer: Any, seed: int) -> Any:

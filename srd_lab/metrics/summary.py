@@ -67,19 +67,25 @@ def images_needed(tests: int) -> int:
     return next(n for n in count(1) if tests * smallest_p(n) < LEVEL)
 
 
-def unsettled_note(counts: Sequence[int], corrected: Sequence[float] = ()) -> str:
+def unsettled_note(counts: Sequence[int], corrected: Sequence[float] = (), of: str = "") -> str:
     """What to say below paired comparisons of which none can reach a corrected p below 0.05; empty where one can or does.
 
     counts : (M,) images of each; those of none are not compared. corrected : (M,) their p, NaN = none; () = not looked at.
+    of : which comparisons are meant, in words, where it is not all.
     """
     least = min(images_needed(1), max(counts, default=0))
     tests, most = sum(n >= max(1, least) for n in counts), max(counts, default=0)
     if not tests or tests * smallest_p(most) < LEVEL or any(p < LEVEL for p in corrected):
         return ""
+    smallest = min(1.0, tests * smallest_p(most))
+    reached = (
+        f"the smallest corrected p that is possible is {smallest:.2g}"
+        if smallest < 1
+        else "every corrected p is 1"
+    )
     return (
-        f"No test can settle {'the comparison' if tests == 1 else f'any of {tests} comparisons'} with {most} "
-        f"image{'' if most == 1 else 's'}: the smallest corrected p that is possible is "
-        f"{min(1.0, tests * smallest_p(most)):.2g}; below {LEVEL} it can be with {images_needed(tests)} images or more."
+        f"No test can settle {'the comparison' if tests == 1 else f'any of {tests} comparisons'}{of} with {most} "
+        f"image{'' if most == 1 else 's'}: {reached}; below {LEVEL} it can be with {images_needed(tests)} images or more."
     )
 
 

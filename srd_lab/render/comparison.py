@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ import numpy as np
 from srd_lab.render.style import COLOURS, GREY, blank, key, style, title_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_KIND = re.compile(r"^(?:worst|noise|eq10)[ _]")
 _ACROSS = 3  # panels in a row
 _LABEL = 28  # characters of a line of a label
 _TITLE = 24  # and of a panel's title
@@ -22,6 +25,9 @@ def score_intervals(
     scores: Mapping[str, Mapping[str, tuple[float, float, float]]], reference: str, title: str = ""
 ) -> Figure:
     """A panel per score, a line per subject: a point for the mean, a bar for its 95 % interval.
+
+    Panels of one kind of score, such as ``worst PCC`` and ``noise PCC``, have the same axis, so that
+    equal lengths are equal differences.
 
     scores : score -> subject -> (mean, low, high); low and high may be NaN. reference : the subject whose mean is drawn
         through as a dashed line. title : of the figure.
@@ -53,6 +59,19 @@ def score_intervals(
             axes.set_yticks(range(len(subjects)), labels)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+        _align(dict(zip(scores, grid.flat, strict=False)))
         title_of(figure, title)
         key(figure, f"Point: mean; line: its 95 % bootstrap interval; dashed: the mean of {reference}.")
     return figure
+
+
+def _align(panels: Mapping[str, Axes]) -> None:
+    """Give the panels of one kind of score the limits of all of them."""
+    kinds: dict[str, list[Axes]] = {}
+    for score, axes in panels.items():
+        kinds.setdefault(_KIND.sub("", score), []).append(axes)
+    for alike in kinds.values():
+        ends = np.array([axes.get_xlim() for axes in alike])
+        low, high = ends[:, 0].min(), ends[:, 1].max()
+        for axes in alike:
+            axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))

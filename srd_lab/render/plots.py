@@ -67,14 +67,10 @@ def _boxes(axes: Axes, groups: Sequence[np.ndarray], shift: float, *, pale: bool
 
 
 def _box_key(figure: Figure | SubFigure, with_control: bool) -> None:
-    from matplotlib.patches import Patch
-
     caption = "Point: one image or pair; box: the middle half; line in it: median; whiskers: farthest within 1.5 boxes."
     if with_control:
-        handles = [Patch(facecolor=GREY, alpha=0.5), Patch(facecolor=GREY, alpha=0.15)]
-        key(figure, caption, handles, ["attack", "control: random noise of the same size"])
-    else:
-        key(figure, caption)
+        caption += " Full colour, left: attack; pale, right: control, random noise of the same size."
+    key(figure, caption)
 
 
 def _fit_upright(methods: Sequence[str]) -> bool:

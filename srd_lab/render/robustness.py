@@ -16,7 +16,7 @@ _NAME = 40  # letters of a method's name
 _UNITS = {
     "l2": "budget: root mean square of the change (0..255)",
     "linf": "budget: largest change of a pixel (0..255)",
-    "legacy": "budget: share of MSE 1e-3 (normalised) and 8/255",
+    "legacy": "budget: a multiple of MSE 1e-3 (normalised) and 8/255",
 }
 
 
@@ -50,25 +50,23 @@ def member_heat(
     return figure
 
 
-def budget_curves(curves: Mapping[str, Mapping[float, np.ndarray]], norm: str, title: str = "") -> Figure:
-    """Worst PCC over the budget, a line per method: the mean over images, and a band of its standard error.
+def budget_curves(
+    curves: Mapping[str, Mapping[float, tuple[float, float, float]]], norm: str, title: str = ""
+) -> Figure:
+    """Worst PCC over the budget, a line per method: the mean over images, and a band of its 95 % interval.
 
-    curves : method -> budget -> worst PCC (N,); what a smaller budget reaches counts for a larger one too.
+    curves : method -> budget -> (mean, low, high), ascending; low and high may be NaN: no band.
     norm : "l2", "linf" or "legacy", what the budget bounds. title : of the figure.
     """
     with style():
         figure = blank((5.6, 4.2))
         axes = figure.subplots()
         for i, (method, curve) in enumerate(curves.items()):
-            sizes = sorted(curve)
-            lowest = np.minimum.accumulate(np.stack([curve[size] for size in sizes]), axis=0)
-            mean = lowest.mean(1)
-            error = (
-                lowest.std(1, ddof=1) / lowest.shape[1] ** 0.5 if lowest.shape[1] > 1 else np.zeros_like(mean)
-            )
+            mean, low, high = np.transpose(list(curve.values()))
             colour = COLOURS[i % len(COLOURS)]
-            axes.fill_between(sizes, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(sizes, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4, label=method)
+            axes.fill_between(list(curve), low, high, color=colour, alpha=0.15, linewidth=0)
+            marker = MARKERS[i % len(MARKERS)]
+            axes.plot(list(curve), mean, color=colour, marker=marker, markersize=4, label=method)
         axes.set_xscale("log", base=2)
         ticks = sorted({size for curve in curves.values() for size in curve})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -77,6 +75,6 @@ def budget_curves(curves: Mapping[str, Mapping[float, np.ndarray]], norm: str, t
         axes.axhline(0, color=GREY, linewidth=0.6)
         axes.set_ylim(top=1.02)
         title_of(figure, title)
-        caption = "Line: mean of the images' worst cases; band: its standard error."
+        caption = "Line: mean of the images' worst cases; band: its 95 % interval."
         key(figure, caption, *axes.get_legend_handles_labels())
     return figure

@@ -36,7 +36,12 @@ circle {{ fill-opacity: .5 }} circle.same {{ fill-opacity: 1; stroke: var(--ink)
 _SCRIPT = r"""
 const {images, panels, colours} = JSON.parse(document.getElementById("data").textContent);
 const said = document.getElementById("said"), rest = said.textContent;
-const LEFT = 200, RIGHT = 25, ROW = 34, WIDTH = 760;
+const RIGHT = 25, ROW = 34;
+function ticks(low, high, count) {
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find(one => one * power >= rough), first = Math.ceil(low / step - 1e-9);
+  return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, k) => +((first + k) * step).toPrecision(6));
+}
 function part(kind, into, attributes, text) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", kind);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -45,13 +50,15 @@ function part(kind, into, attributes, text) {
   return made;
 }
 function show(panel, into) {
+  const WIDTH = Math.max(300, Math.min(760, document.body.clientWidth - 32)); // a letter is as large on a small screen
+  const LEFT = Math.min(200, .36 * WIDTH), LETTERS = Math.floor(LEFT / 7.6);
   const known = panel.rows.flatMap(row => row.values).filter(value => value !== null);
   const low = known.length ? Math.min(...known) : 0, high = known.length ? Math.max(...known, low + 1e-9) : 1;
   const across = value => LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT);
   const height = ROW * panel.rows.length + 26;
   const svg = part("svg", into, {viewBox: `0 0 ${WIDTH} ${height}`, role: "img"});
   panel.rows.forEach((row, k) => {
-    const y = ROW * (k + .5), name = row.subject.length > 26 ? row.subject.slice(0, 25) + "…" : row.subject;
+    const y = ROW * (k + .5), name = row.subject.length > LETTERS ? row.subject.slice(0, LETTERS - 1) + "…" : row.subject;
     part("text", svg, {x: LEFT - 12, y: y + 4, "text-anchor": "end"}, name);
     part("line", svg, {class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y});
     row.values.forEach((value, i) => {
@@ -71,24 +78,36 @@ function show(panel, into) {
     if (row.mean !== null) part("line", svg,
       {class: "mean", x1: across(row.mean), x2: across(row.mean), y1: y - 14, y2: y + 14});
   });
-  for (const value of [low, high])
-    part("text", svg, {x: across(value), y: height - 8, "text-anchor": "middle"}, value.toPrecision(3));
+  for (const value of ticks(low, high, WIDTH < 500 ? 3 : 5)) {
+    part("line", svg, {class: "axis", x1: across(value), x2: across(value), y1: 0, y2: height - 22});
+    part("text", svg, {x: across(value), y: height - 8, "text-anchor": "middle"}, `${value}`);
+  }
 }
 panels.forEach((panel, k) => {
   const box = document.createElement("details"), title = document.createElement("summary");
-  title.textContent = panel.score;
+  title.textContent = panel.about ? `${panel.score} (${panel.about})` : panel.score;
   box.append(title);
   box.addEventListener("toggle", () => { if (box.open && box.childElementCount < 2) show(panel, box); });
   document.body.append(box);
   box.open = k === 0;
+  window.addEventListener("resize", () => {
+    box.querySelector("svg")?.remove();
+    if (box.open) show(panel, box);
+  });
 });
 """
 
 
-def score_page(images: Sequence[str], scores: Mapping[str, Mapping[str, np.ndarray]], title: str = "") -> str:
+def score_page(
+    images: Sequence[str],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    title: str = "",
+    about: Mapping[str, str] | None = None,
+) -> str:
     """A panel per score, a row per subject, a point per image, which says its name and score; a bar for the mean.
 
     images : (N,) names. scores : subject -> score -> (N,), not finite = not scored. title : of the page.
+    about : score -> what its values mean, in a few words.
 
     Of more than 4000 points in a panel those of the first images are drawn; means are of all.
     """
@@ -97,6 +116,7 @@ def score_page(images: Sequence[str], scores: Mapping[str, Mapping[str, np.ndarr
     panels = [
         {
             "score": name,
+            "about": (about or {}).get(name, ""),
             "rows": [_row(subject, own[name], drawn) for subject, own in scores.items() if name in own],
         }
         for name in names

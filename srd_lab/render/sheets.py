@@ -107,8 +107,10 @@ def _sheet(columns: Sequence[_Column], labels: Sequence[str], title: str, outlin
     right = max(0.15, *(0.052 * len(n) - (len(names) - j - 0.35) * cell + 0.2 for j, n in enumerate(names)))
     width = max(3.4, left + cell * len(columns) + right)
     heads = textwrap.wrap(title, int(12.5 * width))
-    upright = 0.068 * max(map(len, names)) < cell - 0.1
-    top = 0.14 + 0.19 * len(heads) + (0.2 if upright else 0.22 + 0.042 * max(map(len, names)))
+    stacked = [_stacked(name, int((cell - 0.1) / 0.068)) for name in names]
+    upright = all(stacked)
+    rows = max(len(lines) for lines in stacked)
+    top = 0.14 + 0.19 * len(heads) + (0.06 + 0.14 * rows if upright else 0.22 + 0.042 * max(map(len, names)))
     below = _captions(width, outlined)
     bottom = 0.5 + 0.14 * len(below)
     lines = [0.125 * len(text.splitlines()) for text in texts]
@@ -126,7 +128,7 @@ def _sheet(columns: Sequence[_Column], labels: Sequence[str], title: str, outlin
             for j, column in enumerate(columns):
                 if i < len(column.cells) and (shown := column.cells[i]) is not None:
                     _show(figure, shown, left + j * cell, up, cell - 0.04)
-        for j, name in enumerate(names):
+        for j, name in enumerate(["\n".join(lines) for lines in stacked] if upright else names):
             x = left + (j + (0.5 if upright else 0.35)) * cell
             how = {"ha": "center"} if upright else {"ha": "left", "rotation": 35}
             _write(figure, x, size[1] - top + 0.06, name, va="bottom", **how)
@@ -134,6 +136,12 @@ def _sheet(columns: Sequence[_Column], labels: Sequence[str], title: str, outlin
             _write(figure, 0.1, size[1] - 0.1 - 0.19 * k, line, fontsize=9, va="top")
         _scale(figure, below)
     return figure
+
+
+def _stacked(name: str, most: int) -> list[str]:
+    """A column's name in at most three lines of ``most`` letters each; none where it does not fit."""
+    lines = textwrap.wrap(name, max(1, most), break_long_words=False)
+    return lines if len(lines) <= 3 and max(map(len, lines), default=0) <= most else []
 
 
 def _show(figure: Figure, cell: _Cell, x: float, y: float, side: float) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ _LATEX = {c: f"\\{c}" for c in "#$%&_{}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
+_IN_BRACKETS = re.compile(r"\[[^\]]*\]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#])")
 
 
@@ -57,6 +59,26 @@ class Table:
 
     def __str__(self) -> str:
         return text_table(self.header, self.rows)
+
+    def narrow(self, width: int) -> list[Table]:
+        """The table in parts of at most ``width`` characters, as far as their columns allow it.
+
+        Every part begins with the columns that name the rows: up to the one called "method" or "subject", else the first.
+        """
+        sizes = [max(len(row[i]) for row in (self.header, *self.rows)) + 2 for i in range(len(self.header))]
+        if sum(sizes) - 2 <= width:
+            return [self]
+        named = next((i for i, name in enumerate(self.header[:3]) if name in ("method", "subject")), 0) + 1
+        parts, left = [list[int]()], width - sum(sizes[:named]) + 2
+        for i in range(named, len(sizes)):
+            if parts[-1] and sizes[i] > left:
+                parts, left = [*parts, []], width - sum(sizes[:named]) + 2
+            parts[-1].append(i)
+            left -= sizes[i]
+        return [self._of([*range(named), *part]) for part in parts]
+
+    def _of(self, columns: Sequence[int]) -> Table:
+        return Table([self.header[i] for i in columns], [[row[i] for i in columns] for row in self.rows])
 
 
 Block = str | Table
@@ -76,9 +98,19 @@ class Document:
         kept = [block.strip("\n") if isinstance(block, str) else block for block in self.blocks]
         object.__setattr__(self, "blocks", [block for block in kept if block])
 
-    def text(self) -> str:
-        """As the terminal has it."""
-        return "\n\n".join(map(str, [self.title, *self.blocks]))
+    def text(self, width: int = 0) -> str:
+        """As the terminal has it.
+
+        width : characters of a line: longer ones are broken, and the columns of a wider table stand in parts below each
+            other, each with the names of the rows. A cell alone may be wider. 0 = as wide as it is.
+        """
+        if not width:
+            return "\n\n".join(map(str, [self.title, *self.blocks]))
+        parts = [self.title, *self.blocks]
+        return "\n\n".join(
+            _filled(part, width) if isinstance(part, str) else "\n\n".join(map(str, part.narrow(width)))
+            for part in parts
+        )
 
     def markdown(self) -> str:
         """With tables of GitHub's kind."""
@@ -99,7 +131,7 @@ class Document:
         def table(one: Table) -> str:
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in one.header)
             body = "".join(
-                f"<tr>{''.join(f'<td>{html.escape(cell.strip())}</td>' for cell in row)}</tr>"
+                f"<tr>{''.join(f'<td>{_breakable(cell.strip())}</td>' for cell in row)}</tr>"
                 for row in one.rows
             )
             return (
@@ -112,14 +144,15 @@ class Document:
         return self._written(f"<h2>{html.escape(self.title)}</h2>", table, paragraph)
 
     def latex(self) -> str:
-        """Tables for ``\\usepackage{booktabs}``; paragraphs stand as comments."""
+        """Tables for ``\\usepackage{booktabs}``, which the first line says; paragraphs stand as comments."""
 
         def table(one: Table) -> str:
             lines = [" & ".join(map(_latex, row)) + r" \\" for row in one.rows]
             body = "\n".join([" & ".join(map(_latex, one.header)) + r" \\", r"\midrule", *lines])
             return f"\\begin{{tabular}}{{l{'r' * (len(one.header) - 1)}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}"
 
-        return self._written(f"% {self.title}", table, lambda said: "% " + said.replace("\n", "\n% "))
+        needs = "% needs \\usepackage{booktabs} in the preamble\n"
+        return self._written(f"{needs}% {self.title}", table, lambda said: "% " + said.replace("\n", "\n% "))
 
     def to_json(self) -> str:
         """To be read by :meth:`from_json`."""
@@ -141,6 +174,20 @@ class Document:
         return "\n\n".join([title, *parts])
 
 
+def _filled(said: str, width: int) -> str:
+    """A paragraph with its longer lines broken at spaces; what goes on is indented like the line, and a little more."""
+    lines: list[str] = []
+    wide = max(map(len, said.splitlines()), default=0) > width
+    for line in _lines(said) if wide else said.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        more = indent + ("  " if indent else "")
+        wrapper = textwrap.TextWrapper(
+            width, subsequent_indent=more, break_long_words=False, break_on_hyphens=False
+        )
+        lines += wrapper.wrap(line) or [""]
+    return "\n".join(lines)
+
+
 def _lines(said: str) -> list[str]:
     """The lines of a paragraph, less the line ends that only keep it narrow: those within a sentence or list."""
     lines: list[str] = []
@@ -150,6 +197,11 @@ def _lines(said: str) -> list[str]:
         else:
             lines.append(line)
     return lines
+
+
+def _breakable(cell: str) -> str:
+    """A cell as HTML in which ``0.398 [0.198, 0.592]`` is broken before the bracket alone."""
+    return _IN_BRACKETS.sub(r'<span class="whole">\g<0></span>', html.escape(cell))
 
 
 def _table_of(found: dict[str, Any]) -> Table:

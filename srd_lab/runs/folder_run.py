@@ -75,7 +75,7 @@ class FolderRun(Run):
         """Nothing: there is no page, and the files say it."""
 
     def _tag(self, tags: Mapping[str, str]) -> None:
-        self._about["tags"] = dict(tags)
+        self._about["tags"] = self._about.get("tags", {}) | dict(tags)
         self._write_about()
 
     def _log_drawn(self, drawn: Drawn) -> None:

@@ -9,9 +9,13 @@ import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from srd_lab.runs.document import Document
 from srd_lab.runs.environment import SURROUNDINGS
+from srd_lab.runs.glossary import explained
+from srd_lab.runs.outcome import REPORT
 from srd_lab.runs.reading import StoredRun
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
@@ -20,7 +24,8 @@ _CAPTIONS = {
     "reach the farthest point within 1.5 box heights. Pale: random noise instead of an attack.",
     "members": "Mean correlation of the maps before and after each attack of the ensemble. A star marks an attack that was "
     "tried on some images and does not count.",
-    "worst": "The images that came off worst: the image, the attacked one, the map before and after.",
+    "worst": "The images that came off worst: the image, the attacked one, the difference between them (magnified), "
+    "the map before and after.",
     "robustness": "Worst-case correlation over the size of the budget.",
     "pictures": "Images and their maps; what their colours and lines mean stands below them.",
     "ranks": "Rank of every method by every metric, 1 is best; best on average on top.",
@@ -69,23 +74,30 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --paper: #16181b; --faint: #a3a9b2; --line: #3a3f46; --fill: #20242a; --link: #79b8f3 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 66rem; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 1rem }
 h2 { font-size: 1.2rem; line-height: 1.3; margin: 2.5rem 0 .75rem; border-top: 1px solid var(--line); padding-top: 1.25rem }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem }
 a { color: var(--link) }
 .faint, figcaption { color: var(--faint); font-size: .9rem }
-.wide { overflow-x: auto }
+/* a shadow at the side to which a table that is wider than the page can be moved */
+.wide { overflow-x: auto; background:
+  linear-gradient(90deg, var(--paper) 2rem, transparent) left / 4rem 100% no-repeat local,
+  linear-gradient(270deg, var(--paper) 2rem, transparent) right / 4rem 100% no-repeat local,
+  linear-gradient(90deg, #8889, transparent) left / .9rem 100% no-repeat scroll,
+  linear-gradient(270deg, #8889, transparent) right / .9rem 100% no-repeat scroll }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .5rem 0 }
-th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
-  vertical-align: top }
+th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: normal }
+th { vertical-align: bottom } .whole, td:not(:has(.whole)):not(:last-child) { white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 table.about td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 figure { margin: 1rem 0 1.5rem }
 figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 pre { background: var(--fill); padding: .75rem; border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere;
   font-size: .86rem }
+dt { font-weight: 600 } dd { margin: 0 0 .4rem 1.25rem }
 details { margin: .75rem 0 } summary { cursor: pointer }
 @media print { html { font-size: 10px } body { max-width: none; font-size: 11px }
   h2, h3 { break-after: avoid } figure img { max-height: 15cm; width: auto }
@@ -97,22 +109,38 @@ details { margin: .75rem 0 } summary { cursor: pointer }
 _CODE = re.compile("`(.*?)`")
 
 
-def html_report(runs: Sequence[StoredRun], title: str = "") -> str:
+@dataclass(frozen=True)
+class Joint:
+    """What stands before the runs of a page: how they compare.
+
+    document : tables, and what they mean. figure : PNG; b"" = none.
+    """
+
+    document: Document
+    figure: bytes = b""
+
+
+def html_report(runs: Sequence[StoredRun], title: str = "", joint: Joint | None = None) -> str:
     """The page.
 
     runs : that it is about; one that has not finished says so. title : of the page; "" = made of the runs' names.
+    joint : what compares them; None = nothing does.
 
     Raises BadRun where a report is damaged.
     """
-    name = title or " | ".join(f"{run.command} {run.name}" for run in runs)
     many = len(runs) > 1
-    contents = "".join(f'<li><a href="#{run.short}">{_(run.command)}: {_(run.name)}</a></li>' for run in runs)
-    sections = "\n".join(_section(run) for run in runs)
+    name = title or (
+        f"{len(runs)} runs compared" if joint else " | ".join(f"{r.command} {r.name}" for r in runs)
+    )
+    listed = "".join(f'<li><a href="#{run.short}">{_(run.command)}: {_(run.name)}</a></li>' for run in runs)
+    contents = f"<ul>{listed}</ul>" if many else ""
+    together = [joint.document.html(), _picture(joint.figure, "comparison.png")] if joint else []
+    sections = "\n".join([*together, *map(_section, runs), _glossary(runs, joint)])
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_(name)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{_STYLE}</style></head><body>\n<h1>{_(name)}</h1>\n"
-        f"{f'<ul>{contents}</ul>' if many else ''}\n{sections}\n</body></html>\n"
+        f"{contents}\n{sections}\n</body></html>\n"
     )
 
 
@@ -149,8 +177,15 @@ def _shown(names: Sequence[str]) -> list[str]:
 
 
 def _figure(run: StoredRun, name: str) -> str:
+    return _picture(run.files.read(name), name)
+
+
+def _picture(content: bytes, name: str) -> str:
+    """A figure with its caption; nothing where it has no content."""
+    if not content:
+        return ""
     path = PurePosixPath(name)
-    data = base64.b64encode(run.files.read(name)).decode()
+    data = base64.b64encode(content).decode()
     caption = _CAPTIONS.get(path.stem, "")
     alt = caption or path.stem.replace("_", " ")
     return (
@@ -164,6 +199,14 @@ def _how_to_read(command: str) -> str:
     items = [_CODE.sub(r"<code>\1</code>", _(line)) for line in said]
     lines = "".join(f"<li>{item}</li>" for item in items)
     return f"<h2>How to read it, and what it does not say</h2><ul>{lines}</ul>" if said else ""
+
+
+def _glossary(runs: Sequence[StoredRun], joint: Joint | None) -> str:
+    """What the words mean that stand in the reports."""
+    reports = [run.document().text() for run in runs if REPORT in run.top_files]
+    words = explained("\n".join([*reports, joint.document.text() if joint else ""]))
+    items = "".join(f"<dt>{_(word)}</dt><dd>{_(said)}</dd>" for word, said in words)
+    return f'<section id="words"><h2>What the words mean</h2><dl>{items}</dl></section>' if items else ""
 
 
 def _made(run: StoredRun, names: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from srd_lab.runs.settings import PACE, Settings, as_text
 
+# scores that stand for a run: the first of them that it has
+HEADLINES = ("worst_pcc", "eq10_pcc", "zeros_apop_top1", "pointing_game", "insertion", "pcc", "top1")
 _LONGEST = 40  # characters of one part of a name
 # settings that the list shows as tags, by the tag's name
 _TAGS = {"attack": "attacks", "norm": "norm", "budget": "budget", "mode": "mode", "start": "starts"}
@@ -59,7 +61,9 @@ def label_of(settings: Settings, device: object = "", drawn: Drawn | None = None
     >>> label_of(RobustnessSettings(methods=("srd", "gradcam"), pairs=20)).name
     'srd + gradcam · vgg16 · scenes · 20 pairs · seed 0'
     """
-    own = vars(settings)
+    own = dict(vars(settings))
+    if hasattr(settings, "effective_budget"):
+        own["budget"] = f"{settings.effective_budget:g}"
     models = own.get("models") or (own.get("model", ""),)
     methods, number = own.get("methods", ()), own.get("pairs", own.get("images", ""))
     unit = "pairs" if "pairs" in own else "images"
@@ -86,9 +90,9 @@ def label_of(settings: Settings, device: object = "", drawn: Drawn | None = None
 
 
 def _some(names: Sequence[str]) -> str:
-    """One or two names; of more the first, and how many others."""
+    """Up to three names; of more the first two, and how many others."""
     shown = [_short(name) for name in names if name]
-    return " + ".join(shown) if len(shown) < 3 else f"{shown[0]} + {len(shown) - 1} more"
+    return " + ".join(shown if len(shown) < 4 else [*shown[:2], f"{len(shown) - 2} more"])
 
 
 def _short(name: str) -> str:

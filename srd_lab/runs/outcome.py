@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,20 @@ from typing import Any
 import click
 import numpy as np
 
+from srd_lab.catalogue import METRICS
 from srd_lab.errors import BadRun
 from srd_lab.render.score_page import score_page
 from srd_lab.runs.document import Document
+from srd_lab.runs.label import HEADLINES
 from srd_lab.runs.report import csv_text
 from srd_lab.runs.tracking import Run, Traces
 
 REPORT, SUMMARY, MARKDOWN, SCORES = "report.json", "summary.txt", "summary.md", "scores.csv"
 POINTS = "scores.html"  # the same to point at
+_INTERVAL = re.compile(r"[,.;]? ?\b[Mm]ean \[95 % interval\]")
+NARROW = 80  # characters of a line of the summary, which MLflow's page does not wrap
 _POINTS = 50  # of a curve over the images
+_CURVES = 2  # scores of a subject whose curves the run itself has; its part has those of all
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # subject -> score -> (N,), NaN = not scored
 
@@ -32,37 +38,77 @@ class Outcome:
 
     document : the report. seconds : that its batches took, in all sessions.
     images : (N,) names of what was scored, each once.
-    scores : subject (a method, or a network) -> score -> (N,).
+    scores : subject (a method, or a network) -> score -> (N,). first : the subject that stands for the run in lists: the
+        best of those that are ranked, or the one that was asked for first; "" = the first of the scores.
     """
 
     document: Document
     seconds: float
     images: Sequence[str] = ()
     scores: Scores = field(default_factory=dict)
+    first: str = ""
 
 
 def publish(run: Run, outcome: Outcome) -> None:
     """Print a study's report, and store it with the scores and their means.
 
-    The means are metrics of the run: ``SUBJECT/SCORE``, or ``SCORE`` alone where there is one subject, so that runs of one
-    method each stand side by side in a chart.
+    The means are metrics of the run, ``SUBJECT/SCORE``; where there is one subject also ``SCORE``, so that runs of one
+    method each stand side by side in a chart. Curves ``SUBJECT/over_images/SCORE`` are those of its first two scores. The
+    tag ``headline`` says the score that stands for the run.
     """
     document = outcome.document
     run.save_text(REPORT, document.to_json())
     if outcome.scores:
         run.save_text(SCORES, scores_text(outcome.images, outcome.scores))
-        run.save_text(POINTS, score_page(outcome.images, outcome.scores, document.title))
+        title = _INTERVAL.sub("", document.title)  # there are points and means on the page
+        names = dict.fromkeys(name for own in outcome.scores.values() for name in own)
+        about = {name: _direction(name) for name in names}
+        run.save_text(POINTS, score_page(outcome.images, outcome.scores, title, about))
     run.save_text(MARKDOWN, document.markdown() + "\n")
-    run.note(document.markdown())
-    run.save_text(SUMMARY, document.text() + "\n")
-    many = len(outcome.scores) > 1
+    run.note(_spaced(document.markdown()))
+    run.save_text(SUMMARY, document.text(NARROW) + "\n")
     means = {
-        f"{subject}/{name}" if many else name: _mean(values)
+        f"{subject}/{name}": _mean(values)
         for subject, own in outcome.scores.items()
         for name, values in own.items()
     }
+    if len(outcome.scores) == 1:
+        means |= {name.rpartition("/")[2]: mean for name, mean in means.items()}
     run.log_metrics(means | {"seconds": outcome.seconds})
+    for subject, own in outcome.scores.items():
+        shown = {name: own[name] for name in list(own)[:_CURVES]}
+        run.log_traces({f"{subject}/{name}": curve for name, curve in over_images(shown).items()})
+    if said := _headline(outcome):
+        run.tag({"headline": said})
     click.echo(document.text())
+
+
+def _spaced(markdown: str) -> str:
+    """Markdown with room between the columns of its tables, which MLflow's page leaves none."""
+    rows = (line.startswith("| ") and not line.startswith("| ---") for line in markdown.splitlines())
+    lines = zip(markdown.splitlines(), rows, strict=True)
+    return "\n".join(line.replace(" | ", "&nbsp;&nbsp; | &nbsp;") if row else line for line, row in lines)
+
+
+def _direction(score: str) -> str:
+    """What the values of a score mean, in a few words; empty where that is not known."""
+    if score in METRICS:
+        return f"{METRICS[score].better} is better"
+    if re.match(r"(worst|noise|eq10)_", score):
+        return "1 = the target's map" if score.endswith("_target") else "1 = the map has not moved"
+    return "1 = right, 0 = wrong" if score.endswith(("top1", "top5")) else ""
+
+
+def _headline(outcome: Outcome) -> str:
+    """``srd worst_pcc 0.398``, and of how many subjects it is one; empty where there are no scores."""
+    if not outcome.scores:
+        return ""
+    subject = outcome.first or next(iter(outcome.scores))
+    own = outcome.scores[subject]
+    score = next((name for name in (*HEADLINES, *own) if name in own), "")
+    others = len(outcome.scores) - 1
+    more = f" (and {others} other{'s' if others > 1 else ''})" if others else ""
+    return f"{subject} {score} {_mean(own[score]):.3f}{more}" if score else ""
 
 
 def over_images(scores: Mapping[str, np.ndarray]) -> Traces:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -89,7 +90,15 @@ class StoredRun:
         if SCORES not in self.top_files:
             self.document()  # says why there is none
             raise BadRun(f"run {self.short} ({self.command}) has no scores of single images")
-        return read_scores(self.load_text(SCORES))
+        images, scores = read_scores(self.load_text(SCORES))
+        return images, {subject: _as_named_now(own) for subject, own in scores.items()}
+
+
+def _as_named_now(own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores (N,) of the published attack alone, which older versions called ``pcc``, by the names of today."""
+    if "pcc_target" not in own:
+        return own
+    return {f"eq10_{name}" if name.startswith(("pcc", "ssim")) else name: v for name, v in own.items()}
 
 
 def list_runs(tracking_uri: str | None = None, command: str = "", limit: int = 20) -> list[StoredRun]:
@@ -195,14 +204,14 @@ def _of_folder(folder: Path, command: str = "") -> StoredRun:
         tags = dict(about.get("tags", {}))
     except (TypeError, ValueError) as error:
         raise BadRun(f"{folder / ABOUT} is damaged ({error!r})") from None
-    command = str(about.get("command") or command)
+    command = str(about.get("command") or command or _command_typed(folder))
     inside = sorted(path.parent for path in folder.glob(f"*/{ABOUT}"))
     return StoredRun(
         str(folder),
         unquote(str(about.get("name", folder.name))),
         command,
         str(about.get("status", "FINISHED")),
-        _time_of(folder / ABOUT),
+        _time_of(folder / ABOUT, about.get("started")),
         params,
         metrics,
         tags,
@@ -211,8 +220,19 @@ def _of_folder(folder: Path, command: str = "") -> StoredRun:
     )
 
 
-def _time_of(file: Path) -> datetime | None:
-    with contextlib.suppress(OSError):
+def _command_typed(folder: Path) -> str:
+    """The command of a run of an older version, whose copy says it in ``command.txt`` alone."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        words = (folder / "command.txt").read_text(encoding="utf-8").split()[1:]
+        return " ".join(takewhile(lambda word: not word.startswith("-"), words))
+    return ""
+
+
+def _time_of(file: Path, started: object) -> datetime | None:
+    """When a run began: seconds since 1970 that it has stored, else when its file was written."""
+    with contextlib.suppress(OSError, OverflowError, ValueError):
+        if isinstance(started, int | float):
+            return datetime.fromtimestamp(started)
         return datetime.fromtimestamp(file.stat().st_mtime)
     return None
 

@@ -135,6 +135,10 @@ class Run(ABC):
         Points that are not finite are left out and the curve is named in the tag ``not_finite``.
         """
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Store tags, name -> text; those of other names stay as they are."""
+        self._tag(tags)
+
     @abstractmethod
     def note(self, markdown: str) -> None:
         """Store the description that stands above the run, in Markdown."""

@@ -22,6 +22,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from srd_lab.errors import BadRun, BadValue
+from srd_lab.parts import spoken
 
 FREE = {"free": True}  # how the work is done, not what: never stored, free to differ on resume
 PACE = (
@@ -75,6 +76,11 @@ class Settings:
     def source(self) -> str:
         """The kind of data, without its path."""
         return self.data.partition(":")[0]
+
+    @property
+    def shown_source(self) -> str:
+        """The same for titles; of an object in hand its class."""
+        return spoken(self.data) if self.source == "live" else self.source
 
     def stored(self) -> dict[str, str]:
         """Name -> text of everything that decides a number."""

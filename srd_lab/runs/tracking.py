@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from srd_lab.runs.addresses import local_folder, store_uri
@@ -53,12 +53,15 @@ class MlflowRun(Run):
         self._experiment = str(stored.info.experiment_id)  # that of an older version's run is another
         self._before = str(stored.info.status)
         self._metrics = dict(stored.data.metrics)  # what is stored already is not stored again on resume
+        self._command = store.command
+        self._tags = {k: v for k, v in stored.data.tags.items() if "." not in k and k != NOT_FINITE}
         self._not_finite = set(filter(None, stored.data.tags.get(NOT_FINITE, "").split(", ")))
 
     def note(self, markdown: str) -> None:
         self._store.set_tag(self.id, "mlflow.note.content", _shortened(markdown))
 
     def _tag(self, tags: Mapping[str, str]) -> None:
+        self._tags |= tags
         self._store.set_tags(self.id, tags)
 
     def _log_drawn(self, drawn: Drawn) -> None:
@@ -101,11 +104,18 @@ class MlflowRun(Run):
             self._copy(self.copy_to)
 
     def _copy(self, folder: Path) -> None:
-        """Put all files of this run and of its parts there, and its numbers, as a run without tracking does."""
+        """Put all files of this run and its parts there, and name, tags and numbers, as a run without tracking does."""
         copy = FolderFiles(folder)
         for path in self._files.everything():
             copy.write(path, self._files.read(path))
-        about = {"run": self.id, "params": self.params, "metrics": self._metrics}
+        about: dict[str, Any] = {
+            "run": self.id,
+            "command": self._command,
+            "name": self.name,
+            "status": "FINISHED",
+        }
+        about |= {"started": self._start / 1000, "tags": self._tags}
+        about |= {"params": self.params, "metrics": self._metrics}
         copy.write(
             ABOUT,
             (json.dumps(about | {NOT_FINITE: sorted(self._not_finite)}, indent=1) + "\n").encode(),
