@@ -622,7 +622,8 @@ def test_fixed_settings_and_options_of_the_explainer_are_stored_and_must_not_cha
     assert {"methods": "gradient", "batch_size": ""}.items() <= stored.items()
     params = children(store, run)["gradient"].data.params  # type: ignore[attr-defined]
     settings = {name: stored[name] for name in ManipulationSettings().stored() if name != "batch_size"}
-    assert params == settings | {"method": "gradient", "explainer.channels": "abs_sum"}
+    own = {"method": "gradient", "explainer.channels": "abs_sum", "weights_sha256": stored["weights_sha256"]}
+    assert params == settings | own
     with monkeypatch.context() as patched:
         patched.setattr("srd_lab.reproduce.manipulation.PUBLISHED", ManipulationSettings(bound=4.0))
         result = call("reproduce", "fig4", "--resume", run, *where)

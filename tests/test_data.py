@@ -187,8 +187,9 @@ def test_a_photograph_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) 
     [
         *(
             ({"spec": spec}, f"'{spec}'.*{', '.join(SOURCES)}")
-            for spec in ("cifar", "imagenet:", "voc", ":x")
+            for spec in ("cifarre", "imagenet:", "voc", ":x")
         ),
+        ({"spec": "cifar"}, r"'cifar'.*did you mean 'cifar10'"),
         ({"split": "valid"}, r"'valid'.*train, val, test"),
         ({"seed": -1}, r"0 or more"),
         ({"size": 32}, r"64 x 64"),

@@ -447,7 +447,8 @@ def test_a_wrapped_method_is_a_method_everywhere(
     name = "smoothed(gradient,0.1,2)"
     options = ("--metrics", "sparseness", "--images", "2", "--reference", name, "--device", "cpu")
     assert name in succeed("evaluate", "--methods", f"sobel,{name}", *options)
-    succeed("explain", str(pictures[0]), "--methods", f"srd,{name}", "--out", "out", "--device", "cpu")
+    methods = ("--model", "vgg16", "--methods", f"srd,{name}")
+    succeed("explain", str(pictures[0]), *methods, "--out", "out", "--device", "cpu")
     x = load_data("scenes")[0].image[None]
     expected = make_explainer(name).explain(load_model("vgg16", device="cpu"), x)[0]
     np.testing.assert_allclose(np.load(f"out/photo/{name}.npy"), expected.numpy(), atol=1e-6)
@@ -605,7 +606,8 @@ def test_several_targets_give_a_map_per_class_side_by_side(
         "Grad-CAM: ring",
         "Grad-CAM: star",
     ]
-    assert drawn[0][0].label == "photo.png"
+    assert drawn[0][0].label.splitlines()[0] == "photo.png"
+    assert [line.split(":")[0] for line in drawn[0][0].label.splitlines()[1:]] == ["ring", "star"]
     for name in ("ring", "star"):
         alone = explained(pictures[0], tmp_path / name, *methods, "--target", name)
         assert sorted(alone) == ["gradcam", "srd"]

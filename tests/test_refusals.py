@@ -600,7 +600,7 @@ ODD: dict[str, tuple[Callable[[], Net], str | None]] = {
     "no classes": (of_logits(lambda y: y[:, :0]), NO_LOGITS + r"shape \(2, 0\)"),
     "nothing": (of_logits(lambda y: None), NO_LOGITS + "a NoneType"),
     "a text": (of_logits(lambda y: "cat"), NO_LOGITS + "a str"),
-    "an array": (of_logits(lambda y: y.detach().numpy()), NO_LOGITS + "a ndarray"),
+    "an array": (of_logits(lambda y: y.detach().numpy()), NO_LOGITS + "a ndarray|out of torch"),
     "a map": (
         of_logits(lambda y: y[:, :, None, None]),
         NO_LOGITS + r"shape \(2, 4, 1, 1\)|needs class logits behind",

@@ -135,7 +135,6 @@ def test_box_plots(count: int, with_control: bool) -> None:
         assert axes.get_ylim() == pytest.approx((-0.02, 1.02))
     (legend,) = figure.legends
     assert "middle half" in legend.get_title().get_text().replace("\n", " ")
-    assert bool(legend.get_texts()) == with_control
     check_nothing_clipped(figure)
 
 
@@ -269,7 +268,7 @@ def test_map_sheet_scales_each_map_by_itself() -> None:
     scalar, srd = (figure.axes[i].images[0].get_array() for i in (1, 2))
     np.testing.assert_allclose(scalar, np.clip(raw / np.quantile(np.abs(raw), 0.995), -1, 1))
     assert not np.any(srd)
-    assert "resnet50: image" in {text.get_text() for text in figure.texts}
+    assert any("resnet50" in text.get_text() and "image" in text.get_text() for text in figure.texts)
     check_nothing_clipped(figure)
 
 

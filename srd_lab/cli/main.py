@@ -78,7 +78,10 @@ def models(as_json: bool) -> None:
 )
 @command_errors
 def cluster(ray_address: str | None) -> None:
-    """List the machines of a Ray cluster and how many batches it works on at once."""
+    """List the machines of a Ray cluster.
+
+    And how many batches it would work on at once.
+    """
     from srd_lab.runs.executors import connected
     from srd_lab.runs.on_ray import cluster_text
 

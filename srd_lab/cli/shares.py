@@ -41,7 +41,7 @@ class _HandsOn(click.Command):
 def merge(
     ctx: click.Context, folders: tuple[Path, ...], track: bool, tracking_uri: str | None, out: Path | None
 ) -> None:
-    """Make one run of all shares DIR..., which --shard I/N of a command did apart.
+    """Make one run of the shares DIR... that --shard did.
 
     Every share must be there once, finished, and of the same command and settings. The run has all their batches and is
     ended by the command itself, so that its tables are those of one run. Options behind -- are handed on to that command:

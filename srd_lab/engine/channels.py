@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srd_lab.engine.affine import RESHAPES, exchanged, spelled
+from srd_lab.engine.affine import CASTS, COPIES, RESHAPES, SCALES, SHIFTS, exchanged, spelled
 from srd_lab.engine.letters import WRITTEN_IN_LETTERS, in_letters
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import Function
 
 T = torch.Tensor
+_ENTRY_BY_ENTRY = SHIFTS | SCALES | COPIES | CASTS
 _LAYER_NORMS = spelled("layer_norm rms_norm")
 _REDUCTIONS = spelled("sum mean amax amin")
 _NEW_AXES = spelled("stack unsqueeze")
@@ -82,6 +83,8 @@ class Channels:
                 self.put(out, found)
             if function in RESHAPES:
                 self._reshaped(x, axis, out, found)
+            elif function in _ENTRY_BY_ENTRY and out.shape == x.shape:
+                self._records.note(out, laid=self._records[x].laid)
 
     def laid(self, t: Tensor) -> tuple[torch.Size, int] | None:
         """Shape and channel axis of the map that ``t`` was before its channels were merged with other axes, or split; None
@@ -93,7 +96,9 @@ class Channels:
         shape, own = self._records[x].laid or (x.shape, axis)
         if out.shape == shape:
             self._records.note(out, channels=own, laid=None)
-        elif self._records[x].laid or _behind_reshape(tuple(x.shape), axis, tuple(out.shape)) is None:
+        elif self._records[x].laid or (
+            x.dim() > 1 and _behind_reshape(tuple(x.shape), axis, tuple(out.shape)) is None
+        ):
             self._records.note(out, laid=(shape, own))
 
 
