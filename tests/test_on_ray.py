@@ -56,6 +56,8 @@ def cluster() -> Iterator[Any]:
     """Two nodes of one CPU each; the first is this process's own and stays."""
     from ray.cluster_utils import Cluster
 
+    # else it ends workers for want of the memory that other processes of this machine hold
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = Cluster(
