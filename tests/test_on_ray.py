@@ -57,7 +57,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     # else it ends workers for want of the memory that other processes of this machine hold
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = Cluster(
