@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -51,6 +52,19 @@ pytestmark = [
 ]
 
 
+def collect() -> None:
+    """What Ray leaves open goes here, and not as an error of a later test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    collect()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes of one CPU each; the first is this process's own and stays."""
@@ -69,6 +83,7 @@ def cluster() -> Iterator[Any]:
         yield made
         on_ray.close()
         made.shutdown()
+    collect()
 
 
 class Numbers:
