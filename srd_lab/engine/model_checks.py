@@ -170,7 +170,10 @@ def _slope(model: nn.Module, one: Tensor) -> Tensor | None:
         logits = _logits(Watch(model), leaf)
         if logits is None or not logits.requires_grad:
             return None
-        return torch.autograd.grad(logits.square().sum(), leaf, allow_unused=True)[0]
+        try:
+            return torch.autograd.grad(logits.square().sum(), leaf, allow_unused=True)[0]
+        except RuntimeError:  # what is overwritten cannot be differentiated; not all methods have to
+            return None
 
 
 def _false_slope_at(model: nn.Module, x: Tensor, place: int) -> str | None:

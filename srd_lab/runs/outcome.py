@@ -84,7 +84,7 @@ def publish(run: Run, outcome: Outcome) -> None:
 
 
 def _spaced(markdown: str) -> str:
-    """Markdown with room between the columns of its tables, which MLflow's page leaves none."""
+    """Markdown with spaces between the columns of its tables, which MLflow's page sets without any."""
     rows = (line.startswith("| ") and not line.startswith("| ---") for line in markdown.splitlines())
     lines = zip(markdown.splitlines(), rows, strict=True)
     return "\n".join(line.replace(" | ", "&nbsp;&nbsp; | &nbsp;") if row else line for line, row in lines)
