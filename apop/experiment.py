@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from apop.passes import binarize, record, replay
 from apop.pattern import ActivationPattern
 from srd_lab.errors import BadInput, BadValue, BadWeights
+from srd_lab.metrics.summary import interval_text
 from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import generator
 from srd_lab.types import Sample
@@ -39,10 +40,8 @@ class Interval:
     high: float
     n: int
 
-    @property
-    def half_width(self) -> float:
-        """Half the length of the interval, which is not quite symmetric about the accuracy."""
-        return (self.high - self.low) / 2
+    def __str__(self) -> str:
+        return interval_text(self.accuracy, self.low, self.high)
 
 
 @dataclass(frozen=True, eq=False)

@@ -163,7 +163,7 @@ class Survey:
             blocks += _curve(name, hits) if hits.layers else []
         if skipped := next(iter(results.values())).skipped:
             blocks.append(skipped_report(skipped))
-        title = f"APOP on {self.about}: accuracy ±half the 95 % Wilson interval"
+        title = f"APOP on {self.about}: accuracy [95 % Wilson interval]"
         publish(run, self.outcome(Document(title, blocks), results))
 
     def outcome(self, document: Document, results: dict[str, Hits]) -> Outcome:
@@ -185,14 +185,10 @@ def table_3(results: dict[str, Hits], experiment: Experiment) -> tuple[list[str]
         for i, kind in enumerate(experiment.inputs):
             cells = [spoken(model) if i == 0 else "", kind]
             for top in ("top1", "top5"):
-                cells.append(_cell(hits.interval(f"{top}/original")) if i == 0 else "")
-                cells += [_cell(hits.interval(f"{top}/{kind}/{s}")) for s in ("apop", "apop_relu")]
+                cells.append(str(hits.interval(f"{top}/original")) if i == 0 else "")
+                cells += [str(hits.interval(f"{top}/{kind}/{s}")) for s in ("apop", "apop_relu")]
             lines.append(cells)
     return header, lines
-
-
-def _cell(interval: Interval) -> str:
-    return f"{interval.accuracy:.3f} ±{interval.half_width:.3f}"
 
 
 def _with_ends(interval: Interval) -> tuple[float, float, float]:

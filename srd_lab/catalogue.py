@@ -282,11 +282,6 @@ def attackable() -> tuple[str, ...]:
     return tuple(name for name in for_any_network() if METHODS[name].attackable)
 
 
-def title_of(method: str) -> str:
-    """A method as tables write it; the text of a wrapper, such as ``smoothed(srd,0.1,64)``, is handed back as it is."""
-    return METHODS[method].title if method in METHODS else method
-
-
 def outer_parts(text: str) -> list[str]:
     """The parts of a list, split at the commas outside of all parentheses, without spaces around them.
 

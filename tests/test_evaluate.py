@@ -403,7 +403,7 @@ def test_without_masks_localisation_is_not_scored(tmp_path: Path) -> None:
     assert "No masks: localisation is not scored." in text
     assert cells(text, "gradient")[1] == "–"
     # resnet8 ends at 8 x 8 of 32 x 32: there is no 4 x 4, and the nearest has to do
-    assert "SRD, high does not go with this network" not in text
+    assert "srd_high does not go with this network" not in text
 
 
 def test_what_does_not_go_with_a_network_is_said_and_the_rest_is_done() -> None:
@@ -503,15 +503,15 @@ def test_explain_says_in_every_figure_what_it_shows(
     text = succeed("explain", str(pictures[0]), *options, "--out", str(tmp_path / "out"), "--device", "cpu")
     said = re.search(r"ring, probability 0\.\d{3}", text)
     assert said is not None
-    for figure, method in zip(figures, ("SRD, input", "Grad-CAM"), strict=True):
+    for figure, method in zip(figures, ("srd", "gradcam"), strict=True):
         words = " ".join(part.get_text() for part in figure.texts).replace("\n", " ")
         assert f"{method} {said[0]}" in words
         assert "20% of the relevance" in words
     words = " ".join(part.get_text() for part in sheets[0].texts).replace("\n", " ")
     for part in (
         "photo.png ring probability 0.",
-        "SRD, input",
-        "Grad-CAM",
+        "srd",
+        "gradcam",
         "vgg16_8x8: 1 picture",
         "for the class",
     ):
@@ -601,10 +601,10 @@ def test_several_targets_give_a_map_per_class_side_by_side(
     both = explained(pictures[0], tmp_path / "both", *methods, *twice)
     assert sorted(both) == ["gradcam-ring", "gradcam-star", "srd-ring", "srd-star"]
     assert list(drawn[0][0].maps) == [
-        "SRD, input: ring",
-        "SRD, input: star",
-        "Grad-CAM: ring",
-        "Grad-CAM: star",
+        "srd: ring",
+        "srd: star",
+        "gradcam: ring",
+        "gradcam: star",
     ]
     assert drawn[0][0].label.splitlines()[0] == "photo.png"
     assert [line.split(":")[0] for line in drawn[0][0].label.splitlines()[1:]] == ["ring", "star"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from srd_lab import maps, render
-from srd_lab.catalogue import METHODS, title_of
+from srd_lab.catalogue import METHODS
 from srd_lab.data.labels import read_labels
 from srd_lab.data.pictures import SkippedFile, decode, fit, upright
 from srd_lab.errors import BadValue, Refused, meant
@@ -155,15 +155,9 @@ class Explaining:
             for target, raw in raws.items():
                 prepared = maps.prepared(raw, (self.size, self.size))[0].cpu()
                 about = f"{self.classes.name(target)}, probability {float(likely[target]):.3f}"
-                figure = render.explanation(
-                    image, prepared, title_of(method), about, self.overlay, self.share
-                )
+                figure = render.explanation(image, prepared, method, about, self.overlay, self.share)
                 self._write(folder / self._stem(method, target), raw[0], figure)
-                column = (
-                    f"{title_of(method)}: {self.classes.label(target)}"
-                    if len(targets) > 1
-                    else title_of(method)
-                )
+                column = f"{method}: {self.classes.label(target)}" if len(targets) > 1 else method
                 shown[column] = prepared
         if not shown:
             raise Refused(f"none of the methods explains {file}; see above, and `srd-lab methods`")

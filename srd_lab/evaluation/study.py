@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from srd_lab import registry, render
-from srd_lab.catalogue import METHODS, METRICS, metric_of, title_of
+from srd_lab.catalogue import METHODS, METRICS, metric_of
 from srd_lab.data import skipped_report
 from srd_lab.data.draw import draw_images
 from srd_lab.errors import BadValue, Refused
@@ -178,7 +178,10 @@ class Evaluation:
     def figures(self, run: Run, table: Arrays, scores: dict[str, dict[str, np.ndarray]]) -> None:
         """Store the chart of ranks, and the sheet of pictures; scores : of the methods that they show."""
         if place := ranks(scores):
-            run.save_figure("ranks.png", render.rank_chart(_titled(place), self.title))
+            run.save_figure(
+                "ranks.png",
+                render.rank_chart({metric_of(m).title: own for m, own in place.items()}, self.title),
+            )
         names, images = (
             self.dataset.classes,
             table["images"][:PICTURES],
@@ -189,7 +192,7 @@ class Evaluation:
             render.SheetRow(
                 _row_label(str(table["name"][i]), names[int(table["label"][i])]),
                 image,
-                {title_of(m): table[f"{m}/map"][i] for m in scores},
+                {_column(m): table[f"{m}/map"][i] for m in scores},
                 outlines[i],
             )
             for i, image in enumerate(images)
@@ -244,7 +247,7 @@ class Evaluation:
             f"{other} is left out: its maps and scores are those of {method} here."
             for other, method in self.twins.items()
         ]
-        notes += [f"{title_of(m)} does not go with this network: {why}" for m, why in self.refused.items()]
+        notes += [f"{m} does not go with this network: {why}" for m, why in self.refused.items()]
         notes += [skipped_report(self.skipped)] if self.skipped else []
         return [*notes, *filter(None, [few_note(len(table["name"]), "images")])]
 
@@ -270,6 +273,12 @@ def twins(table: Arrays, methods: Iterable[str], metrics: Sequence[str], referen
     return found
 
 
+def _column(method: str) -> str:
+    """A method's name above its maps; that a control's colours say nothing of the class."""
+    known = METHODS.get(method)
+    return f"{method} (control)" if known and known.paper == "control" else method
+
+
 def _row_label(file: str, class_: str) -> str:
     """An image's file, without folders, and its class under it."""
     return f"{file.rpartition('/')[2]}\n{class_.split(',')[0]}"
@@ -290,13 +299,6 @@ def _unscored(own: dict[str, np.ndarray]) -> str:
         f"{n} ({'all methods' if len(names) == len(own) > 1 else ', '.join(names)})"
         for n, names in lacking.items()
     )
-
-
-def _titled(place: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {
-        metric_of(metric).title: {title_of(m): rank for m, rank in own.items()}
-        for metric, own in place.items()
-    }
 
 
 def _cost_table(table: Arrays, methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -26,7 +26,7 @@ from srd_lab.runs.outcome import publish
 from srd_lab.runs.tracking import Run
 
 WORDS = {"original": "original", "apop": "APOP", "apop_relu": "APOP & relu", "top1": "top-1", "top5": "top-5"}
-HALF = "±: half the 95 % Wilson interval"
+INTERVAL = "In brackets: the 95 % Wilson interval."
 VERDICTS = ("holds", "open", "does not hold")
 
 
@@ -77,7 +77,7 @@ class Table3(_Reproduction):
     FIXED: ClassVar[dict[str, Any]] = {"inputs": ("zeros", "ones", "normal"), "binarize": False}
 
     def tables(self, results: dict[str, Hits]) -> list[Block]:
-        return [Table(*table_3(results, self.experiment)), HALF]
+        return [Table(*table_3(results, self.experiment)), INTERVAL]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         published = paper()["table3"].get(name, {})
@@ -108,8 +108,8 @@ class Table1(_Reproduction):
         lines = []
         for name, hits in results.items():
             each = [hits.interval(f"{top}/{c}") for top in ("top1", "top5") for c in self.CONDITIONS.values()]
-            lines.append([name, *(f"{i.accuracy:.3f} ±{i.half_width:.3f}" for i in each)])
-        return [Table(header, lines), HALF]
+            lines.append([name, *map(str, each)])
+        return [Table(header, lines), INTERVAL]
 
     def findings(self, name: str, hits: Hits) -> list[Finding]:
         """Against the values of Table 3, which are the same before they were cut to three digits."""
