@@ -12,7 +12,7 @@ from small_networks import OPTIONS, Small
 from torch import Tensor, nn
 
 from srd_lab.catalogue import for_any_network
-from srd_lab.engine import interceptor, layer_trace, model_checks
+from srd_lab.engine import interceptor, layer_trace, model_checks, model_memory
 from srd_lab.engine.surrogate import SmoothModel
 from srd_lab.errors import Refused, SrdLabWarning
 from srd_lab.models import Classifier
@@ -44,7 +44,7 @@ def explain(name: str, model: nn.Module, x: Tensor) -> Tensor:
 
 
 def found_of(model: nn.Module) -> set[str]:
-    return set().union(*model_checks._passed[model].values())
+    return set().union(*model_memory._found[model].values())
 
 
 @pytest.fixture

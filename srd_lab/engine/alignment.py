@@ -19,7 +19,7 @@ from srd_lab.engine.affine import overwrites
 from srd_lab.engine.coordinate_calls import CallOnPlaces, written_into
 from srd_lab.engine.coordinates import Coordinates, thin
 from srd_lab.engine.interceptor import Watch
-from srd_lab.engine.model_checks import memory_of
+from srd_lab.engine.model_memory import memory_of
 from srd_lab.engine.receptive_fields import reads_elsewhere
 from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
 from srd_lab.engine.token_grid import TokenGrid, grid_of, grid_of_queries, laid_over

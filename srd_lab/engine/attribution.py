@@ -28,7 +28,9 @@ from srd_lab.engine.hidden_activations import check_no_hidden_activation
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.live_pass import Leaks
-from srd_lab.engine.model_checks import check_images_apart, false_slope, has_changed
+from srd_lab.engine.model_checks import check_images_apart
+from srd_lab.engine.model_memory import has_changed
+from srd_lab.engine.model_slope import false_slope
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import Leak, Refused, SrdLabError, SrdLabWarning, first_line
 from srd_lab.normalise import split_normalisation

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from srd_lab.engine.affine import JOINS, LEAVING, LIKE, SELECTIONS, SHAPED, SHIFTS, is_affine, spelled
 from srd_lab.engine.geometry import MaxPool
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.model_checks import memory_of, state_of
+from srd_lab.engine.model_memory import memory_of, state_of
 from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
 from srd_lab.errors import Refused
 

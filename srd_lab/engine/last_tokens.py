@@ -17,7 +17,7 @@ from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.channels import has_extent
 from srd_lab.engine.layer_trace import LayerTrace, Tokens
 from srd_lab.engine.layers import cuts
-from srd_lab.engine.model_checks import memory_of
+from srd_lab.engine.model_memory import memory_of
 from srd_lab.engine.token_grid import TokenGrid
 
 _ROUNDING = 1e-3  # of the largest slope, that two ways to the same slopes may be apart by

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from srd_lab.engine.interceptor import Interceptor
-from srd_lab.engine.model_checks import passes_as
+from srd_lab.engine.model_memory import passes_as
 from srd_lab.engine.preconditions import refuse_checkpoint
 from srd_lab.engine.softplus import smooth_clip, smooth_relu
 from srd_lab.engine.spellings import Call
