@@ -62,6 +62,18 @@ KINKS = spelled(  # piecewise linear, and so an activation in all but its spelli
     "maximum minimum fmax fmin abs absolute __abs__ sign sgn heaviside threshold clamp clamp_min clamp_max clip",
     "hardshrink softshrink rrelu copysign hypot logaddexp logaddexp2",
 )
+CURVES = spelled(  # bent functions of single entries: activations, unless they make a gate, or a statistic
+    "sigmoid expit hardsigmoid logsigmoid log_sigmoid tanhshrink exp exp2 expm1 log log2 log10 log1p logit reciprocal",
+    "erf erfc erfinv ndtr log_ndtr erfcx sin cos tan sinh cosh tanh asin acos atan asinh acosh atanh arcsin arccos arctan",
+    "arcsinh arccosh arctanh sinc lgamma digamma entr i0 i0e i1 i1e __rpow__ __rdiv__ __rtruediv__",
+)
+RECURRENT = spelled(
+    "rnn_tanh rnn_relu lstm gru rnn_tanh_cell rnn_relu_cell lstm_cell gru_cell"
+)  # activations inside
+MATRIX_PRODUCTS = spelled(
+    "matmul __matmul__ __rmatmul__ mm mv bmm einsum tensordot addmm baddbmm multi_dot bilinear"
+)
+CONVOLUTIONS = spelled("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
 NORMS = spelled("norm vector_norm matrix_norm")  # of one number each they are its absolute value
 
 _FILLS = SHIFTS | spelled(  # with a number that is given

@@ -29,7 +29,7 @@ from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.live_pass import Leaks
 from srd_lab.engine.model_checks import check_images_apart
-from srd_lab.engine.model_memory import has_changed
+from srd_lab.engine.model_memory import has_changed, settled
 from srd_lab.engine.model_slope import false_slope
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import Leak, Refused, SrdLabError, SrdLabWarning, first_line
@@ -96,7 +96,7 @@ def attribution(
     differentiable = x.requires_grad and torch.is_grad_enabled()
     leaf = x if differentiable else x.detach().requires_grad_()
     normalise, network = split_normalisation(model) if split else (nn.Identity(), model)
-    with torch.enable_grad(), ExitStack() as on_exit:
+    with torch.enable_grad(), settled(), ExitStack() as on_exit:
         try:
             check_images_apart(model, x)
             false = false_slope(model, x) if slopes else ""

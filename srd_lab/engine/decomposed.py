@@ -17,6 +17,7 @@ from srd_lab.engine.affine import (
     LIKE,
     NORMS,
     PRODUCTS,
+    RECURRENT,
     SELECTIONS,
     SHAPED,
     brings_constants,
@@ -47,6 +48,7 @@ class Gated(ImageTrace):
     """
 
     follows_channels = False
+    follows_curves = True
     sees_all = True
     refuses_roots = False  # and powers, wherever relevance arrives at them
 
@@ -148,6 +150,8 @@ class Gated(ImageTrace):
         maps = self.maps_in(args, kwargs)
         if function in KINKS:
             return self.refused(function, args, kwargs, "is an activation by another name")
+        if function in RECURRENT:
+            return self.refused(function, args, kwargs, "has activations inside")
         out = super().on_maps(function, args, kwargs)
         if function in NORMS and isinstance(out, Tensor) and out.numel() == maps[0].numel():
             return self.refused(function, args, kwargs, "is an activation by another name")
@@ -193,6 +197,7 @@ class Decomposed(Gated):
     """
 
     follows_channels = True
+    follows_curves = False  # they are refused where relevance arrives
     refuses_roots = True
 
     def __torch_function__(

@@ -181,6 +181,8 @@ class _Suspects(ImageTrace):
                 return True
             if power == 1 and _differs(slope):
                 return True
+            if power == 2 and _differs(_per_entry(slope, source)):  # u * relu(u), and not a square
+                return True
         return False
 
 
@@ -215,6 +217,14 @@ def _below(top: Any) -> set[Any]:
 def _back(of: Tensor, to: Tensor, signal: Tensor) -> Tensor:
     (g,) = torch.autograd.grad(of, to, signal, retain_graph=True, allow_unused=True)
     return torch.zeros_like(to) if g is None else g.detach()
+
+
+def _per_entry(slope: Tensor, source: Tensor) -> Tensor:
+    """``slope`` over ``source``, which is the same for all entries of a square; that of the mean where these are near 0."""
+    values, size = source.detach(), float(source.detach().abs().amax())
+    far = values.abs() > 1e-2 * size
+    of_far = slope[far] / values[far]
+    return torch.full_like(slope, float(of_far.mean())).masked_scatter(far, of_far)
 
 
 def _differs(slope: Tensor) -> bool:

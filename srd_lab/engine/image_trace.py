@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab.engine.affine import SHAPED
+from srd_lab.engine.affine import CONVOLUTIONS, CURVES, MATRIX_PRODUCTS, PRODUCTS, SHAPED
 from srd_lab.engine.channels import Channels
 from srd_lab.engine.interceptor import Interceptor, autocast_off
 from srd_lab.engine.layers import Place, leads_to
@@ -22,6 +22,7 @@ from srd_lab.engine.spellings import (
     Call,
     Function,
     as_layer,
+    function_name,
     plain_spelling,
     recognise,
     tensors_in,
@@ -45,11 +46,13 @@ class ImageTrace(Interceptor):
     rounding : the share of the relevance that rounding may cost: 1.2e-3 in float32, more with every map on the way that is
         kept in coarser numbers, 0.02 at most.
     sees_all : whether maps that no intercepted call made are refused; a method that needs gradients only does without.
+    follows_curves : whether a layer that reads a bent function of a map, which no activation call made, is refused.
     follows_channels : whether it follows the channels; a trace whose rule is per neuron does without.
     """
 
     keeps_maps = False
     follows_channels = True
+    follows_curves = False
     sees_all = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -84,17 +87,28 @@ class ImageTrace(Interceptor):
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         func, args, kwargs = as_layer(plain_spelling(func), args, kwargs or {})
+        self._know_weight(func, args)
         if not self.sees_all:
             return self._called(func, types, args, kwargs)
         tensors = tensors_in(args, kwargs)
         self._check_seen(tensors)
+        curved = self._curved(func, args, kwargs) if self.follows_curves else ""
         out = self._called(func, types, args, kwargs)
+        for t in tensors_in((out,)) if curved else ():
+            self.records.note(t, curved=curved)
         for t in (*tensors_in((out,)), *tensors):  # what was written into as well, and what that is a view of
             self._versions[_memory(t)] = t._version
             for made in (t, t._base):
                 if made is not None and made.requires_grad:
                     self.records.note(made, seen=True)
         return out
+
+    def _know_weight(self, func: Function, args: tuple[Any, ...]) -> None:
+        """A weight that was turned for a call of the layer is made of parameters if what it is a view of is."""
+        weight = args[1] if func is F.linear and len(args) > 1 else None
+        of = weight._base if isinstance(weight, Tensor) and weight.requires_grad else None
+        if weight is not None and of is not None and not self.is_map(of):
+            self.records.note(weight, seen=True, role=self.records[of].role or "constant")
 
     def _check_seen(self, tensors: list[Tensor]) -> None:
         """Refuse maps that no intercepted call has made: their activations and biases would have no rule."""
@@ -110,7 +124,26 @@ class ImageTrace(Interceptor):
                         f"{self.where()} makes a map in a way that cannot be seen (a scripted or traced function, "
                         "torch.vmap, a thread); write it with torch's functions"
                     )
-                self.records.note(t, seen=True)
+                self.records.note(t, seen=True, role="constant")  # made of parameters, before the model ran
+
+    def _curved(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """By which bent function what a call is about to put out is made of a map; empty for all others.
+
+        Refuses a layer that reads such a map: with the bend it is an activation by another name.
+        """
+        maps = self.maps_in(args[:1] if func in SHAPED else args, kwargs)
+        if not maps or recognise(func, args, kwargs) is not None:
+            return ""
+        if func in PRODUCTS and len(maps) > 1:
+            return ""
+        curved = next(filter(None, (self.records[t].curved for t in maps)), "")
+        if curved and (func is F.linear or func in MATRIX_PRODUCTS | CONVOLUTIONS):
+            raise Refused(
+                f"{curved} is an activation by another name: {function_name(func)} in {self.where()} reads what it makes of "
+                "a map, and there is no rule for it; write it as one call of torch (F.softplus, F.tanh), or choose a method "
+                "that needs gradients only"
+            )
+        return curved or (f"{function_name(func)} in {self.where()}" if func in CURVES else "")
 
     def _called(self, func: Function, types: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         autocast_off()

@@ -249,7 +249,7 @@ class ModifiedTrace(Decomposed):
             return self._stretched(function, args, kwargs, moving[0])
         if name in _LAYERS or (name in _CHOICES and has_parts):
             return self.refused(function, args, kwargs, "is a layer or a pool of its own")
-        if name.startswith(("sub", "rsub", "__rsub")) and len(moving) > 1:
+        if name == "diff" or (len(moving) > 1 and _takes_off(name, kwargs)):
             return self.refused(function, args, kwargs, "takes a map off another")
         product = name in _MATRIX_PRODUCTS and constant
         if not product and not has_parts:
@@ -379,6 +379,14 @@ class ModifiedTrace(Decomposed):
             return run(x, weight, None) - below
 
         return in_box
+
+
+def _takes_off(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of this name takes one of its operands off another."""
+    alpha = kwargs.get("alpha", 1)
+    return name.startswith(("sub", "rsub", "__rsub", "__sub", "__isub")) or (
+        isinstance(alpha, int | float) and alpha < 0
+    )
 
 
 def _folded(bias: Tensor | None, norm: BatchNorm) -> Tensor:

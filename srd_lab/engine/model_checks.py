@@ -18,17 +18,29 @@ from srd_lab.engine.rounding import RoundingWatch, far_apart, logits_of
 from srd_lab.errors import Refused
 
 _APART = "its images are apart"
+_MOST = "images that are apart: "
+_MIXES = (
+    "the model mixes the images of a batch: beside others, an image has logits that differ by {:.2g} of the largest, so "
+    "that it has no map of its own; take what runs along the first axis out of forward()"
+)
 _TRIES = 3  # with images that the model tells apart too little to say
 
 
 def check_images_apart(model: nn.Module, x: Tensor) -> None:
     """Refuse (SrdLabError) a model whose output for an image depends on the images beside it.
 
-    x : images (N, C, H, W), of which the first is tried: alone, and beside another in either order.
+    x : images (N, C, H, W), of which the first is tried: alone, and beside another in either order; and where these are the
+        most images that were seen of the model, some of them as a whole and apart.
     """
+    _check_pair(model, x.detach()[:1])
+    if len(x) > 1:
+        _check_batch(model, x.detach())
+
+
+def _check_pair(model: nn.Module, one: Tensor) -> None:
+    """The same with an image (1, C, H, W) and another one made of it."""
     if _APART in found_of(model):
         return
-    one = x.detach()[:1]
     _check_no_chance(model, one)
     other, watch = one.flip((2, 3)) / 2, RoundingWatch(model)
     with torch.no_grad():
@@ -39,10 +51,7 @@ def check_images_apart(model: nn.Module, x: Tensor) -> None:
     each = torch.cat([alone[0], alone[1]])
     apart = max(far_apart(beside, each), far_apart(turned, each.flip(0)))
     if apart > watch.rounding:
-        raise Refused(
-            f"the model mixes the images of a batch: beside another one, an image has logits that differ by {apart:.2g} of "
-            "the largest, so that it has no map of its own; take what runs along the first axis out of forward()"
-        )
+        raise Refused(_MIXES.format(apart))
     if _is_reordered(watch):
         raise Refused(
             "the model works on the images of a batch in another order than it is given them, so that its maps inside are "
@@ -51,6 +60,31 @@ def check_images_apart(model: nn.Module, x: Tensor) -> None:
     tries = f"asked {sum(said.startswith('asked') for said in found_of(model)) + 1} times"
     told_apart = far_apart(each[:1], each[1:]) > watch.rounding  # else a mixture would not show
     found_of(model).add(_APART if told_apart or tries == f"asked {_TRIES} times" else tries)
+
+
+def _check_batch(model: nn.Module, x: Tensor) -> None:
+    """The same with images (N, C, H, W): some mix from the third image on, or cannot be run on one image alone."""
+    most = max(
+        [int(said.removeprefix(_MOST)) for said in found_of(model) if said.startswith(_MOST)], default=0
+    )
+    if most >= len(x):
+        return
+    watch = RoundingWatch(model)
+    with torch.no_grad():
+        whole = logits_of(watch, x)
+        if whole is None or len(whole) != len(x):
+            return  # whoever runs it next says why
+        for i in sorted({0, 1, len(x) // 2, len(x) - 1}):
+            alone = logits_of(watch, x[i : i + 1])
+            if alone is None:  # beside others, then
+                others = x.flip((2, 3)) / 2
+                others[i] = x[i]
+                beside = logits_of(watch, others)
+                alone = whole[i : i + 1] if beside is None else beside[i : i + 1]
+            apart = far_apart(whole[i : i + 1], alone)
+            if apart > watch.rounding:
+                raise Refused(_MIXES.format(apart))
+    found_of(model).add(f"{_MOST}{len(x)}")
 
 
 class SameOutput:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 
 from srd_lab.engine.interceptor import functions_of
 
 _memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
-_found: WeakKeyDictionary[nn.Module, dict[str, set[str]]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, dict[tuple[str, int], set[str]]] = WeakKeyDictionary()
+_originals: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
+_STATES = 8  # of a model, of which what was found is kept
+_PLAIN = {bool, int, float, str, tuple}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+_settled = local()
 
 
 def memory_of(model: nn.Module) -> dict[Any, Any]:
@@ -19,21 +27,35 @@ def memory_of(model: nn.Module) -> dict[Any, Any]:
 
 
 def state_of(model: nn.Module) -> str:
-    """What tells a model as it is from what hooks, or another ``forward``, make of it."""
-    hooks = (
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
-    )
-    return f"{sum(hooks)} hooks, forward {id(vars(model).get('forward'))}"
+    """What tells a model as it is from what hooks, another ``forward``, or other attributes of its modules make of it."""
+    return _state_and_weights(model)[0]
 
 
 def found_of(model: nn.Module) -> set[str]:
-    """What was found of the model as it is."""
-    return _found.setdefault(model, {}).setdefault(state_of(model), set())
+    """What was found of the model in this state and with these weights."""
+    states, key = _found.setdefault(model, {}), _state_and_weights(model)
+    if key not in states and len(states) == _STATES:
+        del states[next(iter(states))]
+    return states.setdefault(key, set())
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Within: no model changes, and so its state is looked at once."""
+    if getattr(_settled, "known", None) is not None:
+        yield
+        return
+    _settled.known = {}
+    try:
+        yield
+    finally:
+        _settled.known = None
 
 
 def passes_as(surrogate: nn.Module, original: nn.Module) -> None:
     """``surrogate`` need not be asked what ``original`` was asked: it differs in its activations alone."""
     found_of(original)
+    _originals[surrogate] = ref(_original_of(original))
     _found[surrogate] = _found[original]
     _memories[surrogate] = memory_of(original)
 
@@ -51,3 +73,43 @@ def has_changed(model: nn.Module, network: nn.Module) -> bool:
         memory_of(network)[key] = known
     known.add(functions_of(network))
     return changed
+
+
+def _original_of(model: nn.Module) -> nn.Module:
+    of = _originals.get(model)
+    return (of and of()) or model
+
+
+def _state_and_weights(model: nn.Module) -> tuple[str, int]:
+    """The state of a model, and a number that changes when torch writes into a parameter or a buffer, or another one takes
+    its place; not when somebody writes through ``.data``."""
+    model = _original_of(model)
+    known: dict[nn.Module, tuple[str, int]] | None = getattr(_settled, "known", None)
+    if known is None:
+        return _looked_at(model)
+    if model not in known:
+        known[model] = _looked_at(model)
+    return known[model]
+
+
+def _looked_at(model: nn.Module) -> tuple[str, int]:
+    hooks, attributes, weights = 0, [], []
+    for module in model.modules():
+        own = vars(module)
+        hooks += sum(len(own[name]) for name in _HOOKS)
+        attributes += [value for value in own.values() if type(value) in _PLAIN]
+        weights += [
+            _version(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        ]
+    try:
+        told = hash(tuple(attributes))
+    except TypeError:  # a list in a tuple
+        told = hash(repr(attributes))
+    return f"{hooks} hooks, forward {id(vars(model).get('forward'))}, attributes {told}", hash(tuple(weights))
+
+
+def _version(t: Tensor) -> tuple[int, int, int]:
+    try:
+        return id(t), 0 if t.is_inference() else t._version, t.data_ptr()
+    except RuntimeError:  # a tensor without memory of its own, such as a quantised or a sparse one
+        return id(t), 0, 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from srd_lab.engine.affine import COPIES, DIVISIONS, SHIFTS, exchanged, overwrites, spelled
 from srd_lab.engine.record import Records, original_of
-from srd_lab.engine.spellings import Function, tensors_in
+from srd_lab.engine.spellings import Function, recognise, tensors_in
 
 _TIMES = spelled("mul multiply __mul__ __rmul__ __imul__")
 _CASTS = spelled("to type type_as float double half bfloat16") | COPIES
@@ -50,6 +50,7 @@ class Pointwise:
     source, place : the source, and what tells it, as it was then, from all other tensors: two equal views are one source.
     function : makes the tensor again of the source's values.
     scaled : it is the source times a constant. squashed : a function that makes gates had a part in it.
+    kinked : so had an activation call.
     bent : so had one that is neither affine nor an activation: a root, a power, the map times itself.
     written_out : so had an activation that is written out.
     calls : how many calls that took.
@@ -60,6 +61,7 @@ class Pointwise:
     function: Callable[[Tensor], Tensor]
     scaled: bool
     squashed: bool
+    kinked: bool
     bent: bool
     written_out: bool
     calls: int
@@ -147,13 +149,14 @@ class PointwiseCalls:
     ) -> bool:
         """Whether a call adds up what was made of one map value by value, and bent: ``u - u * sigmoid(-u)``, which is SiLU.
 
-        roots : whether roots and powers count too: ``y + sqrt(y * y)`` is a ReLU.
+        roots : whether roots, powers and activations count too: ``y + sqrt(y * y)`` is a ReLU, ``relu(u) - relu(-u) / 4`` a
+            leaky one.
         """
         if function not in SHIFTS or len(moving := self._moving(args, kwargs)) < 2:
             return False
         first, *others = (self._of(t) for t in moving)
         pairs = [(a, b) for a in first for ways in others for b in ways if a.is_of(b)]
-        return any(one.written_out or (roots and one.bent) for pair in pairs for one in pair)
+        return any(one.written_out or (roots and (one.bent or one.kinked)) for pair in pairs for one in pair)
 
     def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The operands that are made of the image; none where one of them is cut off from it."""
@@ -170,7 +173,9 @@ class PointwiseCalls:
         if not self._records.is_map(t):
             return known
         original = original_of(t)
-        itself = Pointwise(weakref.ref(original), _place(original), _same, True, False, False, False, 0)
+        itself = Pointwise(
+            weakref.ref(original), _place(original), _same, True, False, False, False, False, 0
+        )
         return (itself, *known)
 
 
@@ -202,6 +207,7 @@ def _composed(
         and ways[0].scaled
         and not _divides_by(function, args, holes),
         squashed=function in _SQUASHES or any(way.squashed for way in ways),
+        kinked=recognise(function, args, kwargs) is not None or any(way.kinked for way in ways),
         bent=function in _BENDS
         or (function in _COMPLETING and len(ways) > 1)
         or any(way.bent for way in ways),

@@ -69,6 +69,7 @@ class Record:
     compared : a comparison of maps made it. detached : it is made of maps, and asks for no gradient.
     unseen : it was made with gradients off.
     call : the activation call that made it. event : which torch function of the model did, counted from 1.
+    curved : by which bent function it was made of a map, entry by entry, if it has not multiplied a map since.
     filled : constants stand among its values, as behind a pad. pooled : it was pooled from maps.
     pointwise : how it was made of other tensors value by value.
     convolution : the convolution that made it, but for a copy.
@@ -89,6 +90,7 @@ class Record:
     unseen: bool = False
     call: Call | None = None
     event: int | None = None
+    curved: str = ""
     filled: bool = False
     pooled: bool = False
     pointwise: tuple[Pointwise, ...] = ()

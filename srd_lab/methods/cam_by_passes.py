@@ -29,7 +29,7 @@ from srd_lab.catalogue import method
 from srd_lab.engine import rules
 from srd_lab.engine.interceptor import Exchange, Watch
 from srd_lab.engine.recompute import recomputed
-from srd_lab.errors import Refused
+from srd_lab.errors import Refused, SrdLabError, first_line
 from srd_lab.logits import check_target
 from srd_lab.methods.cam import Layer, layer_of
 from srd_lab.normalise import split_normalisation
@@ -63,10 +63,20 @@ class _PassCAM(Explainer, ABC):
             run, classes = layer.run, check_target(target, layer.logits)
             a, logits = run.finish(layer.activation), run.finish(layer.logits)
         with torch.set_grad_enabled(run.differentiable):
-            rows = [
-                self.weights(model, x[i : i + 1], a[i], layer, logits[i, c], int(c))
-                for i, c in enumerate(classes.tolist())
-            ]
+            try:
+                rows = [
+                    self.weights(model, x[i : i + 1], a[i], layer, logits[i, c], int(c))
+                    for i, c in enumerate(classes.tolist())
+                ]
+            except SrdLabError:
+                raise
+            except Exception as error:  # whatever a model raises that takes a certain number of images, say
+                if is_out_of_memory(error):
+                    raise
+                raise Refused(
+                    "the model cannot be run on the images that this method makes, in batches of other sizes: "
+                    f"{first_line(error)}; use a method that runs it once"
+                ) from error
             return torch.relu(torch.einsum("nk,nkhw->nhw", torch.stack(rows), a)), logits
 
     @abstractmethod
@@ -151,8 +161,8 @@ class AblationCAM(_PassCAM):
             try:
                 logits = run(rows, image.clone())
             # one image met many, in a concatenation, say: many from the start
-            except (RuntimeError, IndexError) as error:
-                if is_out_of_memory(error):
+            except Exception as error:
+                if isinstance(error, SrdLabError) or is_out_of_memory(error):
                     raise
                 parts = [run(some, image.repeat(len(some), 1, 1, 1)) for some in rows.split(whole_at_once)]
                 logits = torch.cat(parts)

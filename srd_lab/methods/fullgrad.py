@@ -36,7 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from srd_lab import maps
 from srd_lab.catalogue import method
 from srd_lab.engine import rules
-from srd_lab.engine.affine import KINKS, SHIFTS, constant_part, is_affine, overwrites, spelled
+from srd_lab.engine.affine import KINKS, RECURRENT, SHIFTS, constant_part, is_affine, overwrites, spelled
 from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.attribution import attribution, row_of, slopes_of
 from srd_lab.engine.channels import memory_of
@@ -133,6 +133,7 @@ class _Biases(AsItIs, ImageTrace):
     """
 
     needs_activations = False
+    follows_curves = True
     sees_all = True
     sums_up = True
 
@@ -234,6 +235,11 @@ class _Biases(AsItIs, ImageTrace):
         """What a call on one map makes of zeros is a bias, where it is one vector along the channels of the result."""
         if function is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
+        if function in RECURRENT:
+            raise Refused(
+                f"{function_name(function)} in {self.where()} has activations and biases inside, for which FullGrad has no "
+                "place; use another method"
+            )
         if len(maps) > 1 or not (function in SHIFTS or function in _WITH_BIAS):
             return super().on_maps(function, args, kwargs)
         (x,), bias = maps, constant_part(function, args, kwargs, maps)
@@ -382,6 +388,10 @@ def _placed(product: Tensor, alignment: Alignment, term: _Bias, images: int, *, 
             raise not_by_rows(what, term.y.shape, images, cure)
         if alignment.grid(term.event, term.axis) is not None:
             return alignment.check_tokens(term.event, term.axis, what, ask=ask).lay(product, 1)
+    elif term.y.dim() > 4 or (
+        term.y.dim() == 2 and len(term.y) != images
+    ):  # frames, or positions beside images
+        raise not_by_rows(what, term.y.shape, images, cure)
     return product
 
 

@@ -282,6 +282,8 @@ def _start_relevance(passes: BackwardPasses, target: Tensor | int | None, start:
             )
         return start.to(encoded)
     if start == "ones":
+        if target is not None and isinstance(logits, Tensor):
+            check_target(target, logits)  # it has no part in the map; a wrong one is a mistake all the same
         return encoded.new_ones(shape)
     if start not in STARTS:
         raise BadValue(f"start={start!r} is not known; expected a tensor or one of {', '.join(STARTS)}")
