@@ -1,6 +1,6 @@
 """Which methods explain which of timm's networks: a map, or the reason why there is none.
 
-    python scripts/timm_table.py --markdown           # 52 networks of random weights, no download; some minutes
+    python scripts/timm_table.py --markdown --jobs 2    # 52 networks of random weights, no download; half an hour
     python scripts/timm_table.py --network resnet18 --network vit_tiny_patch16_224 --method srd
 
 A map counts where it is finite, the same for an image alone, and the same for trainable and frozen weights (Score-CAM: where
@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import click
@@ -125,21 +128,30 @@ def verdict(explainer: Explainer, model: nn.Module, x: Tensor) -> str:
     return ""
 
 
+def verdicts(name: str, methods: Sequence[str]) -> list[str]:
+    """:func:`verdict` of each method on a network."""
+    warnings.simplefilter("ignore")  # that no map has exactly 1/8 of the image's size, once per network
+    model, x = random_network(name), images_for(name)
+    return [verdict(make_explainer(method), model, x) for method in methods]
+
+
 @click.command()
 @click.option("--network", "names", multiple=True, type=click.Choice(list(NETWORKS)), help="[default: all]")
 @click.option("--method", "methods", multiple=True, default=METHODS, show_default=True)
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes, of one thread each."
+)
 @click.option("--markdown", "as_markdown", is_flag=True, help="As a table in Markdown, reasons below.")
 @command_errors
-def main(names: Sequence[str], methods: Sequence[str], as_markdown: bool) -> None:
+def main(names: Sequence[str], methods: Sequence[str], jobs: int, as_markdown: bool) -> None:
     """Print which methods explain which networks, and why others do not."""
-    warnings.simplefilter("ignore")  # that no map has exactly 1/8 of the image's size, once per network
-    explainers = {name: make_explainer(name) for name in methods}
     names = names or list(NETWORKS)
     cells, reasons = [], {}
-    with progress(len(names), "networks") as done:
-        for name in names:
-            model, x = random_network(name), images_for(name)
-            said = [verdict(explainer, model, x) for explainer in explainers.values()]
+    with (
+        progress(len(names), "networks") as done,
+        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as processes,
+    ):
+        for name, said in zip(names, processes.map(verdicts, names, repeat(methods)), strict=True):
             for text in filter(None, said):
                 reasons.setdefault((name, text), len(reasons) + 1)
             cells.append([name, *(f"[{reasons[name, text]}]" if text else "map" for text in said)])

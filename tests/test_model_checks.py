@@ -149,6 +149,87 @@ def test_a_model_with_an_exchanged_part_is_tried_again(name: str, wrapped: bool,
     explain(name, model, x)
 
 
+def shifted_in_time(y: Tensor) -> Tensor:
+    """Four frames of a video as four images, half of the channels of each from the frame before."""
+    frames = y.unflatten(0, (len(y) // 4, 4))
+    earlier = torch.cat([torch.zeros_like(frames[:, :1]), frames[:, :-1]], 1)
+    return torch.cat([earlier[:, :, :4], frames[:, :, 4:]], 2).flatten(0, 1)
+
+
+def crowded(y: Tensor) -> Tensor:
+    """An expert for two images at a time, those that it likes best."""
+    liked = y.mean((1, 2, 3)).argsort(descending=True)[:2]
+    return y.index_add(0, liked, y[liked])
+
+
+MIXING_MANY: dict[str, Step] = {
+    "frames": shifted_in_time,
+    "from three images on": lambda y: y + y.mean(0, keepdim=True) * (len(y) > 2),
+    "an expert": crowded,
+}
+
+
+@pytest.mark.parametrize("way", MIXING_MANY)
+@pytest.mark.parametrize("name", ["gradient", "guided_backprop", "lrp_epsilon", "srd", "gradcam", "scorecam"])
+def test_a_model_that_mixes_more_images_than_two_is_refused(name: str, way: str) -> None:
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(Refused, match="mixes the images"):
+        explain(name, Stepped(MIXING_MANY[way]), x)
+
+
+def test_a_model_for_four_images_at_a_time_is_tried_with_four(x: Tensor) -> None:
+    four = torch.cat([x, x[:1] / 2])
+    model = Stepped(lambda y: y.view(4, *y.shape[1:]))
+    torch.testing.assert_close(
+        explain("gradient", model, four), explain("gradient", Stepped(lambda y: y), four)
+    )
+
+
+class Gained(nn.Module):
+    """Adds a share of what is beside an image: as much as a parameter, a buffer, or an attribute says."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.net = Stepped(lambda y: y + self.gain * y.mean(0, keepdim=True))
+        self.gain: float | Tensor = 0.0
+        if where == "parameter":
+            self.gain = nn.Parameter(torch.zeros(()))
+        if where == "buffer":
+            del self.gain
+            self.register_buffer("gain", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def turn(self, gain: float) -> None:
+        if isinstance(self.gain, Tensor):
+            with torch.no_grad():
+                self.gain.fill_(gain)
+        else:
+            self.gain = gain
+
+
+@pytest.mark.parametrize("where", ["parameter", "buffer", "attribute"])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_model_with_other_weights_or_attributes_is_tried_again(where: str, smooth: bool, x: Tensor) -> None:
+    model = Gained(where).eval()
+    asked: nn.Module = SmoothModel(model, 10.0) if smooth else model
+    explain("gradient", asked, x)
+    model.turn(1.0)
+    with pytest.raises(Refused, match="mixes the images"):
+        explain("gradient", asked, x)
+    model.turn(0.0)
+    explain("gradient", asked, x)
+
+
+def test_of_a_model_that_is_trained_on_the_last_states_are_kept(x: Tensor) -> None:
+    model = Gained("parameter").eval()
+    for step in range(12):
+        model.turn(0.0)
+        explain("gradient", model, x[:1])
+        assert len(model_memory._found[model]) <= min(step + 1, model_memory._STATES)
+
+
 def test_what_logits_have_in_common_hides_no_mixture(x: Tensor) -> None:
     class Far(Stepped):
         def forward(self, x: Tensor) -> Tensor:
@@ -223,7 +304,7 @@ def test_a_false_slope_is_said_again(x: Tensor) -> None:
     """Of every map, also where the first call was refused."""
     step, front = FALSE["changed through .data"]
     model = Stepped(step, front=front)
-    assert "differs from what started" in warned("srd", model, x)[0]
+    assert "detached view" in warned("srd", model, x)[0]
     for _ in range(2):
         assert warned("gradient", model, x)
 

@@ -124,6 +124,31 @@ def frozen(s: Net, y: Tensor) -> Tensor:
     return norm(y)
 
 
+def by_hand_and_last(s: Net, y: Tensor) -> Tensor:
+    scale = s.bn.weight / (s.bn.running_var + s.bn.eps).sqrt()
+    return (y.permute(0, 2, 3, 1) * scale + (s.bn.bias - s.bn.running_mean * scale)).permute(0, 3, 1, 2)
+
+
+def rows(layer: Callable[[Net, Tensor], Tensor]) -> Callable[[Net, Tensor], Tensor]:
+    return lambda s, y: layer(s, y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def by_layer(s: Net, t: Tensor) -> Tensor:
+    return F.linear(t, s.c.weight[:, :, 0].repeat(1, 1, 2).flatten(1)[:, :6], s.d.bias)
+
+
+def by_product(s: Net, t: Tensor) -> Tensor:
+    return t @ s.c.weight[:, :, 0].repeat(1, 1, 2).flatten(1)[:, :6].T + s.d.bias
+
+
+def without_bias(s: Net, x: Tensor) -> Tensor:
+    return F.conv2d(F.relu(s.c(x)), s.d.weight, None, padding=1)
+
+
+def everywhere(s: Net, x: Tensor) -> Tensor:
+    return s.d.bias.view(1, -1, 1, 1).expand(1, 6, *x.shape[2:])
+
+
 def pooled_and_normed(fused: bool) -> Way:
     def forward(s: Net, x: Tensor) -> Tensor:
         y, weight, bias = F.relu(s.c(x)).mean((2, 3)), s.d.weight[:, :, 1, 1], s.d.bias
@@ -292,6 +317,30 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
         set(),
     ),
     "frozen batch norm": (normed(lambda s, y: s.bn(y)), normed(frozen), set()),
+    **{
+        f"{what} before batch norm": (normed(lambda s, y: s.bn(y)), normed(step), apart)
+        for what, step, apart in (
+            ("a crop of all", lambda s, y: s.bn(y[:, :, : y.shape[2], : y.shape[3]]), set()),
+            ("a pad by nothing", lambda s, y: s.bn(F.pad(y, (0, 0, 0, 0))), set()),
+            ("there and back", lambda s, y: s.bn(y.permute(0, 2, 3, 1).permute(0, 3, 1, 2)), set()),
+            ("halves put together", lambda s, y: s.bn(torch.cat(y.chunk(2, 1), 1)), set()),
+        )
+    },
+    "an instance norm with fixed statistics": (
+        normed(lambda s, y: s.bn(y)),
+        normed(
+            lambda s, y: F.instance_norm(
+                *(y, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias, False, 0.1, s.bn.eps)
+            )
+        ),
+        set(),
+    ),
+    "a batch norm by hand, channels last": (
+        between(lambda s, t: s.bn(t)),
+        between(by_hand_and_last),
+        MODIFIED,  # refused, as some of the scales are negative
+    ),
+    "a linear layer's bias by hand": (between(rows(by_layer)), between(rows(by_product)), set()),
     "a bias by hand": (
         between(lambda s, t: t),
         lambda s, x: head(
@@ -300,6 +349,18 @@ EQUAL: dict[str, tuple[Way, Way, set[str]]] = {
                 F.conv2d(F.relu(s.c(x)), s.d.weight, None, padding=1) + s.d.bias.view(-1, 1, 1),
             ),
         ),
+        set(),
+    ),
+    "a bias by hand, at every place": (
+        between(lambda s, t: t),
+        lambda s, x: head(
+            s, F.relu(F.conv2d(F.relu(s.c(x)), s.d.weight, None, padding=1) + everywhere(s, x))
+        ),
+        set(),
+    ),
+    "twice half a bias": (
+        between(lambda s, t: t),
+        lambda s, x: head(s, F.relu(torch.add(without_bias(s, x), s.d.bias.view(-1, 1, 1) / 2, alpha=2))),
         set(),
     ),
     "a matrix product": (
@@ -484,6 +545,138 @@ def test_a_relu_in_disguise_is_refused(way: str, name: str, x: Tensor) -> None:
         return
     assert way == "steep gate"  # an activation that is written out
     torch.testing.assert_close(found, maps(behind(F.relu), name, x), rtol=1e-2, atol=1e-6)
+
+
+# an activation, and a bent function that no activation call makes: gradients see no difference, other methods would
+BENT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "tanh": (torch.tanh, lambda u: 2 * torch.sigmoid(2 * u) - 1),
+    "softplus": (F.softplus, lambda u: torch.log1p(torch.exp(u))),
+    "softplus as a loss": (F.softplus, lambda u: -F.logsigmoid(-u)),
+    "hardtanh": (lambda u: F.hardtanh(u, 0, 1), lambda u: F.hardsigmoid(6 * u - 3)),
+    "elu": (F.elu, lambda u: F.relu(u) + torch.exp(-F.relu(-u)) - 1),
+    "squared relu": (lambda u: F.relu(u) ** 2, lambda u: u * F.relu(u)),
+    "leaky relu": (lambda u: F.leaky_relu(u, 0.25), lambda u: F.relu(u) - 0.25 * F.relu(-u)),
+}
+
+
+@pytest.mark.parametrize("way", BENT)
+@pytest.mark.parametrize("name", ["guided_backprop", "deconvnet", "fullgrad"])
+@pytest.mark.parametrize("read", ["by the head", "by a convolution", "by a product"])
+def test_a_bend_without_an_activation_call_is_refused(way: str, name: str, read: str, x: Tensor) -> None:
+    known, bent = BENT[way]
+    torch.testing.assert_close(bent(x - 0.5), known(x - 0.5))
+    if way == "leaky relu" and name == "fullgrad":
+        pytest.skip("two ReLUs, of which FullGrad's terms are those of the leaky one")
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y = bent(s.d(F.relu(s.c(x))))
+        if read == "by a product":
+            return y.mean((2, 3)) @ s.fc.weight.T
+        return head(s, F.relu(s.d(y)) if read == "by a convolution" else y)
+
+    with pytest.raises(Refused, match="is an activation by another name"):
+        maps(forward, name, x)
+
+
+@pytest.mark.parametrize("name", ["guided_backprop", "fullgrad"])
+def test_gates_and_squares_are_no_activations(name: str, x: Tensor) -> None:
+    """Squeeze and excitation, spatial attention, a variance, a response norm."""
+
+    def gated(s: Net, x: Tensor) -> Tensor:
+        y = F.relu(s.c(x))
+        y = y * torch.sigmoid(y.mean((2, 3)) @ s.d.weight[:, :, 1, 1].T)[:, :, None, None]
+        y = y * torch.exp(-y.mean(1, keepdim=True))
+        y = y / (1 + (y * y).mean((2, 3), keepdim=True)).sqrt()
+        return head(s, F.relu(s.d(y)))
+
+    assert maps(gated, name, x).any()
+
+
+@pytest.mark.parametrize("name", ["guided_backprop", "deconvnet", "fullgrad"])
+@pytest.mark.parametrize("cell", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_activations_inside_of_a_recurrent_cell_are_refused(name: str, cell: str, x: Tensor) -> None:
+    made = getattr(nn, cell)(6, 6).double()
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        found = made(F.relu(s.c(x)).mean((2, 3)))
+        return s.fc(found[0] if cell == "LSTMCell" else found)
+
+    with pytest.raises(Refused, match="has activations"):
+        maps(forward, name, x)
+
+
+@pytest.mark.parametrize(
+    "minus",
+    [
+        lambda z, y: z - y,
+        lambda z, y: torch.add(z, y, alpha=-1),
+        lambda z, y: z.index_add(1, torch.arange(6), y, alpha=-1),
+        lambda z, y: torch.stack([y, z]).diff(dim=0)[0],
+    ],
+)
+@pytest.mark.parametrize("name", LRP)
+def test_a_map_taken_off_another_is_refused_however_it_is_written(
+    minus: Callable[[Tensor, Tensor], Tensor], name: str, x: Tensor
+) -> None:
+    with pytest.raises(Refused, match="takes a map off another"):
+        maps(joined(lambda y, z: F.relu(minus(F.relu(z), y))), name, x)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", sorted(DECOMPOSED))
+def test_the_operator_of_a_linear_layer_may_be_trained(name: str, trainable: bool, x: Tensor) -> None:
+    def operator(s: Net, x: Tensor) -> Tensor:
+        return torch.addmm(s.fc.bias, F.relu(s.d(F.relu(s.c(x)))).mean((2, 3)), s.fc.weight.T)
+
+    net = Net(operator).requires_grad_(trainable)
+    found = make_explainer(name, **OPTIONS.get(name, {})).explain(net, x, 1).detach()
+    torch.testing.assert_close(found, maps(plain, name, x), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["srd", "lrp_zplus", "lrp_gamma", "lrp_epsilon", "fullgrad"])
+def test_what_was_made_of_parameters_before_the_model_ran_is_a_constant(name: str, x: Tensor) -> None:
+    def embedded(embedding: Tensor) -> Tensor:
+        net = Net(lambda s, x: head(s, F.relu(s.d(F.relu(s.c(x))) + embedding)))
+        return make_explainer(name, **OPTIONS.get(name, {})).explain(net, x, 1).detach()
+
+    learned = nn.Parameter(torch.rand(1, 6, 1, 1, generator=torch.Generator().manual_seed(0), dtype=x.dtype))
+    torch.testing.assert_close(embedded(learned * 1), embedded(learned.detach()))
+
+
+@pytest.mark.parametrize("cut", [Tensor.detach, lambda u: u.data])
+@pytest.mark.parametrize("name", [*sorted(DECOMPOSED), "guided_backprop"])
+def test_a_map_that_is_changed_through_a_detached_view_is_refused(
+    cut: Callable[[Tensor], Tensor], name: str, x: Tensor
+) -> None:
+    def clamped(u: Tensor) -> Tensor:
+        cut(u).clamp_(min=0)
+        return u
+
+    with pytest.raises(Refused, match="detached view"):
+        maps(behind(clamped), name, x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    {
+        "rows of all images": lambda s, t: s.d.bias + t.permute(0, 2, 3, 1).reshape(-1, 6),
+        "frames": lambda s, t: F.batch_norm(
+            t[:, :, None], s.bn.running_mean, s.bn.running_var, None, s.bn.bias
+        ),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_biases_of_other_rows_than_images_are_refused(layer: Any, x: Tensor) -> None:
+    """FullGrad left them out of the map."""
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        t = F.relu(s.c(x))
+        made = layer[1](s, t)
+        back = made[:, :, 0] if made.dim() == 5 else made.view(len(t), *t.shape[2:], 6).permute(0, 3, 1, 2)
+        return head(s, F.relu(s.d(F.relu(back))))
+
+    with pytest.raises(Refused, match="expected the batch first"):
+        FullGrad().explain(Net(forward), x, 1)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 50.0])

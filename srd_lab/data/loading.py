@@ -172,14 +172,20 @@ def _by_workers(read: _Reader, plan: list[list[int]], workers: int) -> Iterator[
             raise
         with suppress(RuntimeError):  # the news of a killed worker comes again while they are ended
             arriving._shutdown_workers()
-        warnings.warn(
-            "memory ran out in a worker; the rest is decoded without workers", SrdLabWarning, stacklevel=2
-        )
+        warnings.warn(f"{_why(error)}; the rest is decoded without workers", SrdLabWarning, stacklevel=2)
     else:
         return
     finally:
         del arriving  # ends the workers
     yield from map(read.batch, plan[done:])
+
+
+def _why(error: BaseException) -> str:
+    """What became of a worker, in words."""
+    crash = next((name for name in ("Segmentation fault", "Bus error", "Aborted") if name in str(error)), "")
+    if crash:
+        return f"a worker crashed ({crash.lower()}) in what decodes the files"
+    return "memory ran out in a worker"
 
 
 def _end_with(parent: int, worker: int) -> None:

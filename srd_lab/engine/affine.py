@@ -73,6 +73,7 @@ RECURRENT = spelled(
 MATRIX_PRODUCTS = spelled(
     "matmul __matmul__ __rmatmul__ mm mv bmm einsum tensordot addmm baddbmm multi_dot bilinear"
 )
+ROWS_BY_MATRIX = spelled("matmul __matmul__ mm")
 CONVOLUTIONS = spelled("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
 NORMS = spelled("norm vector_norm matrix_norm")  # of one number each they are its absolute value
 

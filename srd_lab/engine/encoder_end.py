@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srd_lab.engine.affine import RESHAPES
 from srd_lab.engine.channels import Channels, has_extent
 from srd_lab.engine.layers import check_rows, is_cut, leads_to
 from srd_lab.engine.record import Records, original_of
@@ -62,6 +63,13 @@ class EncoderEnd:
         """The model called ``function`` on the map ``first``, which gave ``out``."""
         if self._module is not None or not first.requires_grad:
             return
+        if (
+            self._found is not None
+            and function in RESHAPES
+            and out.shape == self._found.output.shape
+            and first.dim() < 3
+        ):
+            self._found, self._pooled, self._apart = None, set(), False  # flattened, and back again
         extended = has_extent(first, self._channels.of(first))
         if first.dim() not in (3, 4) or (first.dim() == 3 and not extended):
             return

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srd_lab.engine.affine import CONVOLUTIONS, CURVES, MATRIX_PRODUCTS, PRODUCTS, SHAPED
+from srd_lab.engine.affine import CONVOLUTIONS, CURVES, MATRIX_PRODUCTS, PRODUCTS, SHAPED, overwrites
 from srd_lab.engine.channels import Channels
 from srd_lab.engine.interceptor import Interceptor, autocast_off
 from srd_lab.engine.layers import Place, leads_to
@@ -22,6 +23,7 @@ from srd_lab.engine.spellings import (
     Call,
     Function,
     as_layer,
+    first_tensor,
     function_name,
     plain_spelling,
     recognise,
@@ -64,6 +66,7 @@ class ImageTrace(Interceptor):
         self.rounding = self._eps = 0.0
         self._image: Any = None  # the image's node in autograd's graph
         self._versions: dict[int, int] = {}  # of what lies in a memory, when it was seen last
+        self._lying: dict[int, weakref.ref[Tensor]] = {}  # the last map that lay there
 
     def run(self, x: Tensor) -> Any:
         self._image = x.grad_fn
@@ -92,6 +95,7 @@ class ImageTrace(Interceptor):
             return self._called(func, types, args, kwargs)
         tensors = tensors_in(args, kwargs)
         self._check_seen(tensors)
+        self._check_alias(func, args, kwargs)
         curved = self._curved(func, args, kwargs) if self.follows_curves else ""
         out = self._called(func, types, args, kwargs)
         for t in tensors_in((out,)) if curved else ():
@@ -101,7 +105,24 @@ class ImageTrace(Interceptor):
             for made in (t, t._base):
                 if made is not None and made.requires_grad:
                     self.records.note(made, seen=True)
+            if t.requires_grad and not t.is_leaf:
+                self._lying[_memory(t)] = weakref.ref(t)
         return out
+
+    def _check_alias(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse what writes into a map through a tensor that is cut off from it."""
+        if func is not Tensor.__setitem__ and not overwrites(func, kwargs):
+            return
+        written = first_tensor(args, kwargs) if args or "input" in kwargs else None
+        if not isinstance(written, Tensor) or written.requires_grad:
+            return
+        of = self._lying.get(_memory(written))
+        t = None if of is None else of()
+        if t is not None and _memory(t) == _memory(written) and self.is_map(t):
+            raise Refused(
+                f"{function_name(func)} in {self.where()} writes into a map through a detached view of it, "
+                "by .detach() or .data, where it has no gradient; write into the map itself"
+            )
 
     def _know_weight(self, func: Function, args: tuple[Any, ...]) -> None:
         """A weight that was turned for a call of the layer is made of parameters if what it is a view of is."""
@@ -235,6 +256,7 @@ class ImageTrace(Interceptor):
         self.records.clear()
         self.maps.clear()
         self._versions.clear()
+        self._lying.clear()
 
     def places(self) -> list[Place]:
         """The recorded maps that were not overwritten, by their place among ``maps``."""

@@ -168,7 +168,7 @@ class ModifiedTrace(Decomposed):
 
     def convolution(self, conv: Convolution) -> Tensor:
         y = super().convolution(conv)
-        self.records.note(y, convolution=conv)
+        self.put_out(y, conv)
         return y
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -179,7 +179,7 @@ class ModifiedTrace(Decomposed):
         return self.channels.put(y, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        conv, scale = self.records[norm.x].convolution, norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
+        conv, scale = self.convolution_of(norm.x), norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
         if (box := self.records[norm.x].box) is not None:  # a normalisation of the image
             y = run()
             self._box.put(

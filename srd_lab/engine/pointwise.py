@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from srd_lab.engine.affine import COPIES, DIVISIONS, SHIFTS, exchanged, overwrites, spelled
 from srd_lab.engine.record import Records, original_of
@@ -68,7 +69,6 @@ class Pointwise:
 
     def is_of(self, other: Pointwise) -> bool:
         """Whether both are made of the same source."""
-        # while one of two equal views is there, nothing else lies where the other was
         return self.place == other.place and (self.known is not None or other.known is not None)
 
     @property
@@ -222,7 +222,12 @@ def _divides_by(function: Function, args: tuple[Any, ...], holes: dict[int, Tens
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t._version
+    """What tells a tensor from all others of a pass; that it names its memory keeps another tensor from having the same."""
+    try:
+        memory: Any = StorageWeakRef(t.untyped_storage())
+    except (RuntimeError, NotImplementedError):  # of vmap, which has none
+        memory = id(t)
+    return memory, t.storage_offset(), tuple(t.shape), t.stride(), t.dtype, t._version
 
 
 def _same(u: Tensor) -> Tensor:

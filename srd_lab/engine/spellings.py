@@ -130,6 +130,29 @@ def plain_spelling(function: Function) -> Function:
     return next((plain for plain in found if plain is not None), function)
 
 
+_INSTANCE_NORM = [
+    "input",
+    "running_mean",
+    "running_var",
+    "weight",
+    "bias",
+    "use_input_stats",
+    "momentum",
+    "eps",
+]
+_TORCH_INSTANCE_NORM = [
+    "input",
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "use_input_stats",
+    "momentum",
+    "eps",
+    "cudnn_enabled",
+]
+
+
 def as_layer(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
@@ -148,6 +171,14 @@ def as_layer(
     if function is torch.batch_norm and len(args) >= 8 and not kwargs:
         x, weight, bias, mean, variance, *how = args
         return F.batch_norm, (x, mean, variance, weight, bias, *how[:3]), {}
+    if function in (F.instance_norm, torch.instance_norm):
+        names = _INSTANCE_NORM if function is F.instance_norm else _TORCH_INSTANCE_NORM
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if (
+            not given.pop("use_input_stats", True) and given.get("running_mean") is not None
+        ):  # one for all images
+            given.pop("cudnn_enabled", None)
+            return F.batch_norm, (given.pop("input"),), {"training": False, **given}
     return function, args, kwargs
 
 

@@ -8,9 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from srd_lab.engine import rules
-from srd_lab.engine.affine import COPIES, RESHAPES, SCALES, SHIFTS, constant_part, overwrites
+from srd_lab.engine.affine import (
+    COPIES,
+    MATRIX_PRODUCTS,
+    RESHAPES,
+    ROWS_BY_MATRIX,
+    SCALES,
+    SHIFTS,
+    constant_part,
+    overwrites,
+)
 from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
@@ -50,6 +60,9 @@ class SRDTrace(Decomposed):
         self.encoder = EncoderEnd(model, encoder, self.records, self.channels)
         self._axis, self._lone = 1, False  # of the activation call that is running
         self._laid: tuple[torch.Size, int] | None = None
+        self._read = (
+            WeakTensorKeyDictionary()
+        )  # what a linear layer without a bias read, by what it made of it
         self._with_bias = with_bias
         self._begin = NetworkInput(self.records)
         self._shape = torch.Size()
@@ -92,6 +105,7 @@ class SRDTrace(Decomposed):
         super().release()
         self.encoder.clear()
         self._begin.clear()
+        self._read.clear()
         for recorded in (self.u, self.v, self._gates):
             recorded.clear()
         self._fed = self._top = None
@@ -136,14 +150,16 @@ class SRDTrace(Decomposed):
         y = super().convolution(conv)
         if conv.bias is not None and self._with_bias:
             y = self.share_bias(y, conv.x, conv.bias, conv)
-        self.records.note(y, convolution=conv)
+        self.put_out(y, conv)
         return y
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         last = x.dim() - 1
         self.layer_reads(x, last)
         y = F.linear(x, weight, bias)
-        if bias is not None and self._with_bias and last:
+        if bias is None:
+            self._read[y] = x
+        elif self._with_bias and last:
             y = self.share_bias(y, x, bias, axis=last)
         return self.channels.put(y, last)
 
@@ -154,7 +170,7 @@ class SRDTrace(Decomposed):
         self._begin.reads(norm.x)
         if not self._with_bias:
             return y
-        conv = self.records[norm.x].convolution
+        conv = self.convolution_of(norm.x)
         return self.share_bias(y, norm.x if conv is None else conv.x, norm.shift, conv)
 
     def max_pool(self, pool: MaxPool) -> Any:
@@ -169,8 +185,13 @@ class SRDTrace(Decomposed):
 
     def on_maps(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         maps = self.maps_in(args, kwargs)
-        conv = self.records[maps[0]].convolution if len(maps) == 1 else None
-        if conv is not None and function in SCALES | SHIFTS and _one_per_channel(maps[0], args, kwargs):
+        if function in MATRIX_PRODUCTS and len(maps) == 1:
+            return self._product(function, args, kwargs, maps[0])
+        scales = function in SCALES | SHIFTS and len(maps) == 1 and maps[0].dim() == 4
+        axis = self.channels.of(maps[0])
+        scales = scales and _one_per_channel(maps[0], axis, args, kwargs)
+        conv = self.convolution_of(maps[0].movedim(axis, 1)) if scales else None
+        if conv is not None:
             return self._as_batch_norm(function, args, kwargs, maps[0], conv)
         if self._with_bias and function in SHIFTS and len(maps) == 1:
             return self._shift(function, args, kwargs, maps[0])
@@ -197,11 +218,31 @@ class SRDTrace(Decomposed):
         self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, conv: Convolution
     ) -> Tensor:
         """What scales or shifts the channels of a convolution's output ``x`` by constants, as a batch norm does."""
-        shift = constant_part(function, args, kwargs, [x])[0, :, 0, 0] if function in SHIFTS else None
+        axis = self.channels.of(x)
+        constant = constant_part(function, args, kwargs, [x]) if function in SHIFTS else None
         out: Tensor = super().on_maps(function, args, kwargs)
-        if shift is not None and self._with_bias:
-            out = self.share_bias(out, conv.x, shift, conv)
-        self.records.note(out, convolution=conv)
+        if constant is not None and self._with_bias:
+            shift = constant.movedim(axis, 1)[0, :, 0, 0]
+            shared = self.share_bias(out.movedim(axis, 1), conv.x, shift, conv)
+            out = shared if axis == 1 else shared.movedim(1, axis)
+        self.put_out(out.movedim(axis, 1), conv)
+        return out
+
+    def _product(
+        self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> Tensor:
+        """A product of the rows of ``x`` by a matrix of weights is a linear layer, whose bias may be added next."""
+        out: Tensor = self.count_constants(
+            function, args, kwargs, [x], super().on_maps(function, args, kwargs)
+        )
+        if (
+            len(args) == 2
+            and args[0] is x
+            and args[1].dim() == 2
+            and x.dim() > 1
+            and function in ROWS_BY_MATRIX
+        ):
+            self._read[out] = x
         return out
 
     def _shift(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
@@ -220,7 +261,16 @@ class SRDTrace(Decomposed):
                 return in_place(x, shared)
             out = super().on_maps(function, args, kwargs).unsqueeze(1).clone()
             return self.share_bias(out, x.unsqueeze(1), shift.unsqueeze(1)).squeeze(1)
+        rows, last = self._read.get(vectors), vectors.dim() - 1
         out = super().on_maps(function, args, kwargs)
+        if (
+            rows is not None
+            and out.shape == x.shape
+            and bool((shift == shift.reshape(-1, shift.shape[-1])[0]).all())
+        ):
+            return self.channels.put(
+                self.share_bias(out, rows, shift.reshape(-1, shift.shape[-1])[0], axis=last), last
+            )
         if out.dim() > x.dim() or x.dim() < 2:
             return self.absorb(out, shift)
         return self.share_bias(out, vectors.expand(out.shape), shift.movedim(axis, 1), axis=axis)
@@ -236,12 +286,16 @@ class SRDTrace(Decomposed):
         self.encoder.layer(x, axis)
 
 
-def _one_per_channel(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether all operands of a call but ``x`` (N, C, H, W) are numbers, or have one for each channel."""
-    if x.dim() != 4 or kwargs.get("alpha", 1) != 1:
-        return False
-    others = [t for t in tensors_in(args, kwargs) if t is not x]
-    return all(
-        len(shape) == 4 and shape[1] in (1, x.shape[1]) and (shape[0], *shape[2:]) == (1, 1, 1)
-        for shape in ((1,) * (4 - t.dim()) + tuple(t.shape) for t in others)
-    )
+def _one_per_channel(x: Tensor, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all operands of a call but ``x``, of four axes, are numbers, or have one for each channel along ``axis``."""
+    for t in tensors_in(args, kwargs):
+        if t is x:
+            continue
+        if t.dim() > 4:
+            return False
+        spread = t.reshape((1,) * (4 - t.dim()) + tuple(t.shape)).movedim(axis, 1)
+        if spread.shape[1] not in (1, x.shape[axis]):
+            return False
+        if spread.numel() > spread.shape[1] and not bool((spread == spread[:1, :, :1, :1]).all()):
+            return False
+    return True
