@@ -222,6 +222,23 @@ def test_a_model_with_other_weights_or_attributes_is_tried_again(where: str, smo
     explain("gradient", asked, x)
 
 
+def test_axes_that_have_one_hash_are_told_apart(x: Tensor) -> None:
+    """In Python -1 and -2 have the same."""
+
+    class Summed(Stepped):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.softmax(self.axis).mean((1, 2, 3), keepdim=True)[..., 0, 0]
+
+    model, states, sequences = Summed(lambda y: y), [], []
+    for model.axis in (-1, -2):
+        watch = interceptor.Watch(model)
+        watch.run(x)
+        states.append(model_memory.state_of(model))
+        sequences.append(watch.sequence)
+    assert states[0] != states[1]
+    assert sequences[0] != sequences[1]
+
+
 def test_of_a_model_that_is_trained_on_the_last_states_are_kept(x: Tensor) -> None:
     model = Gained("parameter").eval()
     for step in range(12):

@@ -305,7 +305,7 @@ def _numbers(arg: Any) -> Any:
         return tuple(map(_numbers, arg))
     if isinstance(arg, slice):
         return _numbers((arg.start, arg.stop, arg.step))
-    return arg if isinstance(arg, int | float | str) else type(arg)
+    return repr(arg) if isinstance(arg, int | float | str) else type(arg)  # -1 and -2 have one hash
 
 
 def autocast_off() -> None:

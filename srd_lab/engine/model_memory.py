@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from srd_lab.engine.interceptor import functions_of
 
 _memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
-_found: WeakKeyDictionary[nn.Module, dict[tuple[str, int], set[str]]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], set[str]]] = WeakKeyDictionary()
 _originals: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 _STATES = 8  # of a model, of which what was found is kept
 _PLAIN = {bool, int, float, str, tuple}
@@ -26,7 +26,7 @@ def memory_of(model: nn.Module) -> dict[Any, Any]:
     return _memories.setdefault(model, {})
 
 
-def state_of(model: nn.Module) -> str:
+def state_of(model: nn.Module) -> tuple[Any, ...]:
     """What tells a model as it is from what hooks, another ``forward``, or other attributes of its modules make of it."""
     return _state_and_weights(model)[0]
 
@@ -80,11 +80,11 @@ def _original_of(model: nn.Module) -> nn.Module:
     return (of and of()) or model
 
 
-def _state_and_weights(model: nn.Module) -> tuple[str, int]:
+def _state_and_weights(model: nn.Module) -> tuple[tuple[Any, ...], int]:
     """The state of a model, and a number that changes when torch writes into a parameter or a buffer, or another one takes
     its place; not when somebody writes through ``.data``."""
     model = _original_of(model)
-    known: dict[nn.Module, tuple[str, int]] | None = getattr(_settled, "known", None)
+    known: dict[nn.Module, tuple[tuple[Any, ...], int]] | None = getattr(_settled, "known", None)
     if known is None:
         return _looked_at(model)
     if model not in known:
@@ -92,7 +92,7 @@ def _state_and_weights(model: nn.Module) -> tuple[str, int]:
     return known[model]
 
 
-def _looked_at(model: nn.Module) -> tuple[str, int]:
+def _looked_at(model: nn.Module) -> tuple[tuple[Any, ...], int]:
     hooks, attributes, weights = 0, [], []
     for module in model.modules():
         own = vars(module)
@@ -101,11 +101,12 @@ def _looked_at(model: nn.Module) -> tuple[str, int]:
         weights += [
             _version(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
         ]
+    told: Any = tuple(attributes)  # and not its hash: -1 and -2 have the same
     try:
-        told = hash(tuple(attributes))
+        hash(told)
     except TypeError:  # a list in a tuple
-        told = hash(repr(attributes))
-    return f"{hooks} hooks, forward {id(vars(model).get('forward'))}, attributes {told}", hash(tuple(weights))
+        told = repr(attributes)
+    return (hooks, id(vars(model).get("forward")), told), hash(tuple(weights))
 
 
 def _version(t: Tensor) -> tuple[int, int, int]:
