@@ -34,6 +34,7 @@ from srd_lab.errors import BadRun, BadValue, OtherWork, SrdLabError, StoreTroubl
 from srd_lab.runs import environment as record
 from srd_lab.runs import guard, page, tracking
 from srd_lab.runs.addresses import store_uri
+from srd_lab.runs.chart_view import chart_view
 from srd_lab.runs.environment import environment
 from srd_lab.runs.sqlite_store import EXPERIMENT
 from srd_lab.runs.store import open_store
@@ -577,6 +578,32 @@ def test_the_address_shows_scores_and_settings_as_columns(
         "params.`methods`",
     ]
     assert view["columnWidths"].keys() == {"attributes.`Run Name`", *view["selectedColumns"]}
+    first = next(chart for chart in view["compareRunCharts"])
+    assert (first["displayName"], first["selectedMetricKeys"]) == (
+        "worst_pcc by method",
+        ["gradcam/worst_pcc", "srd/worst_pcc"],
+    )
+
+
+def test_the_charts_that_compare_runs_come_first() -> None:
+    alone = {"pcc", "srd/pcc", "srd/over_images/pcc", "seconds"}
+    several = {"a/pcc", "b/pcc", "a/over_images/pcc", "b/over_budget/pcc"}
+    view = chart_view([alone, several], ["ssim", "pcc"])
+    charts = [
+        (chart["type"], chart["displayName"], chart.get("selectedMetricKeys"))
+        for chart in view["compareRunCharts"]
+    ]
+    assert charts == [
+        ("BAR", "pcc", None),
+        ("BAR", "pcc by method", ["a/pcc", "b/pcc"]),
+        ("LINE", "pcc over images", ["a/over_images/pcc", "srd/over_images/pcc"]),
+    ]
+    shown = {section["name"]: section["display"] for section in view["compareRunSections"]}
+    assert next(iter(shown)) == "Model metrics"
+    assert {name for name, is_shown in shown.items() if is_shown} == {"Model metrics", "b/over_budget"}
+    assert {chart["metricSectionId"] for chart in view["compareRunCharts"]} <= {
+        section["uuid"] for section in view["compareRunSections"]
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The columns of MLflow's list of runs: by itself it shows neither scores nor settings.
+"""How MLflow shows the runs of an experiment: by itself its list has neither scores nor settings.
 
 MLflow keeps what somebody shares of the list (its button "Share") as a tag of the experiment, which an address may name.
-Such a view is stored here: the scores and settings that tell the runs of the experiment apart.
+Such a view is stored here: as columns the scores and settings that tell the runs of the experiment apart, and their charts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+from srd_lab.runs.chart_view import chart_view
 from srd_lab.runs.label import HEADLINES
 from srd_lab.runs.sqlite_store import EXPERIMENT
 
@@ -40,12 +41,22 @@ def offer_views(file: Path) -> set[str]:
             widths = {name: min(_MOST, max(90, 7 * len(name) - 24)) for name in columns}
             widths = {_NAME: _WIDE} | widths | {_HEADLINE: _MOST}
             state = {"selectedColumns": columns, "columnOrder": list(widths), "columnWidths": widths}
+            state |= chart_view(_metrics(database, str(number)), (*HEADLINES, *_BESIDE))
             database.execute(
                 "INSERT OR REPLACE INTO experiment_tags (key, value, experiment_id) VALUES (?, ?, ?)",
                 (_TAG, json.dumps(state), number),
             )
             offered.add(str(number))
     return offered
+
+
+def _metrics(database: sqlite3.Connection, experiment: str) -> list[set[str]]:
+    """The names of the metrics of every run that has some."""
+    query = f"SELECT run_uuid, of.key {_OF_PARENTS.format(table='latest_metrics')}"
+    found: dict[str, set[str]] = {}
+    for run, key in database.execute(query, (experiment,)):
+        found.setdefault(run, set()).add(str(key))
+    return list(found.values())
 
 
 def _columns(database: sqlite3.Connection, experiment: str) -> list[str]:
