@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool, take
 from srd_lab.engine.layers import Place, high
 from srd_lab.engine.letters import sums_nothing
-from srd_lab.engine.pixel_box import PixelBox
+from srd_lab.engine.pixel_box import Box, PixelBox
 from srd_lab.engine.record import Linear
 from srd_lab.engine.spellings import Call, Function, tensors_in
 from srd_lab.errors import Refused, SrdLabError
@@ -360,6 +360,9 @@ class ModifiedTrace(Decomposed):
         return self._modify(bias) if self._with_bias and bias is not None else None
 
     def _convolved(self, conv: Convolution, weight: Tensor, bias: Tensor | None) -> Tensor:
+        box = self.records[conv.x].box
+        if box is not None:
+            return conv.total(_in_box(conv.x, box, weight))
         return self._affine(conv.x, weight, self._modified_bias(bias), conv.apply)
 
     def _affine(self, x: Tensor, weight: Tensor, bias: Tensor | None, run: Affine) -> Tensor:
@@ -372,13 +375,12 @@ class ModifiedTrace(Decomposed):
         if box is None:
             activations = self.modified(x)
             return lambda weight, bias: run(activations, self._modify(weight), bias)
-        low, high = box
+        return lambda weight, bias: reduce(torch.add, [run(t, w, None) for t, w in _in_box(x, box, weight)])
 
-        def in_box(weight: Tensor, bias: Tensor | None) -> Tensor:
-            below = run(low, weight.clamp_min(0), None) + run(high, weight.clamp_max(0), None)
-            return run(x, weight, None) - below
 
-        return in_box
+def _in_box(x: Tensor, box: Box, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What a layer's z^B adds up: inputs, each with weights of its own."""
+    return [(x, weight), (box[0], -weight.clamp_min(0)), (box[1], -weight.clamp_max(0))]
 
 
 def _takes_off(name: str, kwargs: dict[str, Any]) -> bool:
