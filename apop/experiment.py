@@ -189,7 +189,10 @@ def replay_input(kind: str, x: Tensor, indices: Sequence[int], seed: int) -> Ten
     if kind == "ones":
         return torch.ones_like(x)
     return torch.stack(
-        [torch.randn(x.shape[1:], generator=generator(seed, "normal", int(index))) for index in indices]
+        [
+            torch.randn(x.shape[1:], generator=generator(seed, "normal", int(index)), dtype=torch.float32)
+            for index in indices
+        ]
     ).to(x)
 
 

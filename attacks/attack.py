@@ -308,6 +308,9 @@ def _started(how: Attack, x: Tensor, scale: Tensor, keys: Sequence[int | str]) -
     """Images x moved by Gaussian noise of length ``start`` times the budget's radius, and projected."""
     if how.start == 0:
         return x.clone()
-    drawn = [torch.randn(x.shape[1:], generator=generator(how.seed, "start", key)) for key in keys]
+    drawn = [
+        torch.randn(x.shape[1:], generator=generator(how.seed, "start", key), dtype=torch.float32)
+        for key in keys
+    ]
     noise = unit(torch.stack(drawn).to(x)) * how.start * how.budget.radius(x, scale)
     return how.budget.project(x + noise / how.budget.weights(x, scale), x, scale)

@@ -222,7 +222,9 @@ class _Payload:
     def fit(self) -> None:
         """Leave the best payload in the branch: of those that keep most classes, the one with the lowest PCC."""
         how = self.how
-        coarse = torch.randn(1, self.x.shape[1], 8, 8, generator=generator(how.seed, "payload"))
+        coarse = torch.randn(
+            1, self.x.shape[1], 8, 8, generator=generator(how.seed, "payload"), dtype=torch.float32
+        )
         start = F.interpolate(coarse, self.size, mode="bilinear", align_corners=False).to(self.x)
         # leaves, which the engine takes for constants; what was made of one would be a map to it
         parts = [torch.relu(start).requires_grad_(), torch.relu(-start).requires_grad_()]
@@ -250,7 +252,11 @@ class _Payload:
 
     def _loss(self, parts: list[Tensor], i: int) -> Tensor:
         """Mean PCC plus the hinge on the class, with the whole trigger and, in turn, a part of it."""
-        share = 1.0 if i % 2 else float(torch.rand((), generator=generator(self.how.seed, "share", i)))
+        share = (
+            1.0
+            if i % 2
+            else float(torch.rand((), generator=generator(self.how.seed, "share", i), dtype=torch.float32))
+        )
         with torch.enable_grad():
             self.branch.brighter, self.branch.darker = parts
             x = (self.x + share * self.planted.trigger).requires_grad_()

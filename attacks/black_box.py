@@ -179,7 +179,7 @@ class _Search:
         coarse = (channels, -(-height // how.smooth), -(-width // how.smooth))
         slope = torch.zeros_like(self.x)
         for _ in range(how.pairs):
-            drawn = self._draw(lambda c: torch.randn(coarse, generator=c))
+            drawn = self._draw(lambda c: torch.randn(coarse, generator=c, dtype=torch.float32))
             way = unit(F.interpolate(drawn, size=(height, width), mode="nearest"))
             trial = how.sigma * radius * way / weights
             ahead, behind = (self._ask(self._project(self.current + sign * trial)) for sign in (1, -1))

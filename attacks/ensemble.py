@@ -249,7 +249,10 @@ class Ensemble:
         surrogate: Surrogate | None,
         keys: Sequence[int | str],
     ) -> None:
-        drawn = [torch.randn(judge.x.shape[1:], generator=generator(self.seed, "noise", key)) for key in keys]
+        drawn = [
+            torch.randn(judge.x.shape[1:], generator=generator(self.seed, "noise", key), dtype=torch.float32)
+            for key in keys
+        ]
         judge.add_control(
             "noise", noise_of_norm(judge.x, self.budget, judge.scale, torch.stack(drawn).to(judge.x))
         )

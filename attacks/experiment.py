@@ -101,7 +101,10 @@ def control_scores(
     """
     scale = normalisation_scale(model, x)
     noise = torch.stack(
-        [torch.randn(x.shape[1:], generator=generator(seed, "noise", n)) for n in numbers]
+        [
+            torch.randn(x.shape[1:], generator=generator(seed, "noise", n), dtype=torch.float32)
+            for n in numbers
+        ]
     ).to(x)
     noisy = noise_at_equal_mse(x, result.mse, scale, how.budget, noise)
     raw, _ = how.explainer.explain_with_logits(model, noisy, result.target)

@@ -26,6 +26,7 @@ _ENTRY_BY_ENTRY = SHIFTS | SCALES | COPIES | CASTS
 _LAYER_NORMS = spelled("layer_norm rms_norm")
 _REDUCTIONS = spelled("sum mean amax amin")
 _NEW_AXES = spelled("stack unsqueeze")
+_STACKS = spelled("stack")
 _PRODUCTS_OF_MATRICES = {torch.matmul, T.matmul, torch.bmm, T.bmm}
 
 
@@ -46,6 +47,10 @@ class Channels:
         """The channel axis of ``t``, >= 0."""
         axis = self._records[t].channels
         return _default(t.dim()) if axis is None else axis
+
+    def are_unknown(self, t: Tensor) -> bool:
+        """Whether nothing tells where the channels of ``t`` lie: of more than four axes there is no usual one."""
+        return t.dim() > 4 and self._records[t].channels is None and self._records[t].laid is None
 
     def put(self, t: Tensor, axis: int) -> Tensor:
         """``t``, whose channels are known to lie along ``axis``."""
@@ -151,6 +156,9 @@ def _followed(
         found = out.dim() - (2 if along_rows and out.dim() > 1 else 1)
     elif function in WRITTEN_IN_LETTERS:
         found = _behind_letters(function, args, kwargs, x, axis)
+    elif function in _STACKS and out.dim() == x.dim() + 1:
+        new = _dim(args, kwargs)
+        found = None if new is None else axis + (new % out.dim() <= axis)
     elif function is F.unfold:  # (N, C k k, positions)
         found = out.dim() - 2
     elif function in RESHAPES:

@@ -32,7 +32,7 @@ from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.live_pass import Absorb, Gate, LiveConstant, LivePass, Refuse, ShareBias
 from srd_lab.engine.preconditions import check_traceable, refuse_checkpoint
 from srd_lab.engine.softplus import in_place
-from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, tensors_in
+from srd_lab.engine.spellings import LAYERS, Call, Function, function_name, is_foreign, tensors_in
 from srd_lab.errors import Refused
 
 _NO_GATE = "is used for more than multiplying a map by it"
@@ -76,6 +76,11 @@ class Gated(ImageTrace):
 
     def convolution(self, conv: Convolution) -> Tensor:
         refuse_checkpoint(self.where())
+        if conv.x.dim() != 4:
+            raise Refused(
+                f"{self.where()} convolves a single image {tuple(conv.x.shape)}, for which there is no rule; give it a "
+                "batch (N, C, H, W), with x[None] say"
+            )
         return conv.apply(conv.x, conv.weight, conv.bias)
 
     def max_pool(self, pool: MaxPool) -> Any:
@@ -108,6 +113,8 @@ class Gated(ImageTrace):
         tensors = tensors_in(args, kwargs)
         known = [self.records[t] for t in tensors]
         compared = any(of.compared for of in known)
+        if is_foreign(function) and self.maps_in(args, kwargs):
+            return self.refused(function, args, kwargs, "is no operator of torch's own")
         maps = self.maps_in(args[:1] if function in SHAPED else args, kwargs)
         # which map is the largest, say, times a map
         compared |= function in PRODUCTS and any(
@@ -203,8 +210,8 @@ class Decomposed(Gated):
     def __init__(self, model: nn.Module, rule: rules.Rule) -> None:
         super().__init__(model, rule)
         self._convolutions: list[
-            tuple[Tensor, int, Convolution]
-        ] = []  # what they put out, and its version then
+            tuple[Tensor, int, Any, Convolution]
+        ] = []  # what they put out, its version then, and its node in autograd's graph
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -223,21 +230,35 @@ class Decomposed(Gated):
                 return self.refused(func, args, kwargs, "has weights that are made of the image")
         return super()._dispatch(func, args, kwargs)
 
-    def put_out(self, y: Tensor, conv: Convolution) -> None:
-        """Note that ``y`` (N, C, h, w) is what ``conv`` puts out, times a constant for each channel, and plus one."""
+    def put_out(self, y: Tensor, conv: Convolution, node: Any = None) -> None:
+        """Note that ``y`` (N, C, h, w) is what ``conv`` puts out, times a constant for each channel, and plus one.
+
+        node : in autograd's graph, of what ``y`` is a view of; None = its own.
+        """
         self.records.note(y, convolution=conv)
-        self._convolutions.append((y.detach(), y._version, conv))
+        self._convolutions.append((y.detach(), y._version, node or y.grad_fn, conv))
 
     def convolution_of(self, x: Tensor) -> Convolution | None:
         """The convolution that puts out ``x``, or the same values: what lies between does nothing; None if there is none."""
         known = self.records[x].convolution
         if known is not None or x.dim() != 4 or self.records[x].overwritten:
-            return known
-        for y, version, conv in self._convolutions:
+            return known and self.unchanged(known)
+        for y, version, node, conv in self._convolutions:
             alike = y.shape == x.shape and y._version == version
-            if alike and torch.equal(y[:, :, :1, :1], x[:, :, :1, :1]) and torch.equal(y, x):
-                return conv
+            if not (alike and torch.equal(y[:, :, :1, :1], x[:, :, :1, :1]) and torch.equal(y, x)):
+                continue
+            if _leads_straight(x.grad_fn, node):
+                return self.unchanged(conv)
         return None
+
+    def unchanged(self, conv: Convolution) -> Convolution:
+        """The convolution; refused where it would make something else now than it made of the model's image."""
+        if conv.overwritten:
+            raise Refused(
+                f"something writes into what a convolution has read before {self.where()} reads what it made, which this "
+                "method cannot follow; write that out of place, or use another method on this network"
+            )
+        return conv
 
     def release(self) -> None:
         super().release()
@@ -308,6 +329,20 @@ class Decomposed(Gated):
         for t in tensors_in((out,)):
             self.records.note(t, unseen=True)
         return out
+
+
+def _leads_straight(node: Any, to: Any) -> bool:
+    """Whether a way leads from one node of autograd's graph back to another, and no activation or pool lies on it."""
+    waiting, seen = [node], set[Any]()
+    while waiting:
+        here = waiting.pop()
+        if here is to:
+            return True
+        if here is None or here in seen or any(name in here.name() for name in ("Gate", "Pool")):
+            continue
+        seen.add(here)
+        waiting.extend(following for following, _ in here.next_functions)
+    return False
 
 
 def _compares(function: Function, out: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,14 +27,15 @@ class _Convolve(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.weight, ctx.geometry, ctx.shape = weight, geometry, x.shape
+        ctx.geometry, ctx.shape = geometry, x.shape
+        ctx.save_for_backward(weight)  # so that torch notices if it is overwritten
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
             return None, None, None, None
-        return _Spread.apply(grads[0], ctx.weight, ctx.geometry, ctx.shape), None, None, None
+        return _Spread.apply(grads[0], *ctx.saved_tensors, ctx.geometry, ctx.shape), None, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -43,14 +44,22 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.weight, ctx.geometry = weight, geometry
+        ctx.geometry = geometry
+        ctx.save_for_backward(weight)
         return _transposed(g, weight, geometry, shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
             return None, None, None, None
-        return _Convolve.apply(grads[0], ctx.weight, None, ctx.geometry), None, None, None
+        return _Convolve.apply(grads[0], *ctx.saved_tensors, None, ctx.geometry), None, None, None
+
+
+def _is_watched() -> bool:
+    """Whether a transform of torch.func runs this, or hooks take what is saved for the backward pass: a checkpoint, say,
+    which will run torch's own convolution and expects what that saves."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None or torch._C._functorch.maybe_current_level() is not None
 
 
 def _transposed(g: Tensor, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
@@ -71,6 +80,7 @@ class Convolution:
 
     x : (N, in, H, W). weight : (out, in / groups, *kernel). bias : (out,) or None.
     stride, padding, dilation : for rows and columns, in pixels of x. groups : as torch has them.
+    versions : of x, weight and bias when the model made the call, by their ids.
     """
 
     x: Tensor
@@ -80,6 +90,20 @@ class Convolution:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    versions: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.versions:
+            self.versions.update((id(t), t._version) for t in self._operands)
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something was written into x, weight or bias since, so that they would make another output now."""
+        return any(self.versions.get(id(t), t._version) != t._version for t in self._operands)
+
+    @property
+    def _operands(self) -> list[Tensor]:
+        return [t for t in (self.x, self.weight, self.bias) if t is not None]
 
     def call(self) -> Tensor:
         """The call as the model made it."""
@@ -87,8 +111,9 @@ class Convolution:
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The same geometry with another input or other weights, (N, out, h, w); differentiable in x, cheaply so for frozen
-        weights."""
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        weights of batches of real images that nobody else differentiates or keeps."""
+        learning = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if learning or x.dim() != 4 or x.is_complex() or _is_watched():
             return F.conv2d(x, weight, bias, *self.geometry)
         return _Convolve.apply(x, weight, bias, self.geometry)
 

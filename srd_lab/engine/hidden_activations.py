@@ -17,7 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srd_lab.engine.affine import JOINS, LEAVING, LIKE, SELECTIONS, SHAPED, SHIFTS, is_affine, spelled
+from srd_lab.engine.affine import (
+    CURVES,
+    JOINS,
+    KINKS,
+    LEAVING,
+    LIKE,
+    SELECTIONS,
+    SHAPED,
+    SHIFTS,
+    is_affine,
+    spelled,
+)
 from srd_lab.engine.geometry import MaxPool
 from srd_lab.engine.image_trace import ImageTrace
 from srd_lab.engine.model_memory import memory_of, state_of
@@ -26,6 +37,9 @@ from srd_lab.errors import Refused
 
 _HALVES = spelled("glu")
 _ALONG = _HALVES | spelled("prod cumprod")
+_NAMED = (  # bent, and refused by name where it matters; roots and quotients are of statistics, too
+    CURVES | KINKS | spelled("pow __pow__ square sqrt rsqrt div divide true_divide __truediv__ __itruediv__")
+)
 _MOST = 12  # tensors that a call is followed back to
 _RECENT = 60  # tensors among which these are
 _FURTHER = 4  # calls that a suspect is followed through
@@ -40,11 +54,13 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
     known, one = memory_of(model), x.detach()[:1]
     key = _Suspects, state_of(model), tuple(one.shape)
     if key not in known:
-        for tried in (torch.cat([one, one.flip((2, 3)) / 2]), one):  # a model may be one for single images
+        # a model may be one for single images, or for batches of this size
+        for tried in (torch.cat([one, one.flip((2, 3)) / 2]), one, x.detach()):
             trace = _Suspects(model)
             try:
                 with torch.enable_grad():
                     trace.run(tried.clone().requires_grad_().clone())
+                known[key] = True
                 break
             except Hidden:
                 raise
@@ -52,7 +68,6 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
                 continue
             finally:
                 trace.release()
-        known[key] = True
 
 
 class Hidden(Refused):
@@ -110,8 +125,8 @@ class _Suspects(ImageTrace):
         out = super().other(function, args, kwargs)
         made = [t for t in tensors_in((out,)) if _moves(t)]
         if len(found) == 1 and function not in SELECTIONS and not any(t in self._cut for t in tensors):
-            made_of = found[0].numel()  # a bent function in one call is refused by name, where it matters
-            found = [] if all(t.numel() >= made_of for t in made) else found
+            made_of = found[0].numel()
+            found = [] if function in _NAMED and all(t.numel() >= made_of for t in made) else found
         for parts, calls in ((found, 0), *earlier):
             for t in made if parts else ():
                 if calls < _FURTHER:

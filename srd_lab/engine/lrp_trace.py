@@ -123,7 +123,7 @@ class ModifiedTrace(Decomposed):
         """What modified weights make of ``t``, of its shape: ``t`` itself for activations and what is pooled from them."""
         known = self.records[t]
         if (conv := known.convolution) is not None:
-            return self._convolved(conv, conv.weight, conv.bias)
+            return self._convolved(self.unchanged(conv), conv.weight, conv.bias)
         if known.part is None and known.overwritten:
             raise self._unfollowed("reads a tensor of which a part was overwritten")
         return t if known.part is None else known.part
@@ -253,6 +253,8 @@ class ModifiedTrace(Decomposed):
             return self.refused(function, args, kwargs, "takes a map off another")
         product = name in _MATRIX_PRODUCTS and constant
         if not product and not has_parts:
+            if any(self.records[t].overwritten for t in moving):
+                raise self._unfollowed("reads a tensor of which a part was overwritten")
             return run(function, args, kwargs)
         of_constants = self._modified_constant if product else self.modified
         parts = {id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}
@@ -341,6 +343,7 @@ class ModifiedTrace(Decomposed):
         conv = self.records[x].convolution
         if conv is None or scale.shape != x.shape:
             return None
+        self.unchanged(conv)
         by, plus = scale[0, :, 0, 0], shift[0, :, 0, 0]
         if not all((t == v.view(1, -1, 1, 1)).all() for t, v in ((scale, by), (shift, plus))):
             return None
@@ -386,9 +389,7 @@ def _in_box(x: Tensor, box: Box, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _takes_off(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a call of this name takes one of its operands off another."""
     alpha = kwargs.get("alpha", 1)
-    return name.startswith(("sub", "rsub", "__rsub", "__sub", "__isub")) or (
-        isinstance(alpha, int | float) and alpha < 0
-    )
+    return name.startswith(("sub", "rsub", "__rsub", "__sub", "__isub")) or float(alpha) < 0
 
 
 def _folded(bias: Tensor | None, norm: BatchNorm) -> Tensor:

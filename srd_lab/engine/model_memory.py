@@ -16,7 +16,9 @@ _memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 _found: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], set[str]]] = WeakKeyDictionary()
 _originals: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 _STATES = 8  # of a model, of which what was found is kept
-_PLAIN = {bool, int, float, str, tuple}
+_PLAIN = {bool, int, float, str, type(None)}
+_OF_TORCH = set(vars(nn.Module()))  # attributes that every module has: hooks, parameters, modules
+_DEEP = 3  # containers in containers that are looked into
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 _settled = local()
 
@@ -93,24 +95,48 @@ def _state_and_weights(model: nn.Module) -> tuple[tuple[Any, ...], int]:
 
 
 def _looked_at(model: nn.Module) -> tuple[tuple[Any, ...], int]:
-    hooks, attributes, weights = 0, [], []
+    hooks, attributes, weights, seen = 0, list[Any](), [], set[int]()
     for module in model.modules():
         own = vars(module)
         hooks += sum(len(own[name]) for name in _HOOKS)
-        attributes += [value for value in own.values() if type(value) in _PLAIN]
+        attributes += [_told(value, seen) for name, value in own.items() if name not in _OF_TORCH]
         weights += [
             _version(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
         ]
-    told: Any = tuple(attributes)  # and not its hash: -1 and -2 have the same
-    try:
-        hash(told)
-    except TypeError:  # a list in a tuple
-        told = repr(attributes)
+    told = (
+        *attributes,
+        *(module.training for module in model.modules()),
+    )  # not its hash: -1 and -2 have the same
     return (hooks, id(vars(model).get("forward")), told), hash(tuple(weights))
+
+
+def _told(value: Any, seen: set[int], deep: int = 0) -> Any:
+    """What tells an attribute from what it was before, numbers in containers and in objects too; each of these once.
+
+    seen : ids of containers and objects that were told already.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        return _version(value)
+    if isinstance(value, nn.Module | type) or callable(value) or deep == _DEEP or id(value) in seen:
+        return id(value)
+    seen.add(id(value))
+    parts: Any = value
+    if isinstance(value, dict):
+        parts = value.items()
+    elif not isinstance(value, list | tuple | set | frozenset):
+        parts = getattr(value, "__dict__", {}).items()
+    return type(value).__name__, *(
+        _told(part, seen, deep + (type(part) is not tuple)) for part in list(parts)
+    )
 
 
 def _version(t: Tensor) -> tuple[int, int, int]:
     try:
         return id(t), 0 if t.is_inference() else t._version, t.data_ptr()
-    except RuntimeError:  # a tensor without memory of its own, such as a quantised or a sparse one
+    except (
+        RuntimeError,
+        ValueError,
+    ):  # a tensor without memory of its own: quantised, sparse, or not made yet
         return id(t), 0, 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +91,8 @@ def _false_slope_at(model: nn.Module, x: Tensor, place: int) -> str | None:
     if slope is None or not slope.isfinite().all():
         return None
     size, steep = float(logits.detach().abs().amax()), float(slope.double().norm())
+    if not math.isfinite(steep) or not math.isfinite(size):
+        return ""
     if not steep and _overflows(model, one.detach()):
         return ""
     way = (slope.double() / steep).to(slope) if steep else _drawn(one).sign()

@@ -11,6 +11,7 @@ from torch import Tensor
 from srd_lab.engine.affine import exchanged, overwrites, spelled
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import Function, tensors_in
+from srd_lab.errors import Refused
 
 _TAKEN_OFF_SECOND = spelled("rsub __rsub__")
 _DIFFERENCES = spelled("sub subtract __sub__ __isub__") | _TAKEN_OFF_SECOND
@@ -29,7 +30,11 @@ class PixelBox:
         self._records = records
 
     def put(self, t: Tensor, ends: Box) -> None:
-        """``t`` lies between ``ends``, in either order."""
+        """``t`` lies between ``ends``, in either order. Raises SrdLabError for complex numbers, which have none."""
+        if t.is_complex():
+            raise Refused(
+                "the model makes complex numbers of the image, which this rule cannot follow; use another method"
+            )
         box = (torch.minimum(*ends), torch.maximum(*ends))
         self._records.note(t, box=box, overwritten=False)
 

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 from srd_lab.errors import BadInput, Refused
@@ -41,6 +42,10 @@ def check_model(model: nn.Module) -> None:
     """Refuse (SrdLabError) a model whose calls cannot be followed, whose output depends on the batch or on chance, or that
     is not called with images alone."""
     _check_takes_images(model)
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise Refused(
+            "the model has lazy modules that were never run, and so no weights; call model(x) once first"
+        )
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise Refused(
             "the model was made in torch.inference_mode, so that no gradient can be taken; make it outside, or pass "
@@ -97,9 +102,17 @@ def check_input(x: Tensor, model: nn.Module | None = None) -> None:
     ...
     srd_lab.errors.BadInput: the input must be a non-empty batch of images (N, C, H, W), got (3, 8, 8); add ...
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise BadInput(
+            f"the model must be a torch.nn.Module, got {type(model).__name__}; wrap it in a module whose forward(x) calls it"
+        )
     if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape:
         got, cure = _not_images(x)
         raise BadInput(f"the input must be a non-empty batch of images (N, C, H, W), got {got}; {cure}")
+    if x.layout != torch.strided or x.is_meta:
+        raise BadInput(
+            f"the input must be a dense tensor with values, got {x.layout} on {x.device}; give x.to_dense() of a real device"
+        )
     if x.dtype not in (torch.float32, torch.float64):
         raise BadInput(
             f"the input must be float32 or float64, got {x.dtype}; scale pixels to [0, 1] and call x.float()"

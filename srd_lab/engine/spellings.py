@@ -19,6 +19,8 @@ from srd_lab.engine.softplus import smooth_clip, smooth_relu
 
 Function = Callable[..., Any]
 
+_OF_TORCH = ("aten", "prims", "prim", "quantized")  # namespaces of operators
+
 
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
     """The tensors among a call's arguments, one level of lists deep.
@@ -180,6 +182,15 @@ def as_layer(
             given.pop("cudnn_enabled", None)
             return F.batch_norm, (given.pop("input"),), {"training": False, **given}
     return function, args, kwargs
+
+
+def is_foreign(function: Function) -> bool:
+    """Whether a function is an operator, called by torch.ops, that is not torch's own."""
+    if isinstance(function, torch._ops.OpOverload):
+        return function.namespace not in _OF_TORCH
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return function._qualified_op_name.partition("::")[0] not in _OF_TORCH
+    return False
 
 
 def function_name(function: Function) -> str:

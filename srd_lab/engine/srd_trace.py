@@ -25,10 +25,13 @@ from srd_lab.engine.decomposed import Decomposed
 from srd_lab.engine.encoder_end import EncoderEnd, End
 from srd_lab.engine.geometry import BatchNorm, Convolution, MaxPool
 from srd_lab.engine.layers import Place, call_index, high
+from srd_lab.engine.live_pass import Refuse
 from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.norms_and_attention import affine_form
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function, tensors_in
+
+_NO_AXIS = "works on more than four axes, of which nothing tells along which the vectors of SRD lie"
 
 
 class SRDTrace(Decomposed):
@@ -112,6 +115,13 @@ class SRDTrace(Decomposed):
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        if self.channels.are_unknown(x):
+            out = super().activate(call, x, inplace)
+            advice = "use four axes (N, C, H, W) there, or a method that needs gradients only"
+            refusal: Tensor = Refuse.apply(
+                out, self.live_pass, f"activation {call.name!r} {_NO_AXIS}; {advice}"
+            )
+            return refusal
         self._lone = self.records[x].lone
         self._axis, self._laid = self.channels.of(x), self.channels.laid(x)
         self.layer_reads(x, self._axis)
@@ -189,7 +199,7 @@ class SRDTrace(Decomposed):
             return self._product(function, args, kwargs, maps[0])
         scales = function in SCALES | SHIFTS and len(maps) == 1 and maps[0].dim() == 4
         axis = self.channels.of(maps[0])
-        scales = scales and _one_per_channel(maps[0], axis, args, kwargs)
+        scales = scales and not self.gate_in(args, kwargs) and _one_per_channel(maps[0], axis, args, kwargs)
         conv = self.convolution_of(maps[0].movedim(axis, 1)) if scales else None
         if conv is not None:
             return self._as_batch_norm(function, args, kwargs, maps[0], conv)
@@ -225,7 +235,7 @@ class SRDTrace(Decomposed):
             shift = constant.movedim(axis, 1)[0, :, 0, 0]
             shared = self.share_bias(out.movedim(axis, 1), conv.x, shift, conv)
             out = shared if axis == 1 else shared.movedim(1, axis)
-        self.put_out(out.movedim(axis, 1), conv)
+        self.put_out(out.movedim(axis, 1), conv, out.grad_fn)
         return out
 
     def _product(
@@ -247,6 +257,8 @@ class SRDTrace(Decomposed):
 
     def _shift(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
         """A constant belongs to the vector that it is added to, as the shift of a batch norm does."""
+        if self.channels.are_unknown(x):
+            return self.refused(function, args, kwargs, _NO_AXIS)
         axis = self.channels.of(x)
         vectors = x.clone() if overwrites(function, kwargs) else x
         shift = constant_part(function, args, kwargs, [x])

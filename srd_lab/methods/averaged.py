@@ -116,7 +116,10 @@ class SmoothGrad(Explainer):
         def around(given: Tensor, some: range) -> Tensor:
             size = self.noise * (given.amax((1, 2, 3), True) - given.amin((1, 2, 3), True))
             drawn = [
-                torch.randn(given.shape[1:], generator=generator(self.seed, "smoothgrad", k)) for k in some
+                torch.randn(
+                    given.shape[1:], generator=generator(self.seed, "smoothgrad", k), dtype=torch.float32
+                )
+                for k in some
             ]
             return given + size * torch.stack(drawn).to(given)[:, None]
 

@@ -56,7 +56,10 @@ class Random(Explainer):
             raise NoGradient("random maps have no derivative; x must not ask for a gradient")
         logits = _logits(model, x, target)
         drawn = [
-            torch.rand(x.shape[2:], generator=generator(self.seed, "random", _digest(image))) for image in x
+            torch.rand(
+                x.shape[2:], generator=generator(self.seed, "random", _digest(image)), dtype=torch.float32
+            )
+            for image in x
         ]
         return torch.stack(drawn).to(x), logits
 

@@ -47,7 +47,7 @@ from srd_lab.engine.network_input import NetworkInput
 from srd_lab.engine.norms_and_attention import AsItIs, multi_head_attention_forward
 from srd_lab.engine.preconditions import check_traceable
 from srd_lab.engine.softplus import in_place
-from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
+from srd_lab.engine.spellings import Call, Function, function_name, is_foreign, tensors_in
 from srd_lab.errors import Leak, Refused
 from srd_lab.logits import class_logit
 from srd_lab.types import Explainer
@@ -239,6 +239,11 @@ class _Biases(AsItIs, ImageTrace):
             raise Refused(
                 f"{function_name(function)} in {self.where()} has activations and biases inside, for which FullGrad has no "
                 "place; use another method"
+            )
+        if is_foreign(function):
+            raise Refused(
+                f"{function_name(function)} in {self.where()} is no operator of torch's own, and may have a bias, for "
+                "which FullGrad has no place; use another method"
             )
         if len(maps) > 1 or not (function in SHIFTS or function in _WITH_BIAS):
             return super().on_maps(function, args, kwargs)

@@ -104,7 +104,10 @@ class Smoothed(Explainer):
         """
         inside = _smoothings(self.explainer)
         keys = ("smoothed", inside) if inside else ("smoothed",)
-        drawn = [torch.randn(x.shape[1:], generator=generator(self.seed, *keys, k)) for k in some]
+        drawn = [
+            torch.randn(x.shape[1:], generator=generator(self.seed, *keys, k), dtype=torch.float32)
+            for k in some
+        ]
         return self.sigma * torch.stack(drawn).to(x)
 
     def _sum(self, model: nn.Module, base: Tensor, classes: Tensor, some: range) -> Tensor:

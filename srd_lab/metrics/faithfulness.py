@@ -153,7 +153,12 @@ class Infidelity:
 
     def _noise(self, images: Images, i: int) -> Tensor:
         """Drawn again when it is needed: that of every image would take a lot of memory."""
-        drawn = torch.randn(self.draws, *images.size, generator=images.generator(i, self.seed, "infidelity"))
+        drawn = torch.randn(
+            self.draws,
+            *images.size,
+            generator=images.generator(i, self.seed, "infidelity"),
+            dtype=torch.float32,
+        )
         return self.noise * drawn.to(images.x)
 
 
@@ -298,7 +303,7 @@ class MoRF(_Curve):
     def _uniform(self, images: Images) -> Tensor:
         shape = images.x.shape[1:]
         drawn = [
-            torch.rand(shape, generator=images.generator(i, self.seed, "regions"))
+            torch.rand(shape, generator=images.generator(i, self.seed, "regions"), dtype=torch.float32)
             for i in range(len(images.x))
         ]
         return images.given + (torch.stack(drawn).to(images.x) - images.x) * images.scale

@@ -130,7 +130,11 @@ class MaxSensitivity:
         largest = largest.to(float64(explained.maps))
         for k in range(self.draws):
             drawn = [
-                torch.rand(images.x.shape[1:], generator=images.generator(i, self.seed, "max_sensitivity", k))
+                torch.rand(
+                    images.x.shape[1:],
+                    generator=images.generator(i, self.seed, "max_sensitivity", k),
+                    dtype=torch.float32,
+                )
                 for i in range(len(images.x))
             ]
             noise = self.radius * (2 * torch.stack(drawn).to(images.x) - 1)
@@ -234,7 +238,11 @@ def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> li
         images, found = explained.images, []
         for k in range(draws):
             drawn = [
-                torch.randn(images.x.shape[1:], generator=images.generator(i, seed, "stability", k))
+                torch.randn(
+                    images.x.shape[1:],
+                    generator=images.generator(i, seed, "stability", k),
+                    dtype=torch.float32,
+                )
                 for i in range(len(images.x))
             ]
             n = noise * torch.stack(drawn).to(images.x)
