@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import srd_lab
-from srd_lab.engine.model_checks import check_images_apart
+from srd_lab.engine.model_checks import SameOutput, check_images_apart
 from srd_lab.engine.rounding import far_apart
 from srd_lab.errors import BadInput, Refused
 from srd_lab.registry import make_explainer
@@ -358,6 +358,21 @@ def test_rounding_that_a_model_magnifies_is_no_mixture_of_images() -> None:
     check_images_apart(net, x)
     with pytest.raises(Refused, match="mixes the images of a batch"):
         check_images_apart(Magnified(1e-3), x)
+    for name in ("srd", "lrp_epsilon", "gradient", *GATED):  # followed, it may put out something else
+        assert explained(net, name, x).isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [1e-3, 1e-2])
+def test_logits_that_differ_by_more_than_a_model_rounds_are_refused(wrong: float) -> None:
+    x, net = images(), Magnified(0)
+    same = SameOutput("a test", net, x)
+    logits = net(x)
+    same.check(logits)
+    other = SameOutput("another test", net, x)
+    logits[0, 0] += max(wrong, 20 * far_apart(net(x)[:1], net.double()(x.double())[:1])) * logits.abs().max()
+    net.float()
+    with pytest.raises(Refused, match="when its calls are followed"):
+        other.check(logits)
 
 
 # --- what is given ---------------------------------------------------------------------------------------

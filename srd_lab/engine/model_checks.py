@@ -24,6 +24,7 @@ _MIXES = (
     "the model mixes the images of a batch: beside others, an image has logits that differ by {:.2g} of the largest, so "
     "that it has no map of its own; take what runs along the first axis out of forward()"
 )
+_MAGNIFIED = 10  # times its own rounding may a model's logits differ when its calls are followed
 _MOST_ROUNDING = 0.01  # of the largest logit, by which float32 images may seem to mix
 _TRIES = 3  # with images that the model tells apart too little to say
 
@@ -110,10 +111,10 @@ class SameOutput:
 
     def __init__(self, follower: str, model: nn.Module, x: Tensor) -> None:
         self._said, self._model = f"followed by {follower} it is the same", model
-        self._watch, self._plain = RoundingWatch(model), None
+        self._watch, self._plain, self._one = RoundingWatch(model), None, x.detach()[:1]
         if self._said not in found_of(model):
             with torch.no_grad():
-                self._plain = logits_of(self._watch, x.detach()[:1])
+                self._plain = logits_of(self._watch, self._one)
 
     def check(self, logits: Any) -> None:
         """Refuse (SrdLabError) a model that, followed, puts out other ``logits`` (N, K)."""
@@ -121,12 +122,27 @@ class SameOutput:
         if plain is None or not isinstance(logits, Tensor) or plain.shape != logits[:1].shape:
             return
         apart = far_apart(logits.detach()[:1], plain)
-        if apart > self._watch.rounding:
+        if apart > self._watch.rounding and apart > _MAGNIFIED * _own_rounding(self._model, self._one, plain):
             raise Refused(
                 f"the model puts out logits that differ by {apart:.2g} of the largest when its calls are followed: it does "
                 "something that cannot be followed; use another method on it, and please report the model"
             )
         found_of(self._model).add(self._said)
+
+
+def _own_rounding(model: nn.Module, one: Tensor, logits: Tensor) -> float:
+    """How far the float32 ``logits`` (1, K) of a model for an image (1, C, H, W) are from those in float64, as a share of
+    the largest; 0 where that cannot be told."""
+    if one.dtype != torch.float32:
+        return 0.0
+    try:
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            found = logits_of(RoundingWatch(exact), one.double())
+    except Exception:  # it cannot be copied
+        return 0.0
+    own = 0.0 if found is None else far_apart(logits.double(), found)
+    return own if own < _MOST_ROUNDING else 0.0
 
 
 def _check_no_chance(model: nn.Module, one: Tensor) -> None:
