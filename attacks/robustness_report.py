@@ -174,12 +174,10 @@ class Report:
         stalled = {
             s.name: int((s.table["eq10/used"] < HALF).sum()) for s in subjects if "eq10/used" in s.table
         }
-        parts += [
-            f"eq10 stalled on {count} image{'' if count == 1 else 's'} of {name} (below half of the budget): no sign of "
-            "robustness there."
-            for name, count in stalled.items()
-            if count
-        ]
+        if some := ", ".join(f"{count} of {name}" for name, count in stalled.items() if count):
+            parts.append(
+                f"eq10 stalled below half of the budget (images: {some}): no sign of robustness there."
+            )
         gated = [f"  {s.name}: {s.gates.why}" for s in subjects if s.gates and not s.gates.ranked]
         if gated:
             parts.append("Not ranked (gates):\n" + "\n".join(gated))
