@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from srd_lab.runs.settings import Settings
 
@@ -19,7 +20,7 @@ class SurveySettings(Settings):
     """
 
     models: tuple[str, ...] = ("vgg16",)
-    images: int | str = 500
+    images: int | Literal["all"] = 500
     inputs: tuple[str, ...] = ("zeros", "ones", "normal")
     binarize: bool = True
     save_patterns: bool = False

@@ -18,7 +18,9 @@ from attacks.manipulation import (
     noise_at_equal_mse,
     similarity,
 )
+from srd_lab.errors import BadValue
 from srd_lab.methods.smoothed import parse_explainer
+from srd_lab.methods.srd import STARTS
 from srd_lab.normalise import normalisation_scale
 from srd_lab.parts import split_options
 from srd_lab.registry import EXPLAINERS, make_explainer
@@ -34,13 +36,16 @@ def attack_explainer(method: str, start: str) -> Explainer:
 
     method : a name, or a wrapper around one, as in ``smoothed(srd,0.1,64)``.
 
-    Raises BadValue for a name or an option that is not known.
+    Raises BadValue for a name, an option or a start that is not known.
 
     Example
     -------
     >>> attack_explainer("gradient", "ones").channels, attack_explainer("srd", "ones").start
     ('abs_sum', 'ones')
     """
+
+    if start not in STARTS:
+        raise BadValue(f"the start {start!r} is not known; expected one of {', '.join(STARTS)}")
 
     def make(name: str) -> Explainer:
         plain, typed = split_options(name)

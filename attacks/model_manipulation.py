@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from attacks.model_compare import shown_maps
 from attacks.model_objective import Cases, MapObjective
 from srd_lab.data import Loaded, load_batches, skipped_report
+from srd_lab.engine.model_memory import trained
 from srd_lab.engine.preconditions import check_model
 from srd_lab.errors import BadData, BadInput, BadValue, NoGradient, Refused
 from srd_lab.methods.cam_by_passes import AblationCAM, ScoreCAM
@@ -136,9 +137,10 @@ class ModelManipulation:
         if len(chosen) == 0:
             raise BadInput("there are no images to train on; give one index or more")
         training = _Training(self, model)
-        for step, (task, maps) in enumerate(self._batches(dataset, labels, chosen, workers)):
-            training.step(step, _tensors(task, training.like), _tensors(maps, training.like))
-            (on_step or (lambda n: None))(1)
+        with trained(training.copy):
+            for step, (task, maps) in enumerate(self._batches(dataset, labels, chosen, workers)):
+                training.step(step, _tensors(task, training.like), _tensors(maps, training.like))
+                (on_step or (lambda n: None))(1)
         return training.result()
 
     def _batches(

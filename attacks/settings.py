@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from srd_lab.runs.settings import Settings
 
@@ -41,7 +42,7 @@ class ManipulationSettings(PairSettings):
 
     steps: int = 100
     lr: float = 1e-3
-    output_term: str = "probabilities"
+    output_term: Literal["probabilities", "logits"] = "probabilities"
     bound: float = 8.0
     stop_mse: float = 1e-3
     beta_start: float = 10.0
@@ -65,8 +66,8 @@ class RobustnessSettings(ManipulationSettings):
     methods: tuple[str, ...] = ("srd", "lrp_zplus", "guided_backprop", "gradcam", "sobel")
     starts: tuple[str, ...] = ("contrastive", "ones")
     attacks: tuple[str, ...] = ("standard", "eq10")
-    mode: str = "quick"
-    norm: str = "legacy"
+    mode: Literal["quick", "full"] = "quick"
+    norm: Literal["legacy", "l2", "linf"] = "legacy"
     budget: float | None = None
     seeds: int = 1
     curve: bool = True
@@ -106,7 +107,7 @@ class ModelManipulationSettings(Settings):
     top_share: float = 0.1
     swap: tuple[int, ...] = (0, 1)
     map_weight: float = 3.0
-    keep: str = "labels"
+    keep: Literal["labels", "outputs"] = "labels"
     train_images: int = 800
     train_batch: int = 16
     train_steps: int = 150

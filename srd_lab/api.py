@@ -189,7 +189,8 @@ def attack(
 
     Errors are those of :class:`attacks.ensemble.Ensemble`.
     """
-    ensemble = Ensemble(tuple(members), mode, budget or Budget.named("legacy"), seed)
+    members = (members,) if isinstance(members, str) else tuple(members)
+    ensemble = Ensemble(members, mode, budget or Budget.named("legacy"), seed)
     explainer, x = attack_explainer(method, start), to_8_bits(images)
     known = probe(explainer, model, x[:PROBED], ensemble.budget, seed=seed)
     if known.best is None and "black_box" not in ensemble.members:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from srd_lab.errors import BadValue, SrdLabWarning, first_line
+from srd_lab.fields import checked
 from srd_lab.parts import EXPECTED, is_own, make, split_options
 
 Class = TypeVar("Class", bound=type)
@@ -191,6 +192,7 @@ def method(
     """
 
     def declare(cls: Class) -> Class:
+        checked(cls)
         METHODS.add(
             name, Method(title or name, paper, resolution, passes, tested, attackable, cls(**options), needs)
         )
@@ -217,6 +219,7 @@ def metric(
     _check_better(name, better)
 
     def declare(cls: Class) -> Class:
+        checked(cls)
         METRICS.add(name, Metric(title or name, paper, better, scores, tested, cls(**options)))
         return cls
 

@@ -21,7 +21,8 @@ def class_logits(output: Any) -> Any:
     output : logits (N, K), (N, 1) or (N,); a tuple or list that begins with them; a mapping or an object that has them
         under ``logits``, or a mapping with one tensor. Anything else is handed back as it is.
 
-    Raises Refused for a tensor of whole, complex or sparse numbers, and for one of no classes.
+    Raises Refused for a tensor of whole, complex or sparse numbers, for one of no classes, and for one output that a sigmoid
+    made, as far as autograd's graph shows it.
 
     Example
     -------
@@ -39,8 +40,21 @@ def class_logits(output: Any) -> Any:
         raise _no_logits(found)
     if not isinstance(found, Tensor) or found.dim() not in (1, 2) or found[:1].numel() != 1:
         return found
+    if _made_by(found.grad_fn).startswith("Sigmoid"):
+        raise Refused(
+            "the model's one output is a probability, which a sigmoid made; expected its logit: take the sigmoid off"
+        )
     y = found.reshape(-1, 1)
     return torch.cat([-y, y], 1)
+
+
+def _made_by(node: Any) -> str:
+    """The name of the node of autograd's graph, past views, that made an output; empty where there is no graph."""
+    while node is not None and any(
+        word in node.name() for word in ("View", "Squeeze", "Select", "Reshape", "Clone")
+    ):
+        node = node.next_functions[0][0]
+    return "" if node is None else str(node.name())
 
 
 def is_among(logits: Tensor, output: Any) -> bool:
@@ -80,8 +94,11 @@ def check_target(target: Any, logits: Any) -> Tensor:
     n, classes = logits.shape
     if target is None:
         return logits.detach().argmax(1)
+    if isinstance(target, Tensor) and target.layout != torch.strided:
+        raise BadInput(f"targets must be dense class indices, got {target.layout}; give target.to_dense()")
     try:
         index = torch.as_tensor(target, device=logits.device)
+        index = index if index.is_floating_point() or index.is_complex() else index.to(_whole(index))
     except (TypeError, ValueError, RuntimeError):
         raise BadInput(
             f"targets must be class indices, one per image or one for all, got {target!r:.60}; give an int, a list of "
@@ -96,6 +113,11 @@ def check_target(target: Any, logits: Any) -> Tensor:
     if int(index.min()) < 0 or int(index.max()) >= classes:
         raise BadInput(f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}")
     return index.long()
+
+
+def _whole(index: Tensor) -> torch.dtype:
+    """The type that ``index`` is looked at in: torch finds no least one of uint16 and its like."""
+    return index.dtype if index.dtype == torch.bool else torch.int64
 
 
 def check_logits(logits: Any) -> Tensor:

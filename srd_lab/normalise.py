@@ -76,6 +76,22 @@ def check_pixel_range(model: nn.Module, x: Tensor) -> None:
     raise BadInput(f"the model expects pixels in [0, 1], got [{low:.3g}, {high:.3g}]; {cure}")
 
 
+def check_box(model: nn.Module, x: Tensor, low: float, high: float) -> None:
+    """Refuse (BadInput) images for a bare network that leave the box [low, high] which they are said to lie in.
+
+    model : any; one that normalises its images is asked by :func:`check_pixel_range`. x : images (N, C, H, W).
+    """
+    if isinstance(model, Normalising) or not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
+        return
+    least, most = (float(end) for end in x.detach().aminmax())
+    margin = PIXEL_MARGIN * (high - low)
+    if least < low - margin or most > high + margin:
+        raise BadInput(
+            f"the images lie in [{least:.3g}, {most:.3g}], outside of the pixel box [{low:g}, {high:g}] of this rule; give "
+            "low= and high= of the images that the network is fed with"
+        )
+
+
 def normalisation_scale(model: nn.Module, x: Tensor) -> Tensor:
     """What one unit of pixel value is in normalised units, (1, C, 1, 1): 1 / std, or 1 for a bare network.
 

@@ -43,6 +43,10 @@ class Preprocessing:
             or min(self.std) <= 0
         ):
             raise BadValue(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
+        if max(map(abs, numbers)) > 1:
+            raise BadValue(
+                f"mean {self.mean} and std {self.std} are those of pixels in [0, 1]; divide numbers of 0..255 by 255"
+            )
         if not 1 <= self.size <= 10_000 or not 0.1 <= self.crop <= 1:
             raise BadValue(f"size {self.size} must be in 1..10000 and crop {self.crop} in [0.1, 1]")
         if self.interpolation not in INTERPOLATIONS:

@@ -218,13 +218,47 @@ def test_vectors_of_stacked_maps(dim: int) -> None:
     )
 
 
+def turned(u: Tensor) -> Tensor:
+    return torch.rot90(u, 1, (1, 2))
+
+
+def gathered(u: Tensor) -> Tensor:
+    """(8, 12) by (12, 8): the channels and rows of every column, exchanged."""
+    n, c, h, w = u.shape
+    index = torch.arange(c * h).view(c, h).t().reshape(1, c * h, 1).expand(n, c * h, w)
+    return u.flatten(1, 2).gather(1, index).view(n, h, c, w)
+
+
+@pytest.mark.parametrize("move", [turned, gathered])
+def test_vectors_of_maps_whose_channels_lie_elsewhere(move: Callable[[Tensor], Tensor]) -> None:
+    def before(net: Net, x: Tensor) -> Tensor:
+        return net.head(back(F.relu(move(net.d(F.relu(net.c(x)))))))
+
+    def after(net: Net, x: Tensor) -> Tensor:
+        return net.head(back(move(F.relu(net.d(F.relu(net.c(x)))))))
+
+    def back(u: Tensor) -> Tensor:
+        return u.transpose(1, 2)
+
+    the_same(explained(after, "srd", images()), explained(before, "srd", images()))
+
+
+@pytest.mark.parametrize("name", ["deconvnet", "guided_backprop", "lrp_zplus", "srd"])
+def test_sparse_maps_are_refused(name: str) -> None:
+    def sparse(net: Net, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.d(F.relu(net.c(x)).to_sparse().to_dense())))
+
+    with pytest.raises(Refused, match=r"to_sparse|to_dense"):
+        explained(sparse, name, images())
+
+
 def test_vectors_of_five_axes_that_nothing_is_known_of() -> None:
     def split(net: Net, x: Tensor) -> Tensor:
         u = net.d(F.relu(net.c(x))).unflatten(1, (2, 4)).transpose(1, 2)
         return net.head(F.relu(u).transpose(1, 2).flatten(1, 2))
 
     with pytest.raises(
-        Refused, match=r"^activation 'relu#2' works on more than four axes, .* there, or a method"
+        Refused, match=r"^activation 'relu#2' works on a map of which nothing tells .* there, or a method"
     ):
         explained(split, "srd", images(), start="ones")
 

@@ -44,7 +44,9 @@ def explain(name: str, model: nn.Module, x: Tensor) -> Tensor:
 
 
 def found_of(model: nn.Module) -> set[str]:
-    return set().union(*model_memory._found[model].values())
+    return set().union(
+        *(memory.get(model_memory.found_of, ()) for memory in model_memory._memories[model].values())
+    )
 
 
 @pytest.fixture
@@ -244,7 +246,7 @@ def test_of_a_model_that_is_trained_on_the_last_states_are_kept(x: Tensor) -> No
     for step in range(12):
         model.turn(0.0)
         explain("gradient", model, x[:1])
-        assert len(model_memory._found[model]) <= min(step + 1, model_memory._STATES)
+        assert len(model_memory._memories[model]) <= min(step + 1, model_memory._STATES)
 
 
 def test_what_logits_have_in_common_hides_no_mixture(x: Tensor) -> None:

@@ -38,8 +38,8 @@ def spelled(*groups: str) -> set[Function]:
 GATES = {torch.sigmoid, T.sigmoid, F.sigmoid, F.hardsigmoid, F.softmax, torch.softmax, T.softmax}
 DIVISIONS = spelled("div divide true_divide __truediv__ __itruediv__ __div__ __idiv__")
 _SUMS_OF_PRODUCTS = spelled("addmm addbmm baddbmm addmv addr addcmul lerp")
-_SAMPLERS = spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
-_IN_FIRST = DIVISIONS | _SAMPLERS  # affine in their first operand alone
+SAMPLERS = spelled("grid_sample grid_sampler grid_sampler_2d grid_sampler_3d")
+_IN_FIRST = DIVISIONS | SAMPLERS  # affine in their first operand alone
 # affine in one of their operands, where the others are constants
 PRODUCTS = _IN_FIRST | spelled(
     "mul multiply __mul__ __rmul__ __imul__ einsum tensordot matmul __matmul__ __rmatmul__ __imatmul__ mm mv bmm",
@@ -61,6 +61,7 @@ SELECTIONS = spelled(  # among a map's own values, as a max pool is: affine wher
 KINKS = spelled(  # piecewise linear, and so an activation in all but its spelling, unless srd_lab.engine.spellings has it
     "maximum minimum fmax fmin abs absolute __abs__ sign sgn heaviside threshold clamp clamp_min clamp_max clip",
     "hardshrink softshrink rrelu copysign hypot logaddexp logaddexp2",
+    "to_sparse to_sparse_coo to_sparse_csr to_sparse_csc to_sparse_bsr to_sparse_bsc",  # no slope at zeros
 )
 CURVES = spelled(  # bent functions of single entries: activations, unless they make a gate, or a statistic
     "sigmoid expit hardsigmoid logsigmoid log_sigmoid tanhshrink exp exp2 expm1 log log2 log10 log1p logit reciprocal",

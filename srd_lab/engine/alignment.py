@@ -21,7 +21,7 @@ from srd_lab.engine.coordinates import Coordinates, thin
 from srd_lab.engine.interceptor import Watch
 from srd_lab.engine.model_memory import memory_of
 from srd_lab.engine.receptive_fields import reads_elsewhere
-from srd_lab.engine.spellings import Function, plain_spelling, tensors_in
+from srd_lab.engine.spellings import Function, tensors_in
 from srd_lab.engine.token_grid import TokenGrid, grid_of, grid_of_queries, laid_over
 from srd_lab.errors import Refused
 
@@ -35,12 +35,11 @@ _SHIFT = 0.6  # of the distance of two cells; strides alone make 0.5
 class _Known:
     """What is remembered of a model that makes the same calls with the same numbers.
 
-    over_image, grids, events_of_calls : see :class:`CoordinateTrace`. events : how many torch functions it calls.
+    over_image, grids : see :class:`CoordinateTrace`. events : how many torch functions it calls.
     """
 
     over_image: dict[int, dict[int | None, bool]]
     grids: dict[int, dict[int, TokenGrid]]
-    events_of_calls: list[int]
     events: int
 
 
@@ -79,17 +78,8 @@ class Alignment:
                     "the model calls other functions when it runs again on the same images, so that it cannot be told where "
                     "its maps lie; use a method whose map is made at the image, such as srd or grad_input"
                 )
-            known[key] = _Known(run.over_image, run.grids, run.events_of_calls, run.events)
+            known[key] = _Known(run.over_image, run.grids, run.events)
         return cls(model, x, known[key])
-
-    def event_of_call(self, call: int) -> int:
-        """Which torch function of the model activation call number ``call``, from 0, was; 0 if there was none."""
-        events = self._known.events_of_calls
-        return events[call] if call < len(events) else 0
-
-    def check_call(self, call: int, what: str) -> None:
-        """:meth:`check` for the output of activation call number ``call``, from 0, along whatever axis its channels lie."""
-        self.check_made(self.event_of_call(call), what)
 
     def check_made(self, event: int, what: str) -> None:
         """:meth:`check`, along whatever axis the channels lie."""
@@ -163,14 +153,12 @@ class CoordinateTrace(Watch):
     over_image : whether the output of a torch function lies over the image, by event and by the axis of its channels.
     grids : of outputs that are tokens over the image, by event and by the axis of their channels: of three dimensions, or of
         what attends in an attention (N, heads, T, ...), which is 3.
-    events_of_calls : of every activation call, which torch function it was.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.over_image: dict[int, dict[int | None, bool]] = {}
         self.grids: dict[int, dict[int, TokenGrid]] = {}
-        self.events_of_calls: list[int] = []
         self.coordinates = WeakTensorKeyDictionary()
         self._images = 0
         self._judged: tuple[Coordinates | None, dict[int | None, bool]] = (None, {})
@@ -181,19 +169,15 @@ class CoordinateTrace(Watch):
         self.coordinates[fed] = Coordinates.of_image(x)
         return super().run(fed)
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        func, given, calls = plain_spelling(func), kwargs or {}, len(self.calls)
-        tensors = tensors_in(args, given)
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = tensors_in(args, kwargs)
         known = {id(t): self.coordinates[t] for t in tensors if t in self.coordinates}
-        writes = func in _WRITING or overwrites(func, given)
+        writes = func in _WRITING or overwrites(func, kwargs)
         before = self.coordinates.get(args[0]) if writes and args and isinstance(args[0], Tensor) else None
-        out = super().__torch_function__(func, types, args, given)
-        self.events_of_calls += [self.events] * (len(self.calls) - calls)
+        out = super().intercept(func, args, kwargs)
         if known:
             with torch.no_grad():
-                self._follow(func, args, given, known, out)
+                self._follow(func, args, kwargs, known, out)
         if before is not None and self.coordinates.get(args[0]) is not before:
             self._forget_views(args[0])
         return out

@@ -56,12 +56,10 @@ class Gated(ImageTrace):
         super().__init__(model)
         self.live_pass = LivePass(rule)
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sources = tensors_in(args[:1] if func in SHAPED else args, kwargs)
         of_image = any(self.records[t].detached or self.is_map(t) for t in sources)
-        out = super().__torch_function__(func, types, args, kwargs)
+        out = super().intercept(func, args, kwargs)
         for t in tensors_in((out,)):
             if of_image and not t.requires_grad and func not in LIKE:
                 self.records.note(t, detached=True)
@@ -213,15 +211,13 @@ class Decomposed(Gated):
             tuple[Tensor, int, Any, Convolution]
         ] = []  # what they put out, its version then, and its node in autograd's graph
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(t.requires_grad and self.records[t].unseen for t in tensors_in(args, kwargs)):
             raise Refused(
                 f"{self.where()} runs an autograd function of its own, which cannot be seen through; write it with torch's "
                 "functions, or choose a method that needs gradients only"
             )
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().intercept(func, args, kwargs)
 
     def _dispatch(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in LAYERS:

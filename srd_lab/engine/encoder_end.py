@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srd_lab.engine.affine import RESHAPES
-from srd_lab.engine.channels import Channels, has_extent
+from srd_lab.engine.channels import Channels, has_extent, places
+from srd_lab.engine.geometry import Convolution
 from srd_lab.engine.layers import check_rows, is_cut, leads_to
 from srd_lab.engine.record import Records, original_of
 from srd_lab.engine.spellings import Call, Function
@@ -47,17 +48,25 @@ class EncoderEnd:
         self._records, self._channels = records, channels
         self._found: End | None = None
         self._pooled = set[Any]()  # what it was pooled and flattened into: nodes of autograd's graph
-        self._apart = False  # whether maps of several branches are pooled, each by itself
+        self._others: list[tuple[End, set[Any]]] = []  # the same of other branches, pooled each by itself
 
     def clear(self) -> None:
         """Drop the reference to the output."""
         self._found = None
         self._pooled.clear()
+        self._others.clear()
 
     def layer(self, x: Tensor, axis: int) -> None:
         """A layer reads ``x``: where that has spatial extent, what was pooled before was a side branch, not the end."""
         if self._module is None and has_extent(x, axis):
-            self._found, self._pooled, self._apart = None, set(), False
+            self._found, self._pooled, self._others = None, set(), []
+
+    def convolved(self, conv: Convolution, out: Tensor) -> None:
+        """The model convolved a map: with a kernel as large as that, it is flattened and given to a linear layer."""
+        self.layer(conv.x, 1)
+        sides = tuple(d * (k - 1) + 1 for k, d in zip(conv.weight.shape[2:], conv.dilation, strict=True))
+        if sides == tuple(conv.x.shape[2:]) and conv.stride == (1, 1) and not any(conv.padding):
+            self.call(F.conv2d, conv.x, out)
 
     def call(self, function: Function, first: Tensor, out: Tensor) -> None:
         """The model called ``function`` on the map ``first``, which gave ``out``."""
@@ -69,11 +78,14 @@ class EncoderEnd:
             and out.shape == self._found.output.shape
             and first.dim() < 3
         ):
-            self._found, self._pooled, self._apart = None, set(), False  # flattened, and back again
+            self._found, self._pooled, self._others = None, set(), []  # flattened, and back again
         extended = has_extent(first, self._channels.of(first))
         if first.dim() not in (3, 4) or (first.dim() == 3 and not extended):
             return
-        pooled = extended and out.dim() == first.dim() and not has_extent(out, self._channels.of(out))
+        axis = self._channels.of(first)
+        sides = zip(places(first, axis), places(out, self._channels.of(out)), strict=False)
+        # along one axis, maybe, and then along the other
+        pooled = out.dim() == first.dim() and any(before > 1 == after for before, after in sides)
         flattened = 0 < out.dim() < first.dim() and out.shape[0] == first.shape[0]
         if not (pooled or flattened or (function in _GLOBAL_POOLS and first.dim() == 4)):
             return
@@ -90,7 +102,7 @@ class EncoderEnd:
             apart = not leads_to(first.grad_fn, self._found.output.grad_fn)
             if not apart and not leads_to(first.grad_fn, self._found.output.grad_fn, self._pooled):
                 return  # made of what was pooled alone, such as the logits of several views: behind the end
-            self._apart = apart
+            self._others = [*self._others, (self._found, self._pooled)] if apart else []
             self._found, self._pooled = self._end(first), {out.grad_fn}
 
     def returned(self, module: nn.Module, output: Any) -> bool:
@@ -102,8 +114,10 @@ class EncoderEnd:
         self._found = self._end(output)
         return True
 
-    def found(self, images: int) -> End:
+    def found(self, images: int, top: Any, bottom: Any) -> End:
         """Where the encoder ended in the last pass, of so many images.
+
+        top, bottom : nodes of autograd's graph, that of the model's output and that of the image.
 
         Raises SrdLabError where no end was found, or several, where it was overwritten, and for no map and no tokens.
         """
@@ -113,13 +127,17 @@ class EncoderEnd:
                 "tokens before one is picked or all are averaged); "
                 'name the submodule that puts it out with encoder="..." ("" is the model itself)'
             )
-        if self._apart:
+        ends = [*self._others, (self._found, self._pooled)]
+        if self._others:  # heads that have no part in the output do not count
+            ends = [(end, pooled) for end, pooled in ends if any(leads_to(top, node) for node in pooled)]
+        if len(ends) != 1:
             raise Refused(
                 "several maps are pooled, each by itself, before the logits, so that none is the encoder's output; name the "
                 'submodule to explain with encoder="..."'
             )
-        output = self._found.output
-        if output._version != self._found.version:
+        end = ends[0][0]
+        output = end.output
+        if output._version != end.version:
             raise Refused(
                 "what was found as the encoder's output is overwritten by the model later on; name the submodule that "
                 'puts it out with encoder="..."'
@@ -130,23 +148,25 @@ class EncoderEnd:
                 "(N, C, h, w) or tokens (N, S, D): name a submodule before pooling or flattening"
             )
         check_rows("the encoder", output.shape, images, ANOTHER_ENCODER)
-        return self._found
-
-    def check_cut(self, top: Any, bottom: Any) -> None:
-        """Refuse an end that was found but that not all of the model's output, node ``top`` of autograd's graph, is made
-        through from the image, node ``bottom``: the scores of an attention that pools, say."""
-        if (
-            self._module is None
-            and self._found is not None
-            and not is_cut(self._found.output.grad_fn, top, bottom)
-        ):
+        if self._module is None and not is_cut(
+            output.grad_fn, top, bottom
+        ):  # the scores of an attention that pools, say
             raise Refused(
                 "what was found as the encoder's output has only a part in the logits, which are made of the image on other "
                 'ways as well; name the submodule to explain with encoder="..."'
             )
+        return end
 
     def _end(self, output: Tensor) -> End:
         output = original_of(output)  # other branches do not pass a view
+        base = output._base
+        if (
+            base is not None
+            and self._records[base].call
+            and base.dim() > 2
+            and base.numel() == output.numel()
+        ):
+            output = base  # an activation in another shape is the activation
         known = self._records[output]
         return End(output, output._version, self._channels.of(output), known.call, known.event)
 

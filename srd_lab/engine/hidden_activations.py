@@ -4,7 +4,7 @@
 asked what a product, a choice, or what else is not affine and makes one number of several, is made of: whether each entry of
 it leads back to one entry of a map, with a slope that depends on that entry, or is another one in another place and image.
 
-Tried once when a model is first followed, and remembered as long as it lives.
+Tried once when a model is first followed, and remembered as long as its weights stay.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from srd_lab.engine.affine import (
 )
 from srd_lab.engine.geometry import MaxPool
 from srd_lab.engine.image_trace import ImageTrace
-from srd_lab.engine.model_memory import memory_of, state_of
+from srd_lab.engine.model_memory import memory_of
 from srd_lab.engine.spellings import Call, Function, function_name, tensors_in
 from srd_lab.errors import Refused
 
@@ -52,7 +52,7 @@ def check_no_hidden_activation(model: nn.Module, x: Tensor) -> None:
     x : images (N, C, H, W), of which the first is tried, with another one made of it.
     """
     known, one = memory_of(model), x.detach()[:1]
-    key = _Suspects, state_of(model), tuple(one.shape)
+    key = _Suspects, tuple(one.shape)
     if key not in known:
         # a model may be one for single images, or for batches of this size
         for tried in (torch.cat([one, one.flip((2, 3)) / 2]), one, x.detach()):
@@ -94,16 +94,14 @@ class _Suspects(ImageTrace):
         finally:
             self._made.clear()
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = tensors_in(args[:1] if func in SHAPED else args, kwargs)
         if func in LEAVING and any(_moves(t) or t in self._cut for t in tensors):
             raise Hidden(
                 f"{function_name(func)} in {self.where()} takes what is made of the image out of torch, where nothing can "
                 "be followed; write it with torch's functions"
             )
-        out = super().__torch_function__(func, types, args, kwargs)
+        out = super().intercept(func, args, kwargs)
         if func not in LIKE and any(_moves(t) or t in self._cut for t in tensors):
             for t in tensors_in((out,)):
                 if _moves(t):

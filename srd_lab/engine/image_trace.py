@@ -22,10 +22,8 @@ from srd_lab.engine.spellings import (
     MAX_POOLS,
     Call,
     Function,
-    as_layer,
     first_tensor,
     function_name,
-    plain_spelling,
     recognise,
     tensors_in,
 )
@@ -86,18 +84,15 @@ class ImageTrace(Interceptor):
             self._check_seen([given])
         return super().finished(output, images)
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        func, args, kwargs = as_layer(plain_spelling(func), args, kwargs or {})
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._know_weight(func, args)
         if not self.sees_all:
-            return self._called(func, types, args, kwargs)
+            return self._called(func, args, kwargs)
         tensors = tensors_in(args, kwargs)
         self._check_seen(tensors)
         self._check_alias(func, args, kwargs)
         curved = self._curved(func, args, kwargs) if self.follows_curves else ""
-        out = self._called(func, types, args, kwargs)
+        out = self._called(func, args, kwargs)
         for t in tensors_in((out,)) if curved else ():
             self.records.note(t, curved=curved)
         for t in (*tensors_in((out,)), *tensors):  # what was written into as well, and what that is a view of
@@ -166,7 +161,7 @@ class ImageTrace(Interceptor):
             )
         return curved or (f"{function_name(func)} in {self.where()}" if func in CURVES else "")
 
-    def _called(self, func: Function, types: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _called(self, func: Function, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         autocast_off()
         if torch.is_grad_enabled() and not self.maps_in(args, given) and _is_layer(func, args, given):
             self.count(func, args, given)
@@ -181,7 +176,7 @@ class ImageTrace(Interceptor):
             self.records.note(out, pointwise=(written_out.made,))
         else:
             made = self._pointwise.made_by(func, args, given)  # before the call, which may be in place
-            out = super().__torch_function__(func, types, args, given)
+            out = super().intercept(func, args, given)
             if made and isinstance(out, Tensor):
                 self.records.note(out, pointwise=made)
         if isinstance(out, Tensor) and out.is_floating_point() and self.is_map(out):
@@ -206,8 +201,7 @@ class ImageTrace(Interceptor):
         out = self._activate(call, u, inplace=written is u)
         if written is None or written is u:
             return out
-        axis = self.channels.of(out)
-        return self.channels.put(in_place(written, lambda _: out), axis)
+        return self.channels.copy(u, in_place(written, lambda _: out))
 
     def is_map(self, t: Tensor) -> bool:
         """Whether ``t`` is made of the image, and is no gate."""
@@ -232,7 +226,7 @@ class ImageTrace(Interceptor):
         maps = self.maps_in(args[:1] if function in SHAPED else args, kwargs)
         if not maps:
             return self.as_factor(function(*args, **kwargs), self.gate_in(args, kwargs))
-        x = max(maps, key=Tensor.dim)
+        x = max(maps, key=lambda t: (t.dim(), t.numel()))
         axis = self.channels.of(x) if self.follows_channels else 1
         out = self.on_maps(function, args, kwargs)
         if self.follows_channels:

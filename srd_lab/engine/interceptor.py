@@ -49,11 +49,10 @@ from srd_lab.engine.spellings import (
     MAX_POOLS,
     Call,
     Function,
-    as_layer,
     draws,
     first_tensor,
     function_name,
-    plain_spelling,
+    in_one_spelling,
     recognise,
     tensors_in,
 )
@@ -199,7 +198,10 @@ class Interceptor(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        func, args, kwargs = as_layer(plain_spelling(func), args, kwargs or {})
+        return self.intercept(*in_one_spelling(func, args, kwargs or {}))
+
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call of a torch function, in the one spelling that all of its spellings come in."""
         if torch.is_inference_mode_enabled():
             raise Refused(
                 f"{self.where()} runs in torch.inference_mode, where nothing can be traced; use torch.no_grad there, or "
@@ -383,13 +385,11 @@ class Exchange(Watch):
     def finished(self, output: Any, images: int) -> Any:
         return class_logits(output)
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands, before = tensors_in(args, kwargs), self.events
         if any(t is self._overwritten for t in operands):
             raise RuntimeError("what was exchanged is read under the name that it had before the call")
-        out = super().__torch_function__(func, types, args, kwargs)
+        out = super().intercept(func, args, kwargs)
         if not before < self.events == self.event:
             return out
         made = self.by(out)

@@ -62,9 +62,7 @@ class LayerTrace(AsItIs, ImageTrace):
 
     def end(self) -> End:
         """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
-        end = self.encoder.found(self.shape[0])
-        self.encoder.check_cut(self._top, self.bottom)
-        return end
+        return self.encoder.found(self.shape[0], self._top, self.bottom)
 
     def call_index(self, layer: str | int) -> int:
         """See :func:`srd_lab.engine.layers.call_index`."""
@@ -90,12 +88,10 @@ class LayerTrace(AsItIs, ImageTrace):
         self.bottom = None
 
     # calls ---------------------------------------------------------------------------------------------
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = args[0] if args and isinstance(args[0], Tensor) else None
         before, version = self.events, None if first is None else first._version
-        out = super().__torch_function__(func, types, args, kwargs)
+        out = super().intercept(func, args, kwargs)
         # .cpu() in a hook, say, returns its argument, and the network does not use what it returned
         if isinstance(out, Tensor) and before < self.events and (out is not first or out._version != version):
             self.records.note(out, event=self.events)
@@ -110,7 +106,7 @@ class LayerTrace(AsItIs, ImageTrace):
         out = super().activate(call, x, inplace)
         self.made.append((self.events, axis))
         self.records.note(out, call=call)
-        return self.channels.put(out, axis)
+        return self.channels.copy(x, out)
 
     def activation(self, call: Call, u: Tensor) -> Tensor:
         v = call.function(u)
@@ -118,8 +114,9 @@ class LayerTrace(AsItIs, ImageTrace):
         return v.clone()  # what follows may overwrite it
 
     def convolution(self, conv: Convolution) -> Tensor:
-        self.layer_reads(conv.x, 1)
-        return conv.apply(conv.x, conv.weight, conv.bias)
+        y = conv.apply(conv.x, conv.weight, conv.bias)
+        self.encoder.convolved(conv, y)
+        return y
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.layer_reads(x, x.dim() - 1)
@@ -135,8 +132,9 @@ class LayerTrace(AsItIs, ImageTrace):
         return super().other(function, args, kwargs) if out is None else out
 
     def after(self, function: Function, args: tuple[Any, ...], maps: list[Tensor], out: Any) -> None:
-        if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
-            self.encoder.call(function, args[0], out)
+        first = next((t for t in args if isinstance(t, Tensor)), None)  # behind an equation, maybe
+        if isinstance(out, Tensor) and out.requires_grad and first is not None:
+            self.encoder.call(function, first, out)
 
     def left(self, module: nn.Module, output: Any) -> Any:
         # what follows may overwrite it

@@ -28,31 +28,41 @@ class Place:
 def call_index(calls: Sequence[Call], layer: str | int) -> int:
     """Index of an activation call by index, by name, or by the submodule whose last call it is.
 
-    layer : an index, from the end if negative; or a dotted name, of which a wrapper's prefix may be left out.
+    layer : an index, from the end if negative; or a dotted name, that of a call first, of which what stands in front may be
+        left out: that of a wrapper, or of the only one that has such a part.
 
-    Raises SrdLabError if there is no such call.
+    Raises BadValue if there is no such call, or if several layers have that name.
     """
     names = [call.name for call in calls]
     if isinstance(layer, int):
         if not -len(names) <= layer < len(names):
             raise BadValue(f"activation call {layer} does not exist; the model makes {len(names)} calls")
         return layer % len(names)
-    for suffix in ("", "."):
-        exact = [
-            i for i, name in enumerate(names) if name == layer or (suffix and name.endswith("." + layer))
-        ]
-        if exact:
-            return exact[0]
-    within = [
-        i
-        for i, name in enumerate(names)
-        if f".{name}".find(f".{layer}.") >= 0 or name.startswith(layer + "#")
-    ]
-    if not within:
+    if layer in names:
+        return names.index(layer)
+    inside: dict[str, list[int]] = {}  # by what stands in front of the layer's name
+    for i, name in enumerate(names):
+        for front in _in_front(name.partition("#")[0], layer):
+            inside.setdefault(front, []).append(i)
+    if not inside:
         raise BadValue(
             f"no activation call is named {layer!r} or made inside it; the calls are: {', '.join(names)}"
         )
-    return within[-1]
+    wrappers = [front for front in inside if all(name.startswith(f"{front}.") for name in names)]
+    fronts = [""] if "" in inside else wrappers or list(inside)
+    if len(fronts) > 1:
+        meant = ", ".join(f"{front}.{layer}" for front in fronts)
+        raise BadValue(f"the layer {layer!r} may be any of {meant}; give the whole name")
+    whole = f"{fronts[0]}.{layer}"
+    return names.index(whole) if whole in names else inside[fronts[0]][-1]
+
+
+def _in_front(name: str, layer: str) -> Iterator[str]:
+    """What stands in front of ``layer`` in the dotted ``name``, wherever it occurs there."""
+    parts, wanted = name.split("."), layer.split(".")
+    for k in range(len(parts) - len(wanted) + 1):
+        if parts[k : k + len(wanted)] == wanted:
+            yield ".".join(parts[:k])
 
 
 def check_rows(what: str, shape: Sequence[int], images: int, cure: str = "name another layer") -> None:

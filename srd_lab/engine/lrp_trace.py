@@ -22,7 +22,10 @@ from srd_lab.engine.affine import (
     COPIES,
     DIVISIONS,
     GATES,
+    PRODUCTS,
     RESHAPES,
+    SAMPLERS,
+    SCALES,
     SHIFTS,
     called_with,
     constant_part,
@@ -45,17 +48,17 @@ T = torch.Tensor
 _TIMES = {torch.mul, T.mul, T.mul_, torch.multiply, T.multiply, torch.neg, T.neg, T.neg_, torch.negative}
 _ELEMENTWISE = SHIFTS | DIVISIONS | COPIES | _TIMES
 _ADAPTIVE_MAX_POOLS = {F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices}
-_MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "tensordot"}
+_MATRIX_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm", "einsum", "tensordot"}
 _LAYERS = {
     *("addmm", "addbmm", "baddbmm", "addmv", "addr", "addcmul", "addcdiv", "lerp", "dot", "inner", "outer"),
     *("ger", "kron", "vdot", "vecdot", "linalg_vecdot", "cross", "linalg_cross"),
     *("multi_dot", "linalg_multi_dot", "chain_matmul"),
 }
-_ENTRY_BY_ENTRY = {"addcmul", "addcmul_", "lerp", "lerp_"}
+_ENTRY_BY_ENTRY = {"addcmul", "lerp"}
 _CHOICES = ("amax", "amin", "max", "min", "sort", "topk", "kthvalue", "median", "max_pool1d", "max_pool3d")
 _MAY_BE = ("hardtanh", "smooth_relu", "smooth_clip")  # clipped at 0, or lower; leaky or not
 _IN_ANY_LAYOUT: dict[Function, Function] = {T.view: T.reshape, T.view_as: T.reshape_as}
-_FORGOTTEN: dict[str, Any] = {"part": None, "convolution": None, "overwritten": False}
+_FORGOTTEN: dict[str, Any] = {"part": None, "convolution": None, "normed": None, "overwritten": False}
 Part = Callable[[Tensor, Tensor | None], Tensor]  # of a weight, and of a bias that is modified
 Modify = Callable[[Tensor], Tensor]
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -69,6 +72,7 @@ class ModifiedTrace(Decomposed):
     with_bias : whether biases take part, modified likewise.
     box : the pixel box (low, high) of z^B (Montavon et al. 2017), which the first layer always has; both like the image.
     head : the last linear layer and its output; None where there is none.
+    made_by : which torch function of the model each activation call was, counted from 1.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class ModifiedTrace(Decomposed):
     ) -> None:
         super().__init__(network, rules.lrp_modified)
         self._places: list[Place] = []  # of every activation call, channels along dimension 1
+        self.made_by: dict[int, int] = {}
         self._fed: Any = None  # the image's node in autograd's graph
         self._axis = 1  # of the activation call that is running
         self._modify, self._with_bias = modify, with_bias
@@ -120,12 +125,15 @@ class ModifiedTrace(Decomposed):
         self.head = (logits, made)
 
     def modified(self, t: Tensor) -> Tensor:
-        """What modified weights make of ``t``, of its shape: ``t`` itself for activations and what is pooled from them."""
+        """What modified weights make of ``t``, of its shape: ``t`` itself for activations and what is pooled from them; what
+        z^B of the identity does for what is made of the image alone."""
         known = self.records[t]
         if (conv := known.convolution) is not None:
             return self._convolved(self.unchanged(conv), conv.weight, conv.bias)
         if known.part is None and known.overwritten:
             raise self._unfollowed("reads a tensor of which a part was overwritten")
+        if known.box is not None:
+            return t - known.box[0]
         return t if known.part is None else known.part
 
     def _unfollowed(self, what: str) -> SrdLabError:
@@ -135,25 +143,29 @@ class ModifiedTrace(Decomposed):
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
+        box = self.records[x].box
+        if box is not None and all(torch.equal(call.function(t), t) for t in (x, *box)):
+            out = x if inplace else x.clone()  # a limit that no pixel reaches is no layer
+            self._box.put(out, box)
+            return self.channels.copy(x, out)
         if call.kind not in _NON_NEGATIVE and not (call.kind in _MAY_BE and call.value_at(-1e30) >= 0):
             raise Refused(
                 f"the rule needs activations that are >= 0 (ReLU, softplus), but {call.name!r} is {call.kind}; "
                 "use another method on this network"
             )
-        box = self.records[x].box
-        # on the image itself the layer before is the identity, and z^B of it takes the lower end off
-        part = self.modified(x) if box is None else x - box[0]
+        part = self.modified(x)
         self._u = part.clone() if part is x else part
         self._axis = self.channels.of(x)
         out = super().activate(call, x, inplace)
         self.records.note(out, **_FORGOTTEN)  # in place, what was noted is void
-        return self.channels.put(out, self._axis)
+        return self.channels.copy(x, out)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         assert self._u is not None
         u, v = self._u.movedim(self._axis, 1), v.movedim(self._axis, 1)
         out = super().gate(call, u, v)
         self._places.append(Place(call.index, tuple(v.shape), out.grad_fn))
+        self.made_by[call.index] = self.events
         return out.movedim(1, self._axis)
 
     def places(self) -> list[Place]:
@@ -179,7 +191,7 @@ class ModifiedTrace(Decomposed):
         return self.channels.put(y, y.dim() - 1)
 
     def batch_norm(self, norm: BatchNorm, run: Callable[[], Tensor]) -> Tensor:
-        conv, scale = self.convolution_of(norm.x), norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
+        conv, scale = self._made_by(norm.x), norm.scale.view(1, -1, *[1] * (norm.x.dim() - 2))
         if (box := self.records[norm.x].box) is not None:  # a normalisation of the image
             y = run()
             self._box.put(
@@ -188,8 +200,9 @@ class ModifiedTrace(Decomposed):
             return y
         linear = self.records[norm.x].linear if norm.x.dim() == 2 else None
         if conv is not None:
-            bias = _folded(conv.bias, norm)
-            part = self._convolved(conv, conv.weight * norm.scale.view(-1, 1, 1, 1), bias)
+            bias, weight = _folded(conv.bias, norm), conv.weight * norm.scale.view(-1, 1, 1, 1)
+            part = self._convolved(conv, weight, bias)
+            conv = replace(conv, weight=weight, bias=bias)
         elif linear is not None:
             bias = _folded(linear.bias, norm)
             part = linear.part(linear.weight * norm.scale[:, None], self._modified_bias(bias))
@@ -198,8 +211,13 @@ class ModifiedTrace(Decomposed):
             shift = None if shift is None else shift.view_as(scale)
             part = self._affine(norm.x, scale, shift, lambda x, w, b: x * w if b is None else x * w + b)
         y = run()
-        self.records.note(y, part=part)
+        self.records.note(y, part=part, normed=conv)
         return y
+
+    def _made_by(self, t: Tensor) -> Convolution | None:
+        """The convolution that makes ``t``, with a batch norm folded in if there was one."""
+        normed = self.records[t].normed
+        return self.convolution_of(t) if normed is None else self.unchanged(normed)
 
     def max_pool(self, pool: MaxPool) -> Any:
         out = super().max_pool(pool)
@@ -222,7 +240,7 @@ class ModifiedTrace(Decomposed):
         for both. What is refused is refused in the parts too, where the live pass goes."""
         run = super().on_maps
         tensors, moving = tensors_in(args, kwargs), self.maps_in(args, kwargs)
-        name = getattr(function, "__name__", "")
+        name = _plain_name(function)
         if function in GATES:
             return run(function, args, kwargs)
         if any(t.is_complex() for t in tensors):
@@ -247,7 +265,8 @@ class ModifiedTrace(Decomposed):
                 return out
         if function in _ELEMENTWISE and constant and len(moving) == 1:
             return self._stretched(function, args, kwargs, moving[0])
-        if name in _LAYERS or (name in _CHOICES and has_parts):
+        unknown = function in PRODUCTS - SCALES - SAMPLERS and name not in _MATRIX_PRODUCTS
+        if name in _LAYERS or unknown or (name in _CHOICES and has_parts):
             return self.refused(function, args, kwargs, "is a layer or a pool of its own")
         if name == "diff" or (len(moving) > 1 and _takes_off(name, kwargs)):
             return self.refused(function, args, kwargs, "takes a map off another")
@@ -262,9 +281,11 @@ class ModifiedTrace(Decomposed):
 
     def _on_image(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on what is made of the image alone: a normalisation, or the first layer."""
-        tensors, name = tensors_in(args, kwargs), getattr(function, "__name__", "")
+        tensors, name = tensors_in(args, kwargs), _plain_name(function)
         if any(self.records[t].overwritten for t in tensors):
             raise self._unfollowed("reads a tensor of which a part was overwritten")
+        if any(self.records[t].box is None for t in self.maps_in(args, kwargs)):
+            raise self._unfollowed("joins the image with activations before a layer reads either")
         layer = name in (_MATRIX_PRODUCTS | _LAYERS) - _ENTRY_BY_ENTRY and not sums_nothing(function, args)
         out = super().on_maps(function, args, kwargs) if layer else None
         if out is None:
@@ -340,7 +361,8 @@ class ModifiedTrace(Decomposed):
 
     def _folding(self, x: Tensor, scale: Tensor, shift: Tensor) -> Convolution | None:
         """The convolution that made ``x``, with ``x * scale + shift`` folded in; None if these are not one per channel."""
-        conv = self.records[x].convolution
+        known = self.records[x]
+        conv = known.convolution or known.normed
         if conv is None or scale.shape != x.shape:
             return None
         self.unchanged(conv)
@@ -384,6 +406,12 @@ class ModifiedTrace(Decomposed):
 def _in_box(x: Tensor, box: Box, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     """What a layer's z^B adds up: inputs, each with weights of its own."""
     return [(x, weight), (box[0], -weight.clamp_min(0)), (box[1], -weight.clamp_max(0))]
+
+
+def _plain_name(function: Function) -> str:
+    """The name of a torch function, of one in place without the underscore."""
+    name: str = getattr(function, "__name__", "")
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 def _takes_off(name: str, kwargs: dict[str, Any]) -> bool:

@@ -52,6 +52,7 @@ def _check_pair(model: nn.Module, one: Tensor) -> None:
     if alone[0] is None or alone[1] is None or beside is None or turned is None:
         return
     each = torch.cat([alone[0], alone[1]])
+    _check_no_probability(model, each, torch.cat([one, other]))
     apart = max(far_apart(beside, each), far_apart(turned, each.flip(0)))
     if apart > watch.rounding and not _is_rounding(model, one, apart):
         raise Refused(_MIXES.format(apart))
@@ -63,6 +64,26 @@ def _check_pair(model: nn.Module, one: Tensor) -> None:
     tries = f"asked {sum(said.startswith('asked') for said in found_of(model)) + 1} times"
     told_apart = far_apart(each[:1], each[1:]) > watch.rounding  # else a mixture would not show
     found_of(model).add(_APART if told_apart or tries == f"asked {_TRIES} times" else tries)
+
+
+def _check_no_probability(model: nn.Module, logits: Tensor, x: Tensor) -> None:
+    """Refuse a model whose one output lies in [0, 1] whatever it is fed with: class 0 would never be predicted.
+
+    logits : (N, K) of images x (N, C, H, W).
+    """
+    likely = logits.shape[1] == 2 and bool((logits[:, 0] == -logits[:, 1]).all() and _in_unit(logits[:, 1]))
+    if likely:
+        with torch.no_grad():
+            far = [logits_of(RoundingWatch(model), x * factor) for factor in (1e3, -1e3)]
+        if all(made is not None and _in_unit(made[:, 1]) for made in far):
+            raise Refused(
+                "the model's one output lies in [0, 1] whatever it is fed with, as a probability does; expected the logit "
+                "of class 1: take the sigmoid off"
+            )
+
+
+def _in_unit(t: Tensor) -> bool:
+    return bool(((t >= 0) & (t <= 1)).all())
 
 
 def _check_batch(model: nn.Module, x: Tensor) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from srd_lab.engine.interceptor import functions_of
 
-_memories: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
-_found: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], set[str]]] = WeakKeyDictionary()
+State = tuple[tuple[Any, ...], int]  # of a model, and of its weights
+_memories: WeakKeyDictionary[nn.Module, dict[State, dict[Any, Any]]] = WeakKeyDictionary()
+_trained: WeakKeyDictionary[nn.Module, State] = WeakKeyDictionary()  # the state from which a model is trained
 _originals: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 _STATES = 8  # of a model, of which what was found is kept
 _PLAIN = {bool, int, float, str, type(None)}
@@ -24,8 +25,12 @@ _settled = local()
 
 
 def memory_of(model: nn.Module) -> dict[Any, Any]:
-    """What other modules remember of a model as long as it lives; a surrogate shares that of its original."""
-    return _memories.setdefault(model, {})
+    """What other modules remember of a model as it is, with these weights; a surrogate shares that of its original."""
+    model = _original_of(model)
+    states, key = _memories.setdefault(model, {}), _state_and_weights(model)
+    if key not in states and len(states) == _STATES:
+        del states[next(iter(states))]
+    return states.setdefault(key, {})
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
@@ -34,11 +39,19 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
 
 
 def found_of(model: nn.Module) -> set[str]:
-    """What was found of the model in this state and with these weights."""
-    states, key = _found.setdefault(model, {}), _state_and_weights(model)
-    if key not in states and len(states) == _STATES:
-        del states[next(iter(states))]
-    return states.setdefault(key, set())
+    """What was found of the model as it is, with these weights."""
+    found: set[str] = memory_of(model).setdefault(found_of, set())
+    return found
+
+
+@contextmanager
+def trained(model: nn.Module) -> Iterator[None]:
+    """Within: training changes the weights of ``model`` by small steps, and what is remembered of it stays true."""
+    _trained[model] = _state_and_weights(model)
+    try:
+        yield
+    finally:
+        del _trained[model]
 
 
 @contextmanager
@@ -56,23 +69,18 @@ def settled() -> Iterator[None]:
 
 def passes_as(surrogate: nn.Module, original: nn.Module) -> None:
     """``surrogate`` need not be asked what ``original`` was asked: it differs in its activations alone."""
-    found_of(original)
     _originals[surrogate] = ref(_original_of(original))
-    _found[surrogate] = _found[original]
-    _memories[surrogate] = memory_of(original)
 
 
 def has_changed(model: nn.Module, network: nn.Module) -> bool:
     """Whether ``network``, which was just run, has called other functions of torch than when it was asked, as one with an
     exchanged part does; what was found of it, and of the ``model`` that it is a part of, is then forgotten."""
-    key = has_changed, state_of(network)
-    known: set[int] = memory_of(network).setdefault(key, set())
+    known: set[int] = memory_of(network).setdefault(has_changed, set())
     changed = bool(known) and functions_of(network) not in known
     if changed:
         for part in (model, network):
-            found_of(part).clear()
             memory_of(part).clear()
-        memory_of(network)[key] = known
+        memory_of(network)[has_changed] = known
     known.add(functions_of(network))
     return changed
 
@@ -82,11 +90,13 @@ def _original_of(model: nn.Module) -> nn.Module:
     return (of and of()) or model
 
 
-def _state_and_weights(model: nn.Module) -> tuple[tuple[Any, ...], int]:
+def _state_and_weights(model: nn.Module) -> State:
     """The state of a model, and a number that changes when torch writes into a parameter or a buffer, or another one takes
     its place; not when somebody writes through ``.data``."""
     model = _original_of(model)
-    known: dict[nn.Module, tuple[tuple[Any, ...], int]] | None = getattr(_settled, "known", None)
+    if model in _trained:
+        return _trained[model]
+    known: dict[nn.Module, State] | None = getattr(_settled, "known", None)
     if known is None:
         return _looked_at(model)
     if model not in known:
@@ -94,7 +104,7 @@ def _state_and_weights(model: nn.Module) -> tuple[tuple[Any, ...], int]:
     return known[model]
 
 
-def _looked_at(model: nn.Module) -> tuple[tuple[Any, ...], int]:
+def _looked_at(model: nn.Module) -> State:
     hooks, attributes, weights, seen = 0, list[Any](), [], set[int]()
     for module in model.modules():
         own = vars(module)

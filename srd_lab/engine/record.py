@@ -61,6 +61,7 @@ class Record:
     About the tensor:
     channels : the axis of its channels. lone : it has one channel, whose axis a sum took away.
     laid : shape and channel axis of the map that it was before a reshape merged or split the axis of channels.
+    adrift : nothing tells where its channels lie. places : the numbers of the positions, if these moved with its entries.
     ahead : it is the image, or what normalising makes of it.
     seen : an intercepted call made it, or wrote into it.
 
@@ -72,7 +73,8 @@ class Record:
     curved : by which bent function it was made of a map, entry by entry, if it has not multiplied a map since.
     filled : constants stand among its values, as behind a pad. pooled : it was pooled from maps.
     pointwise : how it was made of other tensors value by value.
-    convolution : the convolution that made it, but for a copy.
+    convolution : the convolution that made it, but for a copy. normed : the one that makes it, with a batch norm folded in,
+        where its part is known.
     linear : the linear layer that made it.
     part : what modified weights make of the same activations. of_pixels : by z^B, which leaves biases out.
     box : bounds of a tensor made of the image alone.
@@ -82,6 +84,8 @@ class Record:
     channels: int | None = _stays(None)
     lone: bool = _stays(False)
     laid: tuple[torch.Size, int] | None = _stays(None)
+    adrift: bool = _stays(False)
+    places: Tensor | None = field(default=None, metadata={"stays": True})
     ahead: bool = _stays(False)
     seen: bool = _stays(False)
     role: Literal["gate", "constant"] | None = None
@@ -95,6 +99,7 @@ class Record:
     pooled: bool = False
     pointwise: tuple[Pointwise, ...] = ()
     convolution: Convolution | None = None
+    normed: Convolution | None = None
     linear: Linear | None = None
     part: Tensor | None = None
     of_pixels: bool = False

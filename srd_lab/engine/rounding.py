@@ -42,15 +42,13 @@ class RoundingWatch(Watch):
             self.sums[-1].append(out.detach().abs().flatten(1).sum(1, dtype=torch.float64))
         return out
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs)
+    def intercept(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = super().intercept(func, args, kwargs)
         if func in LIKE or not any(t in self._of_image for t in tensors_in(args, kwargs)):
             return out
         if type(func).__module__ == "torch._ops" and not str(func).startswith("aten."):
             self.eps = max(self.eps, _BYTES)  # the way to quantised layers, and to what else has few bits
-        written = args[:1] if func is Tensor.__setitem__ or overwrites(func, kwargs or {}) else ()
+        written = args[:1] if func is Tensor.__setitem__ or overwrites(func, kwargs) else ()
         for t in tensors_in((out, *written)):
             self._of_image[t] = True
             if t.is_floating_point():

@@ -132,6 +132,9 @@ def plain_spelling(function: Function) -> Function:
     return next((plain for plain in found if plain is not None), function)
 
 
+_FIRST: dict[Function, tuple[str, ...]] = {F.scaled_dot_product_attention: ("query", "key", "value")}
+_SUMS = {torch.add, T.add, T.add_, torch.sub, T.sub, T.sub_, torch.subtract, T.subtract, T.subtract_}
+_IN_OTHER_ORDER = {torch.where, T.where, torch.searchsorted}
 _INSTANCE_NORM = [
     "input",
     "running_mean",
@@ -155,7 +158,30 @@ _TORCH_INSTANCE_NORM = [
 ]
 
 
-def as_layer(
+def in_one_spelling(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
+    """A call as torch's own function, its first tensors by place and not by name, and that of a layer where there is one.
+
+    Example
+    -------
+    >>> x = torch.zeros(2, 3)
+    >>> function, args, kwargs = in_one_spelling(torch.mean, (), {"input": x, "dim": 1})
+    >>> args[0] is x, kwargs
+    (True, {'dim': 1})
+    """
+    function = plain_spelling(function)
+    if kwargs and function not in _IN_OTHER_ORDER:
+        for i, name in enumerate(_FIRST.get(function, ("input", "other"))):
+            if len(args) == i and name in kwargs:
+                args = (*args, kwargs[name])
+                kwargs = {key: value for key, value in kwargs.items() if key != name}
+    if function in _SUMS and len(args) == 3 and not isinstance(args[1], torch.Tensor):  # add(x, alpha, y)
+        args, kwargs = (args[0], args[2]), {**kwargs, "alpha": args[1]}
+    return _as_layer(function, args, kwargs)
+
+
+def _as_layer(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Function, tuple[Any, ...], dict[str, Any]]:
     """A call of an operator below a layer of ``torch.nn.functional`` as a call of the layer; any other call as it is.
@@ -163,7 +189,7 @@ def as_layer(
     Example
     -------
     >>> bias, x, weight = torch.ones(3), torch.zeros(2, 4), torch.ones(4, 3)
-    >>> as_layer(torch.addmm, (bias, x, weight), {})[0] is F.linear
+    >>> _as_layer(torch.addmm, (bias, x, weight), {})[0] is F.linear
     True
     """
     if function in (torch.addmm, T.addmm) and len(args) == 3 and not kwargs:

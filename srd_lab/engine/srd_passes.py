@@ -62,6 +62,8 @@ class BackwardPasses:
         u = self.trace.u[index]
         places = tuple(u.shape[2:])
         self._check_layer(index)
+        if not isinstance(position, tuple) or not all(isinstance(i, int) for i in position):
+            raise BadValue(f"a position is a tuple (row, column), or (index,) on tokens, got {position!r}")
         if len(position) != len(places) or any(
             not 0 <= i < size for i, size in zip(position, places, strict=True)
         ):

@@ -31,7 +31,7 @@ from srd_lab.engine.norms_and_attention import affine_form
 from srd_lab.engine.softplus import in_place
 from srd_lab.engine.spellings import Call, Function, tensors_in
 
-_NO_AXIS = "works on more than four axes, of which nothing tells along which the vectors of SRD lie"
+_NO_AXIS = "works on a map of which nothing tells along which axis the vectors of SRD lie"
 
 
 class SRDTrace(Decomposed):
@@ -84,9 +84,7 @@ class SRDTrace(Decomposed):
 
     def end(self) -> End:
         """Where the encoder ended. Raises SrdLabError where none was found or its output is of no use."""
-        end = self.encoder.found(self._shape[0])
-        self.encoder.check_cut(self._top, self._fed)
-        return end
+        return self.encoder.found(self._shape[0], self._top, self._fed)
 
     def call_index(self, layer: str | int) -> int:
         """See :func:`srd_lab.engine.layers.call_index`."""
@@ -127,11 +125,7 @@ class SRDTrace(Decomposed):
         self.layer_reads(x, self._axis)
         out = super().activate(call, x, inplace)
         self.records.note(out, call=call)
-        if self._lone:
-            self.records.note(out, lone=True)
-            return out
-        self.records.note(out, laid=self._laid)
-        return self.channels.put(out, self._axis)
+        return self.channels.copy(x, out)
 
     def gate(self, call: Call, u: Tensor, v: Tensor) -> Tensor:
         if self._laid is None or self._lone:
@@ -156,8 +150,9 @@ class SRDTrace(Decomposed):
         return out.squeeze(1) if self._lone else out.movedim(1, self._axis)
 
     def convolution(self, conv: Convolution) -> Tensor:
-        self.layer_reads(conv.x, 1)
+        self._begin.reads(conv.x)
         y = super().convolution(conv)
+        self.encoder.convolved(conv, y)
         if conv.bias is not None and self._with_bias:
             y = self.share_bias(y, conv.x, conv.bias, conv)
         self.put_out(y, conv)
@@ -181,7 +176,9 @@ class SRDTrace(Decomposed):
         if not self._with_bias:
             return y
         conv = self.convolution_of(norm.x)
-        return self.share_bias(y, norm.x if conv is None else conv.x, norm.shift, conv)
+        y = self.share_bias(y, norm.x if conv is None else conv.x, norm.shift, conv)
+        self.records.note(y, convolution=conv)  # for a shift that follows
+        return y
 
     def max_pool(self, pool: MaxPool) -> Any:
         self._begin.reads(pool.x)
@@ -200,7 +197,9 @@ class SRDTrace(Decomposed):
         scales = function in SCALES | SHIFTS and len(maps) == 1 and maps[0].dim() == 4
         axis = self.channels.of(maps[0])
         scales = scales and not self.gate_in(args, kwargs) and _one_per_channel(maps[0], axis, args, kwargs)
-        conv = self.convolution_of(maps[0].movedim(axis, 1)) if scales else None
+        conv = None
+        if scales:
+            conv = self.convolution_of(maps[0] if axis == 1 else maps[0].movedim(axis, 1))
         if conv is not None:
             return self._as_batch_norm(function, args, kwargs, maps[0], conv)
         if self._with_bias and function in SHIFTS and len(maps) == 1:
@@ -213,8 +212,9 @@ class SRDTrace(Decomposed):
         copied = function in COPIES or (function in RESHAPES and out.shape == x.shape)
         if copied and (conv := self.records[x].convolution) is not None:
             self.records.note(out, convolution=conv)
-        if isinstance(out, Tensor) and out.requires_grad and args and isinstance(args[0], Tensor):
-            self.encoder.call(function, args[0], out)
+        first = next((t for t in args if isinstance(t, Tensor)), None)  # behind an equation, maybe
+        if isinstance(out, Tensor) and out.requires_grad and first is not None:
+            self.encoder.call(function, first, out)
 
     # constants -----------------------------------------------------------------------------------------
     def shifted(self, y: Tensor, x: Tensor, shift: Tensor, axis: int) -> Tensor:
@@ -262,17 +262,19 @@ class SRDTrace(Decomposed):
         axis = self.channels.of(x)
         vectors = x.clone() if overwrites(function, kwargs) else x
         shift = constant_part(function, args, kwargs, [x])
-        if self.records[x].lone and shift.shape == x.shape:  # one channel, whose axis was taken away
+        lone, laid = self.records[x].lone, self.channels.laid(x)
+        if (lone or laid) and torch.broadcast_shapes(shift.shape, x.shape) == x.shape:
+            # with the axis of channels that a sum took away, or a reshape merged or split
+            shape, along = laid or ((len(x), 1, *x.shape[1:]), 1)
 
-            def shared(u: Tensor) -> Tensor:
-                return self.share_bias((u + shift).unsqueeze(1), u.unsqueeze(1), shift.unsqueeze(1)).squeeze(
-                    1
-                )
+            def shared(out: Tensor, u: Tensor) -> Tensor:
+                y, vectors, constant = (t.reshape(shape) for t in (out.clone(), u, shift.expand(x.shape)))
+                constant = constant.movedim(along, 1)
+                return self.share_bias(y, vectors, constant, axis=along).reshape(x.shape)
 
             if overwrites(function, kwargs):  # what shifts in place keeps the sign of the map
-                return in_place(x, shared)
-            out = super().on_maps(function, args, kwargs).unsqueeze(1).clone()
-            return self.share_bias(out, x.unsqueeze(1), shift.unsqueeze(1)).squeeze(1)
+                return self.channels.copy(x, in_place(x, lambda u: shared(u + shift, u)))
+            return self.channels.copy(x, shared(super().on_maps(function, args, kwargs), x))
         rows, last = self._read.get(vectors), vectors.dim() - 1
         out = super().on_maps(function, args, kwargs)
         if (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from srd_lab.runs.settings import Settings
 
@@ -22,8 +23,8 @@ class ScoringSettings(Settings):
 
     methods: tuple[str, ...] = ("all",)
     metrics: tuple[str, ...] = ("all",)
-    images: int | str = 200
-    target: str = "label"
+    images: int | Literal["all"] = 200
+    target: Literal["label", "predicted"] = "label"
     reference: str = "srd"
     baseline: str = "black"
 

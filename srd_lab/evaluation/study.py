@@ -83,6 +83,9 @@ class Evaluation:
         asked = tuple(METHODS) if "all" in settings.methods else settings.methods
         explainers = {method: registry.make_explainer(method) for method in asked}
         self.metrics = tuple(METRICS) if "all" in settings.metrics else settings.metrics
+        for kind, names in (("method", asked), ("metric", self.metrics)):
+            if not names:
+                raise BadValue(f"there is no {kind} to evaluate; name one or more, or 'all'")
         side = preprocessing_for(settings, name).size
         self.refused = registry.refusals(self.model, torch.rand(1, 3, side, side).to(self.device), explainers)
         methods = tuple(method for method in asked if method not in self.refused)

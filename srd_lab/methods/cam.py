@@ -67,11 +67,11 @@ class Layer:
     @property
     def activation(self) -> Tensor:
         """The output as a map with its channels along dimension 1, (N, K, h, w)."""
-        return self._laid(self.output)
+        return self.laid(self.output)
 
     def slope(self, score: Tensor) -> Tensor:
         """The derivative of ``score`` by the activation, (N, K, h, w)."""
-        return self._laid(slope_of(score, self.output, differentiable=self.run.differentiable))
+        return self.laid(slope_of(score, self.output, differentiable=self.run.differentiable))
 
     def without(self, made: Tensor, channels: Tensor) -> Tensor:
         """What the layer put out, ``made``, with zeros in channel ``channels[j]`` (n,) of row j, wherever that is a part of
@@ -84,7 +84,8 @@ class Layer:
             mask = mask & self.grid.lies(copies.shape[2])
         return copies.masked_fill(mask, 0).movedim(1, self.channels)
 
-    def _laid(self, t: Tensor) -> Tensor:
+    def laid(self, t: Tensor) -> Tensor:
+        """What the layer puts out, as a map with its channels along dimension 1."""
         return t.movedim(self.channels, 1) if self.grid is None else self.grid.lay(t, self.channels)
 
 
@@ -170,7 +171,7 @@ class _CAM(Explainer, ABC):
     encoder : see :class:`srd_lab.methods.srd.SRD`; a submodule that puts out tokens is taken as it is.
     """
 
-    level: str = "low"
+    level: str | int = "low"
     encoder: str | None = None
 
     def explain_with_logits(

@@ -36,6 +36,7 @@ from srd_lab.normalise import split_normalisation
 from srd_lab.runtime import fast_layout, is_out_of_memory
 from srd_lab.types import Explainer
 
+_OFF = 1e-3  # of a layer's largest value, that it may be off by for one image, by rounding
 _ABLATED_AT_ONCE = 2**23  # numbers in the copies of a layer: 32 MiB
 _PIXELS_AT_ONCE = 32 * 224 * 224
 
@@ -48,7 +49,7 @@ class _PassCAM(Explainer, ABC):
     images_at_once : images per forward pass; None keeps a pass near 32 images of 224 x 224.
     """
 
-    level: str = "low"
+    level: str | int = "low"
     encoder: str | None = None
     images_at_once: int | None = None
 
@@ -149,8 +150,17 @@ class AblationCAM(_PassCAM):
         whole_at_once = min(at_once, max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3])))
         alive = (a != 0).flatten(1).any(1).nonzero()[:, 0]
 
+        def check_same(made: Tensor) -> None:
+            laid = layer.laid(made.detach())[:1] if made.dim() == layer.output.dim() else made
+            if laid.shape[1:] != a.shape or (laid[0] - a).abs().amax() > _OFF * a.abs().amax():
+                raise Refused(
+                    f"level {self.level!r} cannot be ablated: the model makes other calls for one image than for several; "
+                    "explain one image at a time, or use another method"
+                )
+
         def run(channels: Tensor, images: Tensor) -> Tensor:
             def ablated(made: Tensor) -> Tensor:
+                check_same(made)
                 copies = made if len(images) > 1 else made.repeat(len(channels), *[1] * (made.dim() - 1))
                 return layer.without(copies, channels)
 

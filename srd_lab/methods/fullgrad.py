@@ -391,8 +391,7 @@ def _placed(product: Tensor, alignment: Alignment, term: _Bias, images: int, *, 
             term.event, None
         ):  # tokens first, windows, or a map of one image
             raise not_by_rows(what, term.y.shape, images, cure)
-        if alignment.grid(term.event, term.axis) is not None:
-            return alignment.check_tokens(term.event, term.axis, what, ask=ask).lay(product, 1)
+        return alignment.check_tokens(term.event, term.axis, what, ask=ask).lay(product, 1)
     elif term.y.dim() > 4 or (
         term.y.dim() == 2 and len(term.y) != images
     ):  # frames, or positions beside images

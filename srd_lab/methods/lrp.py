@@ -54,6 +54,7 @@ from srd_lab.engine.record import original_of
 from srd_lab.engine.srd_trace import SRDTrace
 from srd_lab.errors import BadValue, Refused
 from srd_lab.logits import check_target, class_logit
+from srd_lab.normalise import check_box
 from srd_lab.types import Explainer
 
 
@@ -73,6 +74,13 @@ class _Modified(Explainer, ABC):
     def __post_init__(self) -> None:
         if self.on_leak not in ON_LEAK:
             raise BadValue(f"on_leak={self.on_leak!r} is not known; expected one of {', '.join(ON_LEAK)}")
+        if not self.low < self.high:
+            raise BadValue(f"the pixel box needs low < high, got {self.low} and {self.high}")
+
+    def explain(self, model: nn.Module, x: Tensor, target: Tensor | int | None = None) -> Tensor:
+        """See :meth:`srd_lab.types.Explainer.explain`; raises BadInput for images outside of the pixel box."""
+        check_box(model, x, self.low, self.high)
+        return super().explain(model, x, target)
 
     def explain_with_logits(
         self, model: nn.Module, x: Tensor, target: Tensor | int | None = None
@@ -261,7 +269,7 @@ class ExcitationBackprop(_Modified):
             if place not in found or found[place].dim() != 3:
                 raise Refused(f"no map of relevance is at {trace.calls[place].name!r}; choose another level")
             check_rows(f"layer {trace.calls[place].name!r}", found[place].shape, len(logits))
-            run.alignment(trace).check_call(place, f"level {self.level!r}")
+            run.alignment(trace).check_made(trace.made_by[place], f"level {self.level!r}")
             map_ = found[place]
         return torch.relu(map_) if self.contrastive else map_
 

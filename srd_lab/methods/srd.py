@@ -100,7 +100,7 @@ class SRD(Explainer):
 
     encoder: str | None = None
     start: str = "contrastive"
-    level: str = "input"
+    level: str | int = "input"
     unit: str = "vector"
     values: str = "pre"
     on_leak: str = "error"
@@ -110,9 +110,10 @@ class SRD(Explainer):
     def __post_init__(self) -> None:
         options = {"start": STARTS, "unit": UNITS, "values": VALUES, "on_leak": ON_LEAK}
         for field, allowed in options.items():
-            if getattr(self, field) not in allowed:
+            value = getattr(self, field)
+            if not isinstance(value, str) or value not in allowed:
                 raise BadValue(
-                    f"SRD {field}={getattr(self, field)!r} is not known; expected one of {', '.join(allowed)}"
+                    f"SRD {field}={value!r:.40} is not known; expected one of {', '.join(allowed)}"
                 )
 
     def explain_with_logits(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srd_lab.catalogue import metric
+from srd_lab.errors import BadValue
 from srd_lab.metrics.explained import Explained, unscorable
 from srd_lab.metrics.similarity import float64
 
@@ -36,6 +37,10 @@ class PointingGame:
     """
 
     margin: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.margin < 0:
+            raise BadValue(f"pointing_game needs margin >= 0, got {self.margin}")
 
     def of(self, explained: Explained) -> Tensor:
         """Scores (N,) float64 in [0, 1]; NaN for all where the images have no masks."""

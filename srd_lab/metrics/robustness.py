@@ -123,6 +123,8 @@ class MaxSensitivity:
 
     def __post_init__(self) -> None:
         check_counts(self, "draws")
+        if not self.radius > 0:
+            raise BadValue(f"max_sensitivity needs radius > 0, got {self.radius}")
 
     def of(self, explained: Explained) -> Tensor:
         """Scores (N,) float64, >= 0."""

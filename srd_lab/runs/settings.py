@@ -19,12 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from srd_lab.errors import BadRun, BadValue
+from srd_lab.fields import check_fields
 from srd_lab.parts import spoken
 
 FREE = {"free": True}  # how the work is done, not what: never stored, free to differ on resume
+_LEAST = {"seed": 0, "size": 1, "batch_size": 1, "workers": 0, "workers_per_gpu": 1, "threads": 1}
 PACE = (
     "batch_size"  # free to differ as well, but a resumed run goes on as it was told: to the same last digits
 )
@@ -64,13 +66,20 @@ class Settings:
     batch_size: int | None = None
     device: str = field(default="auto", metadata=FREE)
     workers: int | None = field(default=None, metadata=FREE)
-    executor: str = field(default="local", metadata=FREE)
+    executor: Literal["local", "ray"] = field(default="local", metadata=FREE)
     ray_address: str | None = field(default=None, metadata=FREE)
     workers_per_gpu: int = field(default=1, metadata=FREE)
     threads: int | None = field(default=None, metadata=FREE)
     share: str | None = field(default=None, metadata=FREE)
     figure_formats: tuple[str, ...] = field(default=("png",), metadata=FREE)
     resumed: bool = field(default=False, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        check_fields(type(self), vars(self), "settings")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BadValue(f"settings: {name} must be {least} or more, got {value}")
 
     @property
     def source(self) -> str:
@@ -129,6 +138,8 @@ def as_text(value: Any) -> str:
 
 def _from_text(kind: Any, text: str) -> Any:
     """The reverse of :func:`as_text` for a field of this type."""
+    if get_origin(kind) is Literal:
+        return text
     kinds = [k for k in get_args(kind) if k not in (NoneType, ...)]
     if get_origin(kind) is tuple:
         return tuple(_from_text(kinds[0], part) for part in next(csv.reader([text]), ()))
@@ -138,7 +149,7 @@ def _from_text(kind: Any, text: str) -> Any:
         if text not in ("True", "False"):
             raise ValueError
         return text == "True"
-    if set(kinds) == {int, str}:
+    if int in kinds and len(kinds) > 1:  # or a word
         return int(text) if text.isdecimal() else text
     return (kinds or [kind])[0](text)
 
