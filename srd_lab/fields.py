@@ -54,7 +54,8 @@ def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:
     """
     for name, hint in _hints(cls).items():
         if name in values and not _fits(values[name], hint):
-            raise BadValue(f"{what}: {name} must be {_said(hint)}, got {values[name]!r:.60}")
+            got = " ".join(repr(values[name]).split())
+            raise BadValue(f"{what}: {name} must be {_said(hint)}, got {got:.60}")
 
 
 @cache

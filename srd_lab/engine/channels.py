@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srd_lab.engine.affine import CASTS, COPIES, RESHAPES, ROWS_BY_MATRIX, SCALES, SHIFTS, exchanged, spelled
+from srd_lab.engine.coordinates import compact
 from srd_lab.engine.letters import WRITTEN_IN_LETTERS, in_letters
 from srd_lab.engine.record import Records
 from srd_lab.engine.spellings import Function
@@ -110,17 +111,10 @@ class Channels:
         if moved.is_linear_layer() or (function in _LAYER_NORMS and moved.over_one()):
             found = out.dim() - 1
         places = None
-        if found is None and (moved.rearranges() or moved.gone() or moved.stretches()):
+        if found is None:
             places = before.places if adrift else _numbered(x.shape, moved.axis, x.device)
-            if places is not None:
-                places = moved.places_of_out(places)
-                same = _along_which_the_same(places)
-                along = [i for i in same if i]
-                if (
-                    function not in RESHAPES
-                ):  # merged with the images, channels are along no axis, for one image either
-                    along = along or same
-                found = along[0] if len(along) == 1 else None
+            places = None if places is None else moved.places_of_out(places)
+            found = None if places is None else moved.axis_by(places)
         if found is None:
             self._records.note(out, channels=None, adrift=True, places=places)
         else:
@@ -194,13 +188,26 @@ class _Moved:
         named = (self._dims() or []) if self.function in _REDUCTIONS else []
         return [d % self.x.dim() for d in named]
 
-    def places_of_out(self, places: Tensor) -> Tensor:
-        """The numbers of the positions in ``out``, ``places`` being those in ``x``; of several, the first."""
+    def places_of_out(self, places: Tensor) -> Tensor | None:
+        """The numbers of the positions in ``out``, ``places`` being those in ``x``; of several, the first. None where a call
+        does more than move entries."""
         if self.rearranges():  # a view needs them to lie in memory as x does
-            return self.run_with(torch.empty_like(self.x, dtype=places.dtype).copy_(places))
+            return compact(self.run_with(torch.empty_like(self.x, dtype=places.dtype).copy_(places)))
         if self.stretches():
             return places.expand(self.out.shape)
-        return places.amin(self.gone(), keepdim=self.out.dim() == self.x.dim())
+        if gone := self.gone():
+            return compact(places.amin(gone, keepdim=self.out.dim() == self.x.dim()))
+        return None
+
+    def axis_by(self, places: Tensor) -> int | None:
+        """The one axis along which all entries have the same position, ``places`` being the numbers of these in ``out``."""
+        same = [i for i, size in enumerate(places.shape) if size > 1 and not places.stride(i)]
+        along = [i for i in same if i]
+        if (
+            self.function not in RESHAPES
+        ):  # merged with the images, channels are along no axis, for one image either
+            along = along or same
+        return along[0] if len(along) == 1 else None
 
     def over_one(self) -> bool:
         """Whether a layer norm is over one axis, the last."""
@@ -282,10 +289,6 @@ def _numbered(shape: torch.Size, axis: int, device: torch.device) -> Tensor:
     """The numbers of the positions, the same for all channels, which lie along ``axis``."""
     others = [1 if i == axis else size for i, size in enumerate(shape)]
     return torch.arange(prod(others), device=device).view(others).expand(shape)
-
-
-def _along_which_the_same(places: Tensor) -> list[int]:
-    return [i for i, size in enumerate(places.shape) if size > 1 and not places.diff(dim=i).any()]
 
 
 def places(t: Tensor, axis: int) -> tuple[int, ...]:
