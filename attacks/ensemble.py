@@ -118,8 +118,6 @@ class Ensemble:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise BadValue(f"the mode {self.mode!r} is not known; expected one of {', '.join(MODES)}")
-        if not self.members:
-            raise BadValue(f"the ensemble has no attack; choose of {', '.join(MEMBERS)}")
         if unknown := [name for name in self.members if name not in MEMBERS]:
             raise BadValue(f"there is no attack {unknown[0]!r}; choose of {', '.join(MEMBERS)}")
         for name in ("steps", "queries"):

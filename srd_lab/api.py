@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from apop.settings import SurveySettings
 from apop.study import Survey
 from attacks.budget import Budget, to_8_bits
-from attacks.ensemble import Ensemble
+from attacks.ensemble import MEMBERS, Ensemble
 from attacks.experiment import attack_explainer
 from attacks.flags import wrong_gradient
 from attacks.probe import probe
@@ -190,6 +190,8 @@ def attack(
     Errors are those of :class:`attacks.ensemble.Ensemble`.
     """
     members = (members,) if isinstance(members, str) else tuple(members)
+    if not members:
+        raise BadValue(f"there is no attack to run; choose of {', '.join(MEMBERS)}")
     ensemble = Ensemble(members, mode, budget or Budget.named("legacy"), seed)
     explainer, x = attack_explainer(method, start), to_8_bits(images)
     known = probe(explainer, model, x[:PROBED], ensemble.budget, seed=seed)

@@ -6,7 +6,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache, wraps
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,13 +17,14 @@ _NUMBERS = {bool: "True or False", int: "a whole number", float: "a finite numbe
 
 
 def checked(cls: Any) -> Any:
-    """The dataclass ``cls``, which refuses (BadValue) to be made with what its annotations do not allow.
+    """The class ``cls``, which, as a dataclass, refuses (BadValue) to be made with what its annotations do not allow.
 
     Looked at are numbers, truth values, text, ``Literal``, None, tuples of these, and either of several; a field of another
     kind is not. A float may be given as an int; neither infinite nor NaN.
 
     Example
     -------
+    >>> from dataclasses import dataclass
     >>> @checked
     ... @dataclass(frozen=True)
     ... class Noise:
@@ -33,6 +34,12 @@ def checked(cls: Any) -> Any:
     ...
     srd_lab.errors.BadValue: Noise: size must be a finite number, got 'much'
     """
+    if is_dataclass(cls):
+        _check_before(cls)
+    return cls
+
+
+def _check_before(cls: Any) -> None:
     init: Callable[..., None] = cls.__init__
     signature = inspect.signature(init)
 
@@ -44,7 +51,6 @@ def checked(cls: Any) -> Any:
         init(self, *args, **kwargs)
 
     cls.__init__ = __init__
-    return cls
 
 
 def check_fields(cls: type, values: Mapping[str, Any], what: str) -> None:

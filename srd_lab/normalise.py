@@ -85,6 +85,8 @@ def check_box(model: nn.Module, x: Tensor, low: float, high: float) -> None:
         return
     least, most = (float(end) for end in x.detach().aminmax())
     margin = PIXEL_MARGIN * (high - low)
+    if not max(-least, most) <= largest_square_root(x.dtype):  # or not a number: what runs next says so
+        return
     if least < low - margin or most > high + margin:
         raise BadInput(
             f"the images lie in [{least:.3g}, {most:.3g}], outside of the pixel box [{low:g}, {high:g}] of this rule; give "

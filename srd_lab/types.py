@@ -43,7 +43,7 @@ class Preprocessing:
             or min(self.std) <= 0
         ):
             raise BadValue(f"mean {self.mean} and std {self.std} must be three numbers each, std above 0")
-        if max(map(abs, numbers)) > 1:
+        if max(map(abs, numbers)) > 10:
             raise BadValue(
                 f"mean {self.mean} and std {self.std} are those of pixels in [0, 1]; divide numbers of 0..255 by 255"
             )

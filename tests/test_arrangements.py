@@ -184,7 +184,12 @@ def test_a_gate_is_no_batch_norm_for_one_image() -> None:
 @pytest.mark.parametrize("between", [F.relu, lambda u: F.max_pool2d(u, 1)])
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("srd", {"start": "ones"}), ("srd_high", {"level": 0}), ("lrp_zplus", {}), ("lrp_gamma", {})],
+    [
+        ("srd", {"start": "ones"}),
+        ("srd_high", {"level": 0}),
+        ("lrp_zplus", {"low": -3.0}),
+        ("lrp_gamma", {"low": -3.0}),
+    ],
 )
 def test_an_activation_that_does_nothing_still_lies_between(
     between: Callable[[Tensor], Tensor], name: str, options: dict[str, Any]

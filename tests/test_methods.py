@@ -663,7 +663,7 @@ def test_nothing_is_changed(name: str, asks: bool) -> None:
     x = pixels(2, 3, 8, 8).requires_grad_(asks)
     if name == "random" and asks:
         pytest.skip("refuses")
-    options = {"low": 0.5} if hasattr(method(name), "low") else {}
+    options = {"low": -0.5} if hasattr(method(name), "low") else {}
     for grad in (torch.enable_grad, torch.no_grad):
         with grad(), untouched(model, x):
             map_ = method(name, **options).explain(model, x)

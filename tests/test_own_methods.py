@@ -109,7 +109,7 @@ def test_options_of_the_methods_that_come_with_it(model: torch.nn.Module) -> Non
         ("mine.py:Powered?strength=2", "unexpected keyword argument 'strength'"),
         ("mine.py:Nothing", "mine.py has no 'Nothing'; it has Powered, Wrong, Peak, OneNumber"),
         ("srd?levels=high", "srd has no option levels; it takes encoder, start, level"),
-        ("smoothgrad?samples=many", "smoothgrad does not take {'samples': 'many'}"),
+        ("smoothgrad?samples=many", "SmoothGrad: samples must be a whole number, got 'many'"),
         ("nothing?x=3", "unknown method 'nothing'; expected one of gradient, "),
         ("captum:Nothing", "captum.attr has no attribution 'Nothing'"),
         ("captum:LayerGradCam", "the attributions of a layer take layer=NAME, and no others do"),

@@ -26,6 +26,7 @@ GROUND = {
         "normalise",
         "overflow",
         "catalogue",
+        "fields",
         "parts",
     )
 }

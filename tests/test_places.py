@@ -255,13 +255,45 @@ def test_norms_in_several_calls_are_one(case: str, name: str) -> None:
     the_same(odd, plain)
 
 
-@pytest.mark.parametrize("name", ["lrp_zplus", "lrp_gamma", "excitation_backprop"])
-def test_a_layer_that_reads_the_image_beside_activations_is_refused(name: str) -> None:
-    def joined(net: Net, x: Tensor) -> Tensor:
-        weight = torch.cat([net.d.weight, net.c.weight], 1)
-        return net.head(F.relu(F.conv2d(torch.cat([read(net, x), x], 1), weight, net.d.bias, padding=1)))
+JOINED: dict[str, tuple[Forward, Forward]] = {
+    "side by side": (
+        lambda net, x: F.conv2d(
+            torch.cat([read(net, x), x], 1), torch.cat([net.d.weight, net.c.weight], 1), net.d.bias, padding=1
+        ),
+        lambda net, x: F.conv2d(read(net, x), net.d.weight, padding=1)
+            + F.conv2d(x, net.c.weight, net.d.bias, padding=1),
+    ),
+    "added up": (
+        lambda net, x: net.c(x + read(net, x)[:, :3]),
+        lambda net, x: net.c(x) + F.conv2d(read(net, x)[:, :3], net.c.weight, padding=1),
+    ),
+    "the mean of both": (
+        lambda net, x: net.c(torch.stack([x, read(net, x)[:, :3]]).mean(0)),
+        lambda net, x: (F.conv2d(x, net.c.weight / 2, net.c.bias, padding=1)
+            + F.conv2d(read(net, x)[:, :3], net.c.weight / 2, padding=1)),
+    ),
+}  # fmt: skip
 
-    with pytest.raises(Refused, match="joins the image with activations"):
+
+@pytest.mark.parametrize("name", ["lrp_zplus", "lrp_gamma", "excitation_backprop"])
+@pytest.mark.parametrize("case", JOINED)
+def test_a_layer_that_reads_the_image_beside_activations_is_two_layers(case: str, name: str) -> None:
+    """z^B for what is the image's, and the rule for activations for the rest."""
+    options: dict[str, Any] = {"level": "input"} if name.startswith("exc") else {}
+    one, two = (
+        explained(lambda net, x, u=u: net.head(F.relu(u(net, x))), name, images(), low=-0.3, **options)
+        for u in JOINED[case]
+    )
+    the_same(one, two)
+
+
+@pytest.mark.parametrize("name", ["lrp_zplus", "lrp_gamma", "excitation_backprop"])
+def test_the_image_beside_what_a_layer_is_not_done_with_is_refused(name: str) -> None:
+    def joined(net: Net, x: Tensor) -> Tensor:
+        both = torch.cat([net.c(x)[:, :5], x], 1)
+        return net.head(F.relu(net.d(both)))
+
+    with pytest.raises(Refused, match="joins the image with what a layer has made before an activation"):
         explained(joined, name, images())
 
 

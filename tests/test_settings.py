@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 import pytest
@@ -55,6 +55,8 @@ COMMANDS = {
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
     """Any value of a field's type; text without line breaks, as a command line has it."""
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
     if get_origin(kind) is tuple:
         return st.lists(values_of(get_args(kind)[0]), max_size=3).map(tuple)
     if kinds := get_args(kind):

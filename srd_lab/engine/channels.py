@@ -192,7 +192,11 @@ class _Moved:
         """The numbers of the positions in ``out``, ``places`` being those in ``x``; of several, the first. None where a call
         does more than move entries."""
         if self.rearranges():  # a view needs them to lie in memory as x does
-            return compact(self.run_with(torch.empty_like(self.x, dtype=places.dtype).copy_(places)))
+            like = torch.empty_like(self.x, dtype=places.dtype).copy_(places)
+            try:
+                return compact(self.run_with(like))
+            except RuntimeError:  # a view of complex numbers, say
+                return None
         if self.stretches():
             return places.expand(self.out.shape)
         if gone := self.gone():
@@ -288,7 +292,7 @@ class _Moved:
 def _numbered(shape: torch.Size, axis: int, device: torch.device) -> Tensor:
     """The numbers of the positions, the same for all channels, which lie along ``axis``."""
     others = [1 if i == axis else size for i, size in enumerate(shape)]
-    return torch.arange(prod(others), device=device).view(others).expand(shape)
+    return torch.arange(prod(others), device=device, dtype=torch.float64).view(others).expand(shape)
 
 
 def places(t: Tensor, axis: int) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def call_index(calls: Sequence[Call], layer: str | int) -> int:
         return names.index(layer)
     inside: dict[str, list[int]] = {}  # by what stands in front of the layer's name
     for i, name in enumerate(names):
-        for front in _in_front(name.partition("#")[0], layer):
+        for front in _in_front(name if "#" in layer else name.partition("#")[0], layer):
             inside.setdefault(front, []).append(i)
     if not inside:
         raise BadValue(

@@ -22,6 +22,7 @@ from srd_lab.engine.affine import (
     COPIES,
     DIVISIONS,
     GATES,
+    JOINS,
     PRODUCTS,
     RESHAPES,
     SAMPLERS,
@@ -84,7 +85,7 @@ class ModifiedTrace(Decomposed):
         self._fed: Any = None  # the image's node in autograd's graph
         self._axis = 1  # of the activation call that is running
         self._modify, self._with_bias = modify, with_bias
-        self._ends, self._box = box, PixelBox(self.records)
+        self._ends, self._box = box, PixelBox(self.records, modify)
         self._u: Tensor | None = None  # modified pre-activation of the running call
         self.head: tuple[Tensor, Linear] | None = None
 
@@ -275,6 +276,8 @@ class ModifiedTrace(Decomposed):
             if any(self.records[t].overwritten for t in moving):
                 raise self._unfollowed("reads a tensor of which a part was overwritten")
             return run(function, args, kwargs)
+        if function in JOINS and self._box.concerns(tensors):
+            raise self._unfollowed("joins the image with what a layer has made before an activation")
         of_constants = self._modified_constant if product else self.modified
         parts = {id(t): (self.modified if self.is_map(t) else of_constants)(t) for t in tensors}
         return self._run_on_parts(function, args, kwargs, parts)
@@ -284,8 +287,6 @@ class ModifiedTrace(Decomposed):
         tensors, name = tensors_in(args, kwargs), _plain_name(function)
         if any(self.records[t].overwritten for t in tensors):
             raise self._unfollowed("reads a tensor of which a part was overwritten")
-        if any(self.records[t].box is None for t in self.maps_in(args, kwargs)):
-            raise self._unfollowed("joins the image with activations before a layer reads either")
         layer = name in (_MATRIX_PRODUCTS | _LAYERS) - _ENTRY_BY_ENTRY and not sums_nothing(function, args)
         out = super().on_maps(function, args, kwargs) if layer else None
         if out is None:

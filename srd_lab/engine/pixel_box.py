@@ -21,13 +21,17 @@ Box = tuple[
 
 
 class PixelBox:
-    """Follows the box through affine calls on what is made of the image alone: each is run on both ends too.
+    """Follows the box through affine calls on what is made of the image, maybe beside activations: each is run on both ends.
 
     records : of the tensors of the pass, where the box of each is kept.
+    modify : what becomes of a weight w where activations t are read, ``w - l w^+ - h w^-`` with two numbers: with the ends
+        ``l t`` and ``h t``, z^B makes the same of them.
     """
 
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: Records, modify: Callable[[Tensor], Tensor]) -> None:
         self._records = records
+        one = torch.ones(())
+        self._of_one = float(1 - modify(one)), float(1 + modify(-one))
 
     def put(self, t: Tensor, ends: Box) -> None:
         """``t`` lies between ``ends``, in either order. Raises SrdLabError for complex numbers, which have none."""
@@ -70,7 +74,10 @@ class PixelBox:
         return out
 
     def _of(self, t: Tensor) -> Box:
-        return self._records[t].box or (t, t)
+        if (box := self._records[t].box) is not None:
+            return box
+        low, high = self._of_one if self._records.is_map(t) else (1, 1)
+        return low * t, high * t
 
     def _at_end(
         self,

@@ -113,7 +113,7 @@ class SRDTrace(Decomposed):
 
     # calls ---------------------------------------------------------------------------------------------
     def activate(self, call: Call, x: Tensor, inplace: bool) -> Tensor:
-        if self.channels.are_unknown(x):
+        if self._with_bias and self.channels.are_unknown(x):  # a rule for vectors, not for entries
             out = super().activate(call, x, inplace)
             advice = "use four axes (N, C, H, W) there, or a method that needs gradients only"
             refusal: Tensor = Refuse.apply(

@@ -85,7 +85,7 @@ class Layer:
         return copies.masked_fill(mask, 0).movedim(1, self.channels)
 
     def laid(self, t: Tensor) -> Tensor:
-        """What the layer puts out, as a map with its channels along dimension 1."""
+        """``t``, laid out as the layer's output is, as a map with its channels along dimension 1, (N, K, h, w)."""
         return t.movedim(self.channels, 1) if self.grid is None else self.grid.lay(t, self.channels)
 
 
