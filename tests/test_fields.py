@@ -140,7 +140,7 @@ def test_an_evaluation_refuses_what_its_settings_may_not_be(values: dict[str, An
 
 def test_an_attack_refuses_no_members_and_another_start() -> None:
     model, x = srd_lab.load_model("vgg16_8x8"), torch.rand(1, 3, 32, 32)
-    with pytest.raises(BadValue, match="the ensemble has no attack; choose of"):
+    with pytest.raises(BadValue, match="there is no attack to run; choose of"):
         srd_lab.attack(model, x, members=())
     with pytest.raises(BadValue, match="the start 'two' is not known; expected one of"):
         srd_lab.attack(model, x, method="gradient", start="two")

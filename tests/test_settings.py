@@ -64,7 +64,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     return {
         NoneType: st.none(),
         bool: st.booleans(),
-        int: st.integers(0, 10**9),
+        int: st.integers(1, 10**9),
         float: st.floats(allow_nan=False, allow_infinity=False),
         str: st.text(st.characters(codec="utf-8", categories=("L", "P", "S", "Zs")), min_size=1),
     }[kind]

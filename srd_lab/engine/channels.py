@@ -195,7 +195,7 @@ class _Moved:
             like = torch.empty_like(self.x, dtype=places.dtype).copy_(places)
             try:
                 return compact(self.run_with(like))
-            except RuntimeError:  # a view of complex numbers, say
+            except (RuntimeError, TypeError):  # a view of complex numbers, say
                 return None
         if self.stretches():
             return places.expand(self.out.shape)

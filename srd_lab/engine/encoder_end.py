@@ -129,7 +129,8 @@ class EncoderEnd:
             )
         ends = [*self._others, (self._found, self._pooled)]
         if self._others:  # heads that have no part in the output do not count
-            ends = [(end, pooled) for end, pooled in ends if any(leads_to(top, node) for node in pooled)]
+            below = _nodes_below(top)
+            ends = [(end, pooled) for end, pooled in ends if pooled & below]
         if len(ends) != 1:
             raise Refused(
                 "several maps are pooled, each by itself, before the logits, so that none is the encoder's output; name the "
@@ -169,6 +170,17 @@ class EncoderEnd:
             output = base  # an activation in another shape is the activation
         known = self._records[output]
         return End(output, output._version, self._channels.of(output), known.call, known.event)
+
+
+def _nodes_below(top: Any) -> set[Any]:
+    """All that a node of autograd's graph is made of, what counts as a constant too."""
+    found, waiting = set[Any](), [top]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [below for below, _ in node.next_functions]
+    return found
 
 
 def _is_some_of(part: Tensor, found: Tensor) -> bool:
