@@ -132,13 +132,13 @@ def _told(value: Any, seen: set[int], deep: int = 0) -> Any:
     if isinstance(value, nn.Module | type) or callable(value) or deep == _DEEP or id(value) in seen:
         return id(value)
     seen.add(id(value))
-    parts: Any = value
-    if isinstance(value, dict):
-        parts = value.items()
-    elif not isinstance(value, list | tuple | set | frozenset):
-        parts = getattr(value, "__dict__", {}).items()
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = list(value)
+    else:  # no pairs, which are made for the look, and share their ids with what is made next
+        named = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        parts = [part for pair in list(named.items()) for part in pair]
     return type(value).__name__, *(
-        _told(part, seen, deep + (type(part) is not tuple)) for part in list(parts)
+        _told(part, seen, deep + (type(part) is not tuple)) for part in parts
     )
 
 
