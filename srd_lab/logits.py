@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srd_lab.conditions import require
 from srd_lab.errors import BadInput, Refused
 
 
@@ -97,7 +98,7 @@ def check_target(target: Any, logits: Any) -> Tensor:
     if isinstance(target, Tensor) and target.layout != torch.strided:
         raise BadInput(f"targets must be dense class indices, got {target.layout}; give target.to_dense()")
     try:
-        index = torch.as_tensor(target, device=logits.device)
+        index = torch.as_tensor(target)
         index = index if index.is_floating_point() or index.is_complex() else index.to(_whole(index))
     except (TypeError, ValueError, RuntimeError):
         raise BadInput(
@@ -110,9 +111,12 @@ def check_target(target: Any, logits: Any) -> Tensor:
         index = index.expand(n)
     if index.shape != (n,):
         raise BadInput(f"expected one target per image, shape ({n},), got {tuple(index.shape)}")
-    if int(index.min()) < 0 or int(index.max()) >= classes:
+
+    def refuse() -> None:
         raise BadInput(f"target out of range: the model has classes 0..{classes - 1}, got {index.tolist()}")
-    return index.long()
+
+    require(((index >= 0) & (index < classes)).all(), refuse)
+    return index.long().to(logits.device)
 
 
 def _whole(index: Tensor) -> torch.dtype:

@@ -24,8 +24,8 @@ def refuse_overflow(
 
     Raises Refused, with the place where the overflow began if it is found.
     """
-    sane = logits is None or _finite(logits)
-    if sane and (raw is None or not _suspicious(raw).any()):
+    sane, plain = _looked_at(logits, raw)
+    if sane and plain:
         return
     place, large = _Look(model).through(x)
     cure = "check its weights and the range of the pixels"
@@ -56,6 +56,17 @@ def largest_square_root(dtype: torch.dtype) -> float:
     '1.8e+19'
     """
     return math.sqrt(torch.finfo(dtype).max)
+
+
+def _looked_at(logits: Tensor | None, raw: Tensor | None) -> tuple[bool, bool]:
+    """Whether logits are finite, and maps finite and not zero, each where there are any; in one look at the device."""
+    found = {}
+    if logits is not None:
+        found["sane"] = logits.detach().isfinite().all()
+    if raw is not None:
+        found["plain"] = ~_suspicious(raw).any()
+    told = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+    return told.get("sane", True), told.get("plain", True)
 
 
 def _name(x: Tensor) -> str:

@@ -18,6 +18,7 @@ DISTRIBUTED = ("srd_lab", "attacks", "apop")
 GROUND = {
     f"srd_lab.{name}"
     for name in (
+        "conditions",
         "errors",
         "types",
         "runtime",

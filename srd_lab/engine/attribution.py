@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from srd_lab.conditions import require
 from srd_lab.engine.alignment import Alignment
 from srd_lab.engine.hidden_activations import check_no_hidden_activation
 from srd_lab.engine.image_trace import ImageTrace
@@ -199,12 +200,14 @@ def check_conserved(started: Tensor, arrived: Tensor, leaks: Leaks, on_leak: str
     together = missing.sum() - leaks.total
     alone = (missing.abs() - leaks.size).clamp_min(0)  # whose relevance leaked is not known
     shares = torch.cat([(together.abs() / size.sum())[None], alone / size])
-    if not bool((shares > rounding).any()):
-        return
+    require(~(shares > rounding).any(), lambda: _complain(shares, on_leak))
+
+
+def _complain(shares: Tensor, on_leak: str) -> None:
     said = (
         f"the relevance that arrives differs from what started by {float(2 * shares.nan_to_num().max()):.1%}, for no known "
         "reason: the model does something that the rule does not fit; use another method on it, and please report the model"
     )
     if on_leak == "error":
         raise Leak(said)
-    warnings.warn(said, SrdLabWarning, stacklevel=2)
+    warnings.warn(said, SrdLabWarning, stacklevel=5)  # of whoever checks

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
+from srd_lab.conditions import require
 from srd_lab.errors import BadInput, Refused
 from srd_lab.overflow import largest_square_root
 
@@ -122,18 +123,21 @@ def check_input(x: Tensor, model: nn.Module | None = None) -> None:
         raise BadInput(
             f"the input is {x.dtype}, but the model's weights are {own.dtype}; bring both to one dtype with .to(...)"
         )
-    largest = float(x.detach().abs().amax())  # NaN where there is one
-    if not math.isfinite(largest):
-        raise BadInput("the input holds NaN or infinite values; expected finite pixels")
-    if largest > largest_square_root(x.dtype):
-        raise BadInput(
-            f"the input holds values of {largest:.2g}, whose squares overflow {str(x.dtype).removeprefix('torch.')}; "
-            "expected pixels in [0, 1], or what the model was trained on"
-        )
+    largest = x.detach().abs().amax()  # NaN where there is one
+    require(largest <= largest_square_root(x.dtype), lambda: _refuse_numbers(float(largest), x.dtype))
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise BadInput("no gradient can be taken in torch.inference_mode; use torch.no_grad instead")
     if torch.is_autocast_enabled(x.device.type):
         raise BadInput("explanations are made in full precision; leave torch.autocast around the call out")
+
+
+def _refuse_numbers(largest: float, dtype: torch.dtype) -> None:
+    if not math.isfinite(largest):
+        raise BadInput("the input holds NaN or infinite values; expected finite pixels")
+    raise BadInput(
+        f"the input holds values of {largest:.2g}, whose squares overflow {str(dtype).removeprefix('torch.')}; "
+        "expected pixels in [0, 1], or what the model was trained on"
+    )
 
 
 def _not_images(x: object) -> tuple[str, str]:
