@@ -27,6 +27,7 @@ from attacks.objective import Combined, KeepClass, Objective, Reference, View, g
 from attacks.optimiser import PGD, Optimiser, unit
 from attacks.scores import SCORES, as_read, ssim_for
 from attacks.surrogate import Surrogate
+from srd_lab.conditions import together
 from srd_lab.engine.preconditions import check_input
 from srd_lab.errors import BadInput, BadValue, NoGradient
 from srd_lab.logits import check_target
@@ -167,28 +168,30 @@ class _Run:
         how, active = self.how, torch.arange(len(self.x), device=self.x.device)
         free = how.surrogate.is_original and how.draws == 1 and how.judge_every is None
         every = how.judge_every or max(1, how.steps // LOOKS)
-        for i in range(how.steps):
-            finite = self._step(i, active, judge=free)
-            last = i + 1 == how.steps
-            if not finite.all():
-                self._look(active[~finite], i)
-                on_step(int((~finite).sum()) * (how.steps - i))
-                active = active[finite]
+        with together() as looks:
+            for i in range(how.steps):
+                # a step's one look at the device
+                finite, ended = looks.look(*self._step(i, active, judge=free))
+                last = i + 1 == how.steps
+                if not finite.all():
+                    self._look(active[~finite], i)
+                    on_step(int((~finite).sum()) * (how.steps - i))
+                    active, ended = active[finite], ended[finite]
+                    if len(active) == 0:
+                        break
+                going = not ended.any()
+                if last or (not free and (i + 1) % every == 0):
+                    self._look(active, i + 1)
+                elif not going:
+                    self._look(active[ended], i + 1)
+                on_step(len(active) + int(ended.sum()) * (how.steps - i - 1))
+                active = active if going else active[~ended]
                 if len(active) == 0:
                     break
-            ended = how.budget.spent(self.adversarial[active], self.x[active], self.scale)
-            if last or (not free and (i + 1) % every == 0):
-                self._look(active, i + 1)
-            else:
-                self._look(active[ended], i + 1)
-            on_step(len(active) + int(ended.sum()) * (how.steps - i - 1))
-            active = active[~ended]
-            if len(active) == 0:
-                break
         return self._outcome()
 
-    def _step(self, i: int, active: Tensor, judge: bool) -> Tensor:
-        """Move the images whose gradient is finite; which of them these are."""
+    def _step(self, i: int, active: Tensor, judge: bool) -> tuple[Tensor, Tensor]:
+        """Move the images whose gradient is finite; which of the active ones these are, and which of them have ended."""
         x = self.adversarial[active].requires_grad_()
         reference, network = self.reference.of(active), self.how.surrogate.at(self.model, i, self.how.steps)
         slope, total = torch.zeros_like(x), x.new_zeros(len(x))
@@ -206,17 +209,17 @@ class _Run:
         if judge:
             self._judge(active, x.detach(), raw.detach(), logits.detach(), i)
         finite = slope.isfinite().flatten(1).all(1)
-        moving = active[finite]
-        self.diverged[active[~finite]] = True
-        self.stuck[moving] += (slope[finite] == 0).flatten(1).all(1).to(x.dtype) / self.how.steps
-        total = total / self.how.draws
-        self.loss[moving, i] = total[finite]
-        if len(moving):
-            self.adversarial[moving] = self.moves.move(
-                moving, x.detach()[finite], slope[finite] / self.how.draws, total[finite], i
-            )
-            self.steps[moving] = i + 1
-        return finite
+        self.diverged[active] = ~finite
+        self.stuck[active] += (slope == 0).flatten(1).all(1).to(x.dtype) / self.how.steps
+        total, moves = total / self.how.draws, finite[:, None, None, None]
+        self.loss[active, i] = total.masked_fill(~finite, torch.nan)
+        self.steps[active] = torch.where(finite, i + 1, self.steps[active])
+        # all are moved, and those without a gradient put back: to choose some, one has to look at the device
+        slope = slope.masked_fill(~moves, 0) / self.how.draws
+        x = x.detach()
+        x = torch.where(moves, self.moves.move(active, x, slope, total, i), x)
+        self.adversarial[active] = x
+        return finite, finite & self.how.budget.spent(x, self.x[active], self.scale)
 
     def _look(self, some: Tensor, step: int) -> None:
         """Look at the original network."""
@@ -287,9 +290,10 @@ class Best:
         """
         for name, best in self.values.items():
             value = found[name].to(best)
-            better = kept & (value < best[some])
-            best[some[better]] = value[better]
-            self.images[name][some[better]] = x[better]
+            before, images = best[some], self.images[name]
+            better = kept & (value < before)
+            best[some] = torch.where(better, value, before)
+            images[some] = torch.where(better[:, None, None, None], x, images[some])
 
 
 def check_pixels(model: nn.Module, *batches: Tensor) -> None:
