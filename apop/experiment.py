@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from apop.passes import binarize, record, replay
 from apop.pattern import ActivationPattern
+from srd_lab.conditions import together
 from srd_lab.errors import BadInput, BadValue, BadWeights
 from srd_lab.metrics.summary import interval_text
 from srd_lab.normalise import split_normalisation
@@ -154,26 +155,30 @@ class Experiment:
         with torch.no_grad():
             x = normalise(torch.stack([sample.image for sample in samples]).to(device))
         right: dict[str, np.ndarray] = {}
-        logits, pattern = record(network, x)
+        with together() as looks:
+            logits, pattern = record(network, x)
+            _check_labels(logits, labels)
+            there = labels.to(x.device)
 
-        def note(logits: Tensor, *conditions: str) -> None:
-            for top, condition in zip(TOP, conditions, strict=True):
-                right[condition] = in_top(logits, labels, top).cpu().numpy()
-            if on_pass:
-                on_pass(len(x))
+            def note(logits: Tensor, *conditions: str) -> None:
+                # a pass's one look at the device
+                found = looks.look(*(_hits(logits, there, top) for top in TOP))
+                right.update({name: hits.numpy() for name, hits in zip(conditions, found, strict=True)})
+                if on_pass:
+                    on_pass(len(x))
 
-        note(logits, "top1/original", "top5/original")
-        if on_pattern:
-            on_pattern(pattern)
-        for kind in self.inputs:
-            other = replay_input(kind, x, indices, self.seed)
-            for setting, relu in SETTINGS.items():
-                logits = replay(network, other, pattern, relu)
-                note(logits, *(f"top{top}/{kind}/{setting}" for top in TOP))
-        layers = tuple(pattern.masks) if self.binarized else ()
-        for position, layer in enumerate(layers):
-            name = metric_name(layer)
-            note(binarize(network, x, position), f"binarized/{name}", f"binarized_top5/{name}")
+            note(logits, "top1/original", "top5/original")
+            if on_pattern:
+                on_pattern(pattern)
+            for kind in self.inputs:
+                other = replay_input(kind, x, indices, self.seed)
+                for setting, relu in SETTINGS.items():
+                    logits = replay(network, other, pattern, relu)
+                    note(logits, *(f"top{top}/{kind}/{setting}" for top in TOP))
+            layers = tuple(pattern.masks) if self.binarized else ()
+            for position, layer in enumerate(layers):
+                name = metric_name(layer)
+                note(binarize(network, x, position), f"binarized/{name}", f"binarized_top5/{name}")
         names = np.array([sample.name for sample in samples])
         return Hits(np.array(indices), names, labels.numpy(), layers, right)
 
@@ -209,15 +214,24 @@ def in_top(logits: Tensor, labels: Tensor, top: int) -> Tensor:
     >>> in_top(torch.tensor([[0.1, 0.5, 0.4]]), torch.tensor([2]), 2)
     tensor([True])
     """
+    _check_labels(logits, labels)
+    return _hits(logits, labels.to(logits.device), top)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
     classes = logits.shape[1]
     if int(labels.max()) >= classes:
         raise BadWeights(
             f"an image has class {int(labels.max())}, but the model knows 0..{classes - 1}; "
             "give a model of the same classes as the data"
         )
-    labels = labels.to(logits.device)[:, None]
+
+
+def _hits(logits: Tensor, labels: Tensor, top: int) -> Tensor:
+    """What :func:`in_top` gives, of labels that are classes, on the device of the logits."""
+    labels = labels[:, None]
     own = logits.gather(1, labels)
-    earlier = torch.arange(classes, device=logits.device) < labels
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels
     above = (logits > own) | ((logits == own) & earlier)
     return (above.sum(1) < top) & ~own[:, 0].isnan()
 
