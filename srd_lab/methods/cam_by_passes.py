@@ -124,7 +124,7 @@ class ScoreCAM(_PassCAM):
         index = torch.cat([(~constant).nonzero()[:, 0], constant.nonzero()[:1, 0]])
         scores = torch.cat([recomputed(seen, a[some], given) for some in index.split(at_once)])
         scores = torch.zeros_like(a[:, 0, 0]).index_put((index,), scores)
-        return torch.softmax(torch.where(constant, scores[index[-1]], scores), 0)
+        return torch.softmax(torch.where(constant, scores[index[-1:]], scores), 0)
 
 
 @method(

@@ -116,13 +116,16 @@ class Images:
             changed = variants(range(max(0, some.start - 1), some.stop - 1))
             return changed if some.start else torch.cat([self.given[i : i + 1], changed])
 
-        scores = self.logits(i, itself_first, count + 1)[:, int(self.target[i])]
+        scores = self._of_class(i, self.logits(i, itself_first, count + 1))
         return scores[0] - scores[1:]
 
     def probabilities(self, i: int, variants: Callable[[range], Tensor], count: int) -> Tensor:
         """Probability (count,) float64 of the explained class in each variant of image ``i``; see :meth:`logits`."""
-        found = self.logits(i, variants, count, partial(probabilities, dtype=torch.float64))
-        return found[:, int(self.target[i])]
+        return self._of_class(i, self.logits(i, variants, count, partial(probabilities, dtype=torch.float64)))
+
+    def _of_class(self, i: int, numbers: Tensor) -> Tensor:
+        """The column (M,) of the class of image ``i`` in ``numbers`` (M, K), without a look at which one it is."""
+        return numbers.index_select(1, self.target[i : i + 1])[:, 0]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ class _Curve(ABC):
         before, after = self.ends(images, i)
 
         def exchanged(some: range) -> Tensor:
-            done = torch.tensor([k / self.steps for k in some], dtype=share.dtype, device=share.device)
+            done = torch.arange(some.start, some.stop, dtype=share.dtype, device=share.device) / self.steps
             return torch.where((share <= done[:, None, None])[:, None], after, before)
 
         return self.area(images.probabilities(i, exchanged, self.steps + 1))
@@ -282,9 +283,9 @@ class MoRF(_Curve):
         check_counts(self, "steps", "grid")
 
     def share(self, value: Tensor, ties: torch.Generator) -> Tensor:
-        region = self._regions(value)
+        region, regions = self._regions(value), prod(min(n, self.grid) for n in value.shape)
         sums = torch.stack([value, torch.ones_like(value)]).flatten(1)
-        total, count = sums.new_zeros(2, int(region.max()) + 1).index_add_(1, region.flatten(), sums)
+        total, count = sums.new_zeros(2, regions).index_add_(1, region.flatten(), sums)
         return super().share(self.sign * total / count, ties)[region]
 
     def _regions(self, map_: Tensor) -> Tensor:

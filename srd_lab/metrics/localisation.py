@@ -110,4 +110,4 @@ def _unscorable(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def _not_scored(maps: Tensor) -> Tensor:
-    return torch.full((len(maps),), torch.nan, dtype=torch.float64)
+    return float64(maps).new_full((len(maps),), torch.nan)

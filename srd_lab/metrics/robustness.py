@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lab.catalogue import metric
+from srd_lab.conditions import together
 from srd_lab.errors import BadValue, Refused
 from srd_lab.metrics.explained import Explained, check_counts, unscorable
 from srd_lab.metrics.similarity import PCC, SSIM, float64
@@ -128,21 +129,21 @@ class MaxSensitivity:
 
     def of(self, explained: Explained) -> Tensor:
         """Scores (N,) float64, >= 0."""
-        images, largest = explained.images, torch.zeros(len(explained.maps), dtype=torch.float64)
-        largest = largest.to(float64(explained.maps))
-        for k in range(self.draws):
-            drawn = [
-                torch.rand(
-                    images.x.shape[1:],
-                    generator=images.generator(i, self.seed, "max_sensitivity", k),
-                    dtype=torch.float32,
+        images, largest = explained.images, float64(explained.maps).new_zeros(len(explained.maps))
+        with together():
+            for k in range(self.draws):
+                drawn = [
+                    torch.rand(
+                        images.x.shape[1:],
+                        generator=images.generator(i, self.seed, "max_sensitivity", k),
+                        dtype=torch.float32,
+                    )
+                    for i in range(len(images.x))
+                ]
+                noise = self.radius * (2 * torch.stack(drawn).to(images.x) - 1)
+                largest = largest.maximum(
+                    _norm(explained.again(images.x + noise / images.scale) - explained.maps)
                 )
-                for i in range(len(images.x))
-            ]
-            noise = self.radius * (2 * torch.stack(drawn).to(images.x) - 1)
-            largest = largest.maximum(
-                _norm(explained.again(images.x + noise / images.scale) - explained.maps)
-            )
         return _scored(largest / _norm(explained.maps), explained)
 
 
@@ -178,7 +179,8 @@ class Randomization:
         known, before = explained.images.of_model, explained.maps.abs()
         if self not in known:
             known[self] = randomised(explained.images.model, self.stages, self.seed)
-        found = [explained.again(explained.images.x, model) for model in known[self]]
+        with together():
+            found = [explained.again(explained.images.x, model) for model in known[self]]
         return torch.stack([SSIM().score(before, after.abs()) for after in found], 1)
 
 
@@ -238,17 +240,19 @@ def under_noise(explained: Explained, noise: float, draws: int, seed: int) -> li
 
     def compute() -> list[tuple[Tensor, Tensor]]:
         images, found = explained.images, []
-        for k in range(draws):
-            drawn = [
-                torch.randn(
-                    images.x.shape[1:],
-                    generator=images.generator(i, seed, "stability", k),
-                    dtype=torch.float32,
-                )
-                for i in range(len(images.x))
-            ]
-            n = noise * torch.stack(drawn).to(images.x)
-            found.append((explained.again(images.x + n / images.scale), float64(n).flatten(1).norm(dim=1)))
+        with together():
+            for k in range(draws):
+                drawn = [
+                    torch.randn(
+                        images.x.shape[1:],
+                        generator=images.generator(i, seed, "stability", k),
+                        dtype=torch.float32,
+                    )
+                    for i in range(len(images.x))
+                ]
+                n = noise * torch.stack(drawn).to(images.x)
+                size = float64(n).flatten(1).norm(dim=1)
+                found.append((explained.again(images.x + n / images.scale), size))
         return found
 
     return explained.once(("noise", noise, draws, seed), compute)
