@@ -137,9 +137,7 @@ def _told(value: Any, seen: set[int], deep: int = 0) -> Any:
     else:  # no pairs, which are made for the look, and share their ids with what is made next
         named = value if isinstance(value, dict) else getattr(value, "__dict__", {})
         parts = [part for pair in list(named.items()) for part in pair]
-    return type(value).__name__, *(
-        _told(part, seen, deep + (type(part) is not tuple)) for part in parts
-    )
+    return type(value).__name__, *(_told(part, seen, deep + (type(part) is not tuple)) for part in parts)
 
 
 def _version(t: Tensor) -> tuple[int, int, int]:
