@@ -34,6 +34,7 @@ from attacks.budget import Budget, to_8_bits
 from attacks.ensemble import MEMBERS, Ensemble
 from attacks.experiment import attack_explainer
 from attacks.flags import wrong_gradient
+from attacks.judge import Found
 from attacks.probe import probe
 from attacks.scores import SCORES
 from srd_lab.errors import BadValue
@@ -199,15 +200,7 @@ def attack(
         ensemble = Ensemble((*ensemble.members, "black_box"), mode, ensemble.budget, seed)
     began = time.perf_counter()
     found = ensemble.run(model, explainer, x, target, surrogate=known.best)
-    rows = [
-        {"image": i, "class": int(found.target[i])}
-        | {score: round(float(found.worst[score][i]), 6) for score in SCORES}
-        | {
-            "by": found.names[k] if (k := int(found.by["pcc"][i])) >= 0 else "none",
-            "used": float(found.used[i]),
-        }
-        for i in range(len(x))
-    ]
+    rows = [_attacked(found, i) for i in range(len(x))]
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     why = wrong_gradient(known) if known.best else f"no gradient: {known.why}"
     note = f"{method}: {why}" if why else ""
@@ -224,6 +217,14 @@ def attack(
         run.save_text(TABLES[0], csv_text(rows))
         publish(run, outcome)
     return _passing(Result(said.text(), folder, found.images), folder)
+
+
+def _attacked(found: Found, i: int) -> dict[str, Any]:
+    """The row of image ``i``."""
+    by = int(found.by["pcc"][i])
+    scores = {score: round(float(found.worst[score][i]), 6) for score in SCORES}
+    ends = {"by": found.names[by] if by >= 0 else "none", "used": float(found.used[i])}
+    return {"image": i, "class": int(found.target[i]), **scores, **ends}
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def _check_before(cls: Any) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if type(self) is cls:
             given = signature.bind(self, *args, **kwargs).arguments
-            check_fields(cls, given, getattr(cls, "name", cls.__name__))
+            check_fields(cls, given, cls.__name__)
         init(self, *args, **kwargs)
 
     cls.__init__ = __init__

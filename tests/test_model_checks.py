@@ -235,7 +235,7 @@ def test_axes_that_have_one_hash_are_told_apart(x: Tensor) -> None:
     for model.axis in (-1, -2):
         watch = interceptor.Watch(model)
         watch.run(x)
-        states.append(model_memory.state_of(model))
+        states.append(model_memory._state_and_weights(model))
         sequences.append(watch.sequence)
     assert states[0] != states[1]
     assert sequences[0] != sequences[1]

@@ -12,7 +12,7 @@ from test_arrangements import Forward, Net, explained, images, the_same
 from torch import Tensor, nn
 
 from srd_lab.engine.layers import call_index
-from srd_lab.engine.model_memory import memory_of, state_of, trained
+from srd_lab.engine.model_memory import _state_and_weights, memory_of, trained
 from srd_lab.engine.spellings import Call
 from srd_lab.errors import BadInput, BadValue, Refused
 from srd_lab.registry import make_explainer
@@ -201,14 +201,14 @@ def test_every_number_in_dictionaries_is_told_and_told_alike() -> None:
     """Pairs of a dictionary are made for the look, and one had the id of the next."""
     net = Net(lambda net, x: net.head(read(net, x)))
     net.info = [{"channels": i, "stride": 2 * i, "name": f"layer{i}"} for i in range(5)]
-    states = [state_of(net) for _ in range(3)]
+    states = [_state_and_weights(net) for _ in range(3)]
     assert states[0] == states[1] == states[2]
     for i in range(5):
         for key in ("channels", "stride", "name"):
             kept, net.info[i][key] = net.info[i][key], "other"
-            assert state_of(net) != states[0], (i, key)
+            assert _state_and_weights(net) != states[0], (i, key)
             net.info[i][key] = kept
-    assert state_of(net) == states[0]
+    assert _state_and_weights(net) == states[0]
 
 
 def test_training_forgets_nothing() -> None:

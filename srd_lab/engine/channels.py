@@ -207,10 +207,8 @@ class _Moved:
         """The one axis along which all entries have the same position, ``places`` being the numbers of these in ``out``."""
         same = [i for i, size in enumerate(places.shape) if size > 1 and not places.stride(i)]
         along = [i for i in same if i]
-        if (
-            self.function not in RESHAPES
-        ):  # merged with the images, channels are along no axis, for one image either
-            along = along or same
+        # merged with the images by a reshape, channels are along no axis, for one image either
+        along = along if along or self.function in RESHAPES else same
         return along[0] if len(along) == 1 else None
 
     def over_one(self) -> bool:

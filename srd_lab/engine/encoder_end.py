@@ -149,9 +149,8 @@ class EncoderEnd:
                 "(N, C, h, w) or tokens (N, S, D): name a submodule before pooling or flattening"
             )
         check_rows("the encoder", output.shape, images, ANOTHER_ENCODER)
-        if self._module is None and not is_cut(
-            output.grad_fn, top, bottom
-        ):  # the scores of an attention that pools, say
+        # what the scores of an attention that pools are made of, say, is not all
+        if self._module is None and not is_cut(output.grad_fn, top, bottom):
             raise Refused(
                 "what was found as the encoder's output has only a part in the logits, which are made of the image on other "
                 'ways as well; name the submodule to explain with encoder="..."'
@@ -161,13 +160,14 @@ class EncoderEnd:
     def _end(self, output: Tensor) -> End:
         output = original_of(output)  # other branches do not pass a view
         base = output._base
+        # an activation in another shape is the activation
         if (
             base is not None
-            and self._records[base].call
             and base.dim() > 2
             and base.numel() == output.numel()
+            and self._records[base].call
         ):
-            output = base  # an activation in another shape is the activation
+            output = base
         known = self._records[output]
         return End(output, output._version, self._channels.of(output), known.call, known.event)
 

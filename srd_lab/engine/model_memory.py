@@ -33,11 +33,6 @@ def memory_of(model: nn.Module) -> dict[Any, Any]:
     return states.setdefault(key, {})
 
 
-def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What tells a model as it is from what hooks, another ``forward``, or other attributes of its modules make of it."""
-    return _state_and_weights(model)[0]
-
-
 def found_of(model: nn.Module) -> set[str]:
     """What was found of the model as it is, with these weights."""
     found: set[str] = memory_of(model).setdefault(found_of, set())
